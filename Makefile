@@ -1,0 +1,87 @@
+# make test and make mnist need Python, make and a compiler, nothing else: the rest goes into .venv.
+#
+#   PYTHON=python3.12   the interpreter to build .venv with
+#   ARGS='...'          more arguments for pytest or the experiment
+#   JOBS=2              processes of the test run
+
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard xla_kernels/*.* xla_kernels/common/*.*)
+CXX_FILES = $(shell find xla_kernels tests -name '*.cc' -o -name '*.cu' -o -name '*.h')
+
+.PHONY: help test mnist lint format wheel sanitize bazel clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make test      the test suite"
+	@echo "make mnist     train a sparse network and its dense twin on the digits that ship with the project"
+	@echo "make lint      ruff, mypy, clang-format    (make format repairs what can be repaired)"
+	@echo "make wheel     a wheel in dist/"
+	@echo "make sanitize  the tests of the C++ kernels under AddressSanitizer and UBSan"
+	@echo "make bazel     the CPU extension built and smoke-tested by Bazel"
+	@echo "make clean     remove what was built, .venv too"
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+mnist: $(VENV)/.experiments
+	$(BIN)/python -m experiments.mnist $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+wheel: $(VENV)/.build
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+clean:
+	rm -rf build dist $(VENV)
+
+# ---- .venv: what a build needs, then the project, editable, with the extra that the target asks for.
+
+$(VENV)/.build: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "ilajax needs Python 3.11 or newer; '$(PYTHON)' is not. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c "import tomllib; \
+	  print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" > $@-requirements
+	$(PIP) install -qq cmake ninja --requirement $@-requirements
+	@touch $@
+
+$(VENV)/.%: $(VENV)/.build $(SOURCES)
+	$(PIP) install -qq --no-build-isolation --editable '.[$*]'
+	@$(BIN)/python -c 'import ilajax._cpu' 2>/dev/null || \
+	  echo "note: the C++ extension could not be built, so ilajax will run its slower reference." \
+	       "See why with: $(BIN)/python -m pip install -v --no-build-isolation --editable ."
+	@touch $@
+
+# ---- The kernels under sanitizers: a second environment, over .venv, whose ilajax is the checked build.
+# libasan comes first in the process, so that it sees the memory which jaxlib allocates as well.
+
+SANITIZE := build/sanitize
+sanitize: $(VENV)/.test
+	$(PYTHON) -m venv --without-pip $(SANITIZE)/venv
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > "$$($(SANITIZE)/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outer.pth"
+	ILAJAX_CUDA=OFF ILAJAX_SANITIZE='address;undefined' $(PIP) --python $(SANITIZE)/venv install -qq \
+	  --no-deps --no-build-isolation --force-reinstall -Cbuild-dir=$(SANITIZE)/cmake .
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(SANITIZE)/venv/bin/python -m pytest $(ARGS)
+
+# ---- Bazel, offline. Debian: apt-get install bazel-bootstrap
+
+bazel: $(VENV)/.test
+	ILAJAX_PYTHON=$(CURDIR)/$(BIN)/python bazel --batch test --symlink_prefix=/ --nosandbox_debug \
+	  --test_env=PATH="$(CURDIR)/$(BIN):$$PATH" --test_output=all //:smoke_test

@@ -1,0 +1,1 @@
+"""The paper's experiments, each run by `python -m experiments.<name>` from the repository's root."""

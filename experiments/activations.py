@@ -1,0 +1,85 @@
+"""What stands between the layers of a network: its feature maps, their densities and their bytes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import ilajax
+
+Maps = dict[str, Any]
+
+
+@nnx.jit
+def feature_maps(model: nnx.Module, x: Any) -> Maps:
+    """The input, and what every convolution (with its activation) and pooling puts out.
+
+    Args:
+      model: an OctNet3, sparse or dense.
+      x: what the model takes.
+
+    Returns:
+      SparseTensors, or arrays [B, *S, C], by name: "input", "conv1", ..., "pool1", ...
+    """
+    _, captured = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)(x)
+    outputs = {path[:-1]: value.get_value() for path, value in nnx.to_flat_state(captured)}
+    maps = {"input": x}
+    for number, path in enumerate(_paths(model, ilajax.nn.Conv, nnx.Conv), 1):
+        (output,) = outputs[path]
+        sparse = isinstance(output, ilajax.SparseTensor)
+        maps[f"conv{number}"] = output if sparse else nnx.relu(output)
+    for number in range(1, len(model.blocks)):
+        # A block has three convolutions, and a pooling stands before the next one.
+        last = maps[f"conv{3 * number}"]
+        if isinstance(last, ilajax.SparseTensor):
+            maps[f"pool{number}"] = model.pool(last)
+        else:
+            window = (2,) * (last.ndim - 2)
+            maps[f"pool{number}"] = nnx.max_pool(last, window, strides=window)
+    return maps
+
+
+def sparse_densities(model: nnx.Module) -> dict[str, float]:
+    """Response density of each sparse convolution as it measured it last, before the selection."""
+    paths = _paths(model, ilajax.nn.Conv)
+    layers = dict(ilajax.nn.iter_convs(model))
+    return {f"conv{n}": float(layers[path].density[...].mean()) for n, path in enumerate(paths, 1)}
+
+
+def dense_densities(x: jax.Array, model: nnx.Module) -> dict[str, float]:
+    """Share of the activations above 0 behind each convolution of a dense network."""
+    maps = feature_maps(model, x)
+    return {
+        name: float(jnp.mean(output > 0)) for name, output in maps.items() if name.startswith("conv")
+    }
+
+
+def activation_bytes(model: nnx.Module, x: Any) -> int:
+    """Bytes of all feature maps, from the shapes of their keys and values, or of dense arrays.
+
+    Args:
+      model: an OctNet3, sparse or dense.
+      x: what the model takes; shapes and dtypes suffice.
+    """
+    maps = nnx.eval_shape(feature_maps, model, x)
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(maps))
+
+
+def paired_channels(
+    dense: Maps, sparse: Maps, names: list[str]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """For each named map the channel that is strong in both networks, as images [B, *S]."""
+    pairs = []
+    for name in names:
+        a, b = np.asarray(dense[name]), np.asarray(ilajax.to_dense(sparse[name]))
+        strength = [m.mean(axis=tuple(range(m.ndim - 1))) for m in (a, b)]
+        channel = int(np.argmax(strength[0] * strength[1]))
+        pairs.append((a[..., channel], b[..., channel]))
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def _paths(model: nnx.Module, *kinds: type) -> list[tuple[Any, ...]]:
+    """Paths of the modules of some kinds, in the order of the layers."""
+    return sorted(path for path, module in nnx.iter_graph(model) if isinstance(module, kinds))

@@ -1,0 +1,1 @@
+"""Data sets: one module each, on top of readers of file formats."""

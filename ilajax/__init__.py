@@ -1,0 +1,34 @@
+"""ilajax: convolutional networks on sparse data in JAX."""
+
+from ilajax import models, nn, optim
+from ilajax.geometry import capacity
+from ilajax.ops.conv import ConvResult, conv
+from ilajax.ops.convert import concatenate, from_dense, from_points, to_dense
+from ilajax.ops.k_select import k_select
+from ilajax.ops.pointwise import relu
+from ilajax.ops.pool import avg_pool, global_avg_pool, global_max_pool, max_pool
+from ilajax.sparse_kernel import SparseKernel
+from ilajax.sparse_tensor import SparseTensor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConvResult",
+    "SparseKernel",
+    "SparseTensor",
+    "avg_pool",
+    "capacity",
+    "concatenate",
+    "conv",
+    "from_dense",
+    "from_points",
+    "global_avg_pool",
+    "global_max_pool",
+    "k_select",
+    "max_pool",
+    "models",
+    "nn",
+    "optim",
+    "relu",
+    "to_dense",
+]

@@ -1,0 +1,179 @@
+"""The one door to native code: loads and registers the kernels, chooses the backend, maps and shards calls.
+
+An op hands over two forms of the same function, `native(platform, groups, *operands)`, which calls a
+target by `call`, and `reference(*operands)`, plain jax.numpy. `dispatch` then sees to it that
+
+- each platform gets its kernel, and a platform without one gets the reference;
+- `vmap` folds the mapped axis into the batch, so that the workspace does not multiply;
+- under `shard_map` results vary over the devices that the operands vary over, so that gradients are
+  summed and a false `out_specs` raises;
+- plain `jit` over a sharded batch does not gather it.
+"""
+
+import dataclasses
+import functools
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_batching import custom_vmap
+
+from ilajax.geometry import Window
+
+BACKENDS = ("auto", "native", "reference")
+
+# XLA's name of a platform, jax.lax.platform_dependent's name, and the module with its kernels.
+_PLATFORMS = (("cpu", "cpu", "ilajax._cpu"), ("CUDA", "cuda", "ilajax._cuda"))
+
+Outputs = tuple[jax.Array, ...]
+
+
+def call(target: str, outputs: Sequence[jax.ShapeDtypeStruct], *operands: jax.Array, **attributes: Any):
+    """Calls an FFI target; the results vary over the manual mesh axes that the operands vary over."""
+    results = jax.ffi.ffi_call(target, outputs)(*operands, **attributes)
+    axes = _varying_axes(operands)
+    return tuple(_vary(result, axes) for result in results)
+
+
+def window_attributes(window: Window) -> dict[str, np.ndarray]:
+    """A window as attributes of a custom call."""
+    return {
+        field.name: np.array(getattr(window, field.name), np.int64)
+        for field in dataclasses.fields(window)
+    }
+
+
+def vary_together(*operands: jax.Array) -> Outputs:
+    """Casts all operands to vary over the manual mesh axes that any of them varies over."""
+    axes = _varying_axes(operands)
+    return tuple(_vary(operand, axes) for operand in operands)
+
+
+def dispatch(
+    target: str,
+    native: Callable[..., Outputs],
+    reference: Callable[..., Outputs],
+    operands: Sequence[jax.Array],
+    batched: Sequence[bool],
+) -> Outputs:
+    """Calls `native` where the target has a kernel for the platform, else `reference`.
+
+    Args:
+      target: the FFI target's name, the same on every platform.
+      native: a function of (platform, groups, *operands). Results that lead with the batch axis keep it;
+        others lead with `groups`: the batch then holds `groups` independent calls, one behind the other.
+      reference: a function of the operands, with one group.
+      operands: arrays.
+      batched: which operands lead with the batch axis.
+
+    Returns:
+      The results.
+    """
+    operands = vary_together(*operands)
+    choice = backend()
+    kernels = {} if choice == "reference" else _registered(target)
+    if choice == "native" and not kernels:
+        raise RuntimeError(
+            f"ILAJAX_BACKEND=native, but {target} has no native kernel here. Install ilajax where a C++ "
+            f"compiler is found, or set ILAJAX_BACKEND=auto."
+        )
+    branches = {
+        platform: _fold(functools.partial(native, platform), tuple(batched), 1) for platform in kernels
+    }
+    if not branches:
+        return reference(*operands)
+    here = _platforms_here()
+    if here <= branches.keys():
+        if len(here) == 1:
+            return branches[next(iter(here))](*operands)
+        return jax.lax.platform_dependent(*operands, **branches)
+    return jax.lax.platform_dependent(*operands, default=reference, **branches)
+
+
+def backend() -> str:
+    """The value of ILAJAX_BACKEND: "auto" (kernels where there are any), "native" or "reference"."""
+    choice = os.environ.get("ILAJAX_BACKEND", "auto")
+    if choice not in BACKENDS:
+        raise ValueError(f"ILAJAX_BACKEND must be one of {BACKENDS}, got {choice!r}.")
+    return choice
+
+
+def native_platforms() -> tuple[str, ...]:
+    """The platforms whose kernels are installed, of "cpu" and "cuda"."""
+    return tuple(_load())
+
+
+@functools.cache
+def _load() -> dict[str, frozenset[str]]:
+    """Imports and registers what is installed: platform -> names of its targets."""
+    loaded = {}
+    for xla_name, platform, module_name in _PLATFORMS:
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name != module_name:
+                raise
+            continue
+        registrations = module.registrations()
+        for name, handler in registrations.items():
+            jax.ffi.register_ffi_target(name, handler, platform=xla_name)
+        loaded[platform] = frozenset(registrations)
+    return loaded
+
+
+def _registered(target: str) -> set[str]:
+    return {platform for platform, targets in _load().items() if target in targets}
+
+
+def _platforms_here() -> set[str]:
+    default = jax.default_backend()
+    return {"cpu", "cuda" if default == "gpu" else default}
+
+
+def _fold(native: Callable[..., Outputs], batched: tuple[bool, ...], groups: int) -> Callable[..., Outputs]:
+    """A form of `native` whose vmap rule folds the mapped axis into the batch."""
+
+    @custom_vmap
+    def function(*operands):
+        return native(groups, *operands)
+
+    @function.def_vmap
+    def rule(axis_size, mapped, *operands):
+        unmapped_batch = tuple(leads or not m for leads, m in zip(batched, mapped, strict=True))
+        if not all(unmapped_batch):
+            # Filters of their own: one call after the other, which share one workspace.
+            def one(chosen):
+                own = iter(chosen)
+                return function(*(next(own) if m else o for o, m in zip(operands, mapped, strict=True)))
+
+            results = jax.lax.map(one, tuple(o for o, m in zip(operands, mapped, strict=True) if m))
+            return results, tuple(True for _ in results)
+        folded = []
+        for operand, leads, m in zip(operands, batched, mapped, strict=True):
+            if leads:
+                if not m:
+                    operand = jnp.broadcast_to(operand, (axis_size, *operand.shape))
+                operand = operand.reshape(-1, *operand.shape[2:])
+            folded.append(operand)
+        results = _fold(native, batched, groups * axis_size)(*folded)
+        unfolded = tuple(r.reshape(axis_size, -1, *r.shape[1:]) for r in results)
+        return unfolded, tuple(True for _ in unfolded)
+
+    return function
+
+
+def _varying_axes(operands: Sequence[jax.Array]) -> frozenset[str]:
+    return frozenset().union(*(_varying(operand) for operand in operands))
+
+
+def _varying(operand: jax.Array) -> frozenset[str]:
+    return jax.typeof(operand).manual_axis_type.varying
+
+
+def _vary(operand: jax.Array, axes: frozenset[str]) -> jax.Array:
+    missing = tuple(sorted(axes - _varying(operand)))
+    return jax.lax.pcast(operand, missing, to="varying") if missing else operand

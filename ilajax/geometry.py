@@ -1,0 +1,268 @@
+"""Window arithmetic: grids, windows and flat keys, as pure functions of static shapes."""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Padding = str | Sequence[tuple[int, int]]
+
+MAX_SITES = 2**31 - 1
+
+
+def sites(spatial_shape: Sequence[int]) -> int:
+    """Number of sites of a grid, which is also the key that marks padding."""
+    return math.prod(spatial_shape)
+
+
+def check_spatial_shape(spatial_shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns the grid's shape as a tuple of ints.
+
+    Raises:
+      TypeError: if an axis is not an integer.
+      ValueError: if there is no axis, an axis is shorter than 1, or the grid has 2**31 sites or more.
+    """
+    try:
+        shape = tuple(operator.index(size) for size in spatial_shape)
+    except TypeError:
+        raise TypeError(
+            f"spatial_shape must be a sequence of integers, got {spatial_shape!r}."
+        ) from None
+    if not shape or min(shape) < 1:
+        raise ValueError(
+            f"spatial_shape must have at least one axis and every axis at least one site, "
+            f"got {shape}."
+        )
+    if sites(shape) > MAX_SITES:
+        raise ValueError(
+            f"spatial_shape {shape} has {sites(shape)} sites, but keys are int32 and allow at most "
+            f"2**31 - 1. Use a coarser grid, or split it into parts along the batch axis."
+        )
+    return shape
+
+
+def capacity(density_bound: float, spatial_shape: Sequence[int]) -> int:
+    """Slots that a density bound allows for each sample and channel.
+
+    `max(1, floor(density_bound * sites))`, where a product within rounding error of a whole number
+    counts as that number: 0.29 of 100 sites is 29.
+
+    Args:
+      density_bound: the upper bound on the share of stored sites, in (0, 1].
+      spatial_shape: the grid.
+
+    Returns:
+      The capacity K, the number of slots of each (batch, channel) segment.
+
+    Raises:
+      ValueError: if the bound lies outside (0, 1] or the grid is not valid.
+
+    Example:
+      >>> capacity(0.1, (10, 10, 10))
+      100
+    """
+    bound = float(density_bound)
+    if not 0.0 < bound <= 1.0:
+        raise ValueError(
+            f"density_bound must lie in (0, 1], got {density_bound!r}. It is the share of the grid's "
+            f"sites that may be stored; 1 stores them all."
+        )
+    count = sites(check_spatial_shape(spatial_shape))
+    # float64 errs by one part in 2**53; 1e-12 of the largest grid is 2e-3 of a site.
+    return max(1, math.floor(bound * count * (1 + 1e-12)))
+
+
+def per_axis(argument: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
+    """One positive integer for each axis, from a sequence or from one integer for all."""
+    try:
+        values = (operator.index(value),) * rank  # type: ignore[arg-type]
+    except TypeError:
+        try:
+            values = tuple(operator.index(v) for v in value)  # type: ignore[union-attr]
+        except TypeError:
+            raise TypeError(
+                f"{argument} must be an integer or a sequence of {rank} integers, got {value!r}."
+            ) from None
+    if len(values) != rank:
+        raise ValueError(
+            f"{argument} must have one entry for each of the {rank} spatial axes, got {values}."
+        )
+    if min(values) < 1:
+        raise ValueError(f"{argument} must be at least 1 along every axis, got {values}.")
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The static geometry of a sliding window: one tap reads `o * stride + t * dilation - low`.
+
+    Attributes:
+      input_shape: the grid that the window reads.
+      window_shape: taps along each axis.
+      strides: steps between output sites, in input sites.
+      dilation: steps between taps, in input sites.
+      low: sites of padding before the first one.
+      output_shape: the grid that the window writes.
+    """
+
+    input_shape: tuple[int, ...]
+    window_shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilation: tuple[int, ...]
+    low: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+    @property
+    def taps(self) -> int:
+        return sites(self.window_shape)
+
+    @property
+    def input_sites(self) -> int:
+        return sites(self.input_shape)
+
+    @property
+    def output_sites(self) -> int:
+        return sites(self.output_shape)
+
+    def input_keys(self, keys: jax.Array, tap: jax.Array) -> jax.Array:
+        """The input key that `tap` reads for each output key; where there is none: `input_sites`."""
+        offset = unravel(tap, self.window_shape)
+        inside = (keys >= 0) & (keys < self.output_sites)
+        position = [
+            o * stride + t * dilation - low
+            for o, t, stride, dilation, low in zip(
+                unravel(keys, self.output_shape),
+                offset,
+                self.strides,
+                self.dilation,
+                self.low,
+                strict=True,
+            )
+        ]
+        return jnp.where(inside, ravel(position, self.input_shape), self.input_sites)
+
+    def output_keys(self, keys: jax.Array, tap: jax.Array) -> jax.Array:
+        """The output key that each input key reaches through `tap`; where there is none: `output_sites`."""
+        offset = unravel(tap, self.window_shape)
+        reached = (keys >= 0) & (keys < self.input_sites)
+        position = []
+        for p, t, stride, dilation, low in zip(
+            unravel(keys, self.input_shape),
+            offset,
+            self.strides,
+            self.dilation,
+            self.low,
+            strict=True,
+        ):
+            distance = p + low - t * dilation
+            reached &= distance % stride == 0
+            position.append(distance // stride)
+        return jnp.where(reached, ravel(position, self.output_shape), self.output_sites)
+
+
+def conv_window(
+    input_shape: tuple[int, ...],
+    window_shape: tuple[int, ...],
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "SAME",
+    dilation: int | Sequence[int] = 1,
+) -> Window:
+    """The window of `jax.lax.conv_general_dilated` with these arguments.
+
+    Raises:
+      TypeError, ValueError: if an argument has the wrong form, or the window is larger than the padded grid.
+    """
+    rank = len(input_shape)
+    if len(window_shape) != rank:
+        raise ValueError(
+            f"kernel has a window of {len(window_shape)} axes {window_shape}, but x lives on a grid of "
+            f"{rank} axes {input_shape}. Give the kernel one window axis for each spatial axis."
+        )
+    strides = per_axis("strides", strides, rank)
+    dilation = per_axis("kernel_dilation", dilation, rank)
+    extent = tuple((w - 1) * d + 1 for w, d in zip(window_shape, dilation, strict=True))
+    pads = _pads(padding, input_shape, extent, strides)
+    output_shape = []
+    for axis, (size, reach, stride, (low, high)) in enumerate(
+        zip(input_shape, extent, strides, pads, strict=True)
+    ):
+        if reach > size + low + high:
+            raise ValueError(
+                f"the window reaches over {reach} sites along spatial axis {axis}, but the padded grid has "
+                f"only {size + low + high}. Use a smaller window or kernel_dilation, or more padding."
+            )
+        output_shape.append((size + low + high - reach) // stride + 1)
+    return Window(
+        input_shape,
+        tuple(window_shape),
+        strides,
+        dilation,
+        tuple(low for low, _ in pads),
+        check_spatial_shape(output_shape),
+    )
+
+
+def pool_window(input_shape: tuple[int, ...], window: int | Sequence[int]) -> Window:
+    """Non-overlapping cells that cover the grid; the last one along an axis may reach past its end."""
+    window_shape = per_axis("window", window, len(input_shape))
+    output_shape = tuple(-(-s // w) for s, w in zip(input_shape, window_shape, strict=True))
+    rank = len(input_shape)
+    return Window(
+        input_shape, window_shape, window_shape, (1,) * rank, (0,) * rank, output_shape
+    )
+
+
+def unravel(keys: jax.Array, shape: Sequence[int]) -> list[jax.Array]:
+    """Flat row-major keys to one position for each axis (of keys outside the grid: anything)."""
+    positions = []
+    for size in reversed(shape[1:]):
+        positions.append(keys % size)
+        keys = keys // size
+    return [keys, *reversed(positions)]
+
+
+def ravel(position: Sequence[jax.Array], shape: Sequence[int]) -> jax.Array:
+    """One position for each axis to flat row-major keys; positions outside the grid: `sites(shape)`."""
+    key = jnp.zeros_like(position[0])
+    inside = jnp.ones(key.shape, dtype=bool)
+    for p, size in zip(position, shape, strict=True):
+        inside &= (p >= 0) & (p < size)
+        # Clipped, so that a position far outside cannot overflow into the grid.
+        key = key * size + jnp.clip(p, 0, size - 1)
+    return jnp.where(inside, key, sites(shape)).astype(jnp.int32)
+
+
+def _pads(
+    padding: Padding,
+    input_shape: tuple[int, ...],
+    extent: tuple[int, ...],
+    strides: tuple[int, ...],
+) -> list[tuple[int, int]]:
+    if isinstance(padding, str):
+        name = padding.upper()
+        if name not in ("SAME", "SAME_LOWER", "VALID"):
+            raise ValueError(
+                f"padding must be 'SAME', 'SAME_LOWER', 'VALID' or a (low, high) pair for each spatial axis, "
+                f"got {padding!r}."
+            )
+        return [
+            (int(low), int(high))
+            for low, high in jax.lax.padtype_to_pads(input_shape, extent, strides, name)
+        ]
+    try:
+        pads = [(operator.index(low), operator.index(high)) for low, high in padding]
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"padding must be 'SAME', 'VALID' or a sequence of (low, high) pairs of integers, got {padding!r}."
+        ) from None
+    if len(pads) != len(input_shape):
+        raise ValueError(
+            f"padding must have one (low, high) pair for each of the {len(input_shape)} spatial axes, "
+            f"got {np.asarray(pads).tolist()}."
+        )
+    return pads

@@ -1,0 +1,7 @@
+"""Flax NNX modules whose feature maps are sparse tensors."""
+
+from ilajax.nn.conv import Conv, Density, KernelKeys, iter_convs
+from ilajax.nn.pool import AvgPool, MaxPool
+from ilajax.nn.refill import refill
+
+__all__ = ["AvgPool", "Conv", "Density", "KernelKeys", "MaxPool", "iter_convs", "refill"]

@@ -1,0 +1,285 @@
+"""Conv: the sparse convolution with attention as a Flax NNX module."""
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import errors, nnx
+
+from ilajax import geometry
+from ilajax.geometry import Padding, conv_window, per_axis
+from ilajax.ops.conv import SUPPORTS, conv
+from ilajax.ops.k_select import check_select
+from ilajax.sparse_kernel import SparseKernel
+from ilajax.sparse_tensor import VALUE_DTYPES, SparseTensor, check_sparse
+
+Initializer = Callable[..., jax.Array]
+
+
+class KernelKeys(nnx.Variable):
+    """Keys of a `Conv`'s stored weights, int32[N]; not trained, but part of a checkpoint."""
+
+
+class Density(nnx.Variable):
+    """Response density of each output channel as a `Conv` measured it last, float32[Cout]."""
+
+
+class Conv(nnx.Module):
+    """Sparse convolution that keeps the strongest responses up to a density bound.
+
+    Of each sample and output channel at most `ilajax.capacity(density_bound, output grid)` responses are
+    kept, so that memory and time are known at compile time. The bound applies to this layer's output, never
+    to its input. With the default `select="positive"` only responses above 0 are kept: **the layer contains
+    its ReLU**, and no activation follows it.
+
+    The weights are a list of the live ones (see `ilajax.SparseKernel`); no gradient ever reaches a removed
+    weight. They start as those of `flax.nnx.Conv` do: the same `rngs` gives the same filter.
+
+    Every call measures the share of output sites that had a response before the selection, for each output
+    channel, as a mean over the batch (under `shard_map`: over the shard's part of it).
+    `ilajax.optim.density_biased_l2` learns from it. The measurement leaves through Flax's transformations
+    (`nnx.jit`, `nnx.grad`, `nnx.scan`, `nnx.remat`, ...), as the statistics of `nnx.BatchNorm` do. A plain
+    JAX transformation that closes over the layer has no way out for it: then `density` keeps its old value.
+
+    Attributes:
+      kernel: `nnx.Param`, values of the stored weights, float[N].
+      kernel_keys: `KernelKeys`, their keys, int32[N]; see `ilajax.SparseKernel`.
+      bias: `nnx.Param`, float[Cout], or None.
+      density: `Density`, float32[Cout]; 0 until the first call. Above the bound, the selection cut.
+      kernel_shape: (*window, Cin, Cout).
+
+    Args:
+      in_features: channels of the input, Cin.
+      out_features: channels of the output, Cout.
+      kernel_size: the window; an integer means a one-dimensional one, as in Flax.
+      density_bound: the largest share of output sites that each channel may store, in (0, 1]; required under
+        support="dilate", not taken under support="input".
+      strides: steps between output sites; one integer or one for each axis.
+      padding: "SAME", "VALID", or a (low, high) pair for each axis.
+      kernel_dilation: steps between taps; one integer or one for each axis.
+      use_bias: whether non-zero responses get a bias.
+      select: which responses are kept, "positive" (the default), "value" or "magnitude"; see `ilajax.conv`.
+        Not taken under support="input", where all are kept and an activation is `x.map(nnx.relu)`. The
+        density regulariser works through the ReLU, thus with "positive".
+      support: "dilate", the paper's convolution, or "input", a submanifold convolution on a shared support.
+      kernel_density: share of the weights that exist at the start, in (0, 1]; below 1 a random subset of
+        max(1, round(kernel_density * size)) weights, and the list has that length.
+      kernel_init: initialiser of the full filter, of shape `kernel_shape`.
+      bias_init: initialiser of the bias.
+      dtype: dtype of the computation: input, weights and bias are cast to it, and the output has it. None:
+        what they promote to. Sums are in float32 in any case.
+      param_dtype: dtype of the parameters: float32, bfloat16 or float16.
+      rngs: random streams; `rngs.params` is drawn from as by `flax.nnx.Conv`.
+
+    Call:
+      x: SparseTensor [B, *S, Cin]. Returns the features, a SparseTensor [B, *S', Cout].
+
+    Raises:
+      TypeError, ValueError: naming the argument, what it got, and what to do.
+
+    Example:
+      >>> layer = ilajax.nn.Conv(1, 8, (3, 3), density_bound=0.25, rngs=nnx.Rngs(0))
+      >>> x = ilajax.from_dense(jnp.eye(16)[None, ..., None], capacity=16)
+      >>> layer(x)
+      SparseTensor(float32[1, 16, 16, 8], capacity=64 of 256 sites)
+      >>> layer.density.shape
+      (8,)
+
+    Source: Hackel et al., section 3, algorithms 1 and 2.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        *,
+        density_bound: float | None = None,
+        strides: int | Sequence[int] = 1,
+        padding: Padding = "SAME",
+        kernel_dilation: int | Sequence[int] = 1,
+        use_bias: bool = True,
+        select: str | None = None,
+        support: str = "dilate",
+        kernel_density: float = 1.0,
+        kernel_init: Initializer = nnx.initializers.lecun_normal(),
+        bias_init: Initializer = nnx.initializers.zeros_init(),
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        window = _window(kernel_size)
+        self.kernel_shape = (
+            *window,
+            _features("in_features", in_features),
+            _features("out_features", out_features),
+        )
+        self.density_bound, self.select = _output_rule(support, density_bound, select, len(window))
+        self.support = support
+        self.strides = per_axis("strides", strides, len(window))
+        self.padding = _static_padding(padding)
+        self.kernel_dilation = per_axis("kernel_dilation", kernel_dilation, len(window))
+        self.dtype = None if dtype is None else _value_dtype("dtype", dtype)
+        param_dtype = _value_dtype("param_dtype", param_dtype)
+
+        # Drawn in Flax's order, so that a dense twin starts from the same weights.
+        kernel_key = rngs.params()
+        kernel = SparseKernel.from_dense(kernel_init(kernel_key, self.kernel_shape, param_dtype))
+        kernel = _random_subset(kernel, kernel_density, jax.random.fold_in(kernel_key, 1))
+        self.kernel = nnx.Param(kernel.values)
+        self.kernel_keys = KernelKeys(kernel.keys)
+        self.bias: nnx.Param | None
+        if use_bias:
+            self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
+        else:
+            self.bias = nnx.data(None)
+        self.density = Density(jnp.zeros((out_features,), jnp.float32))
+
+    @property
+    def in_features(self) -> int:
+        return self.kernel_shape[-2]
+
+    @property
+    def out_features(self) -> int:
+        return self.kernel_shape[-1]
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        return self.kernel_shape[:-2]
+
+    @property
+    def sparse_kernel(self) -> SparseKernel:
+        """The filter as it stands."""
+        return SparseKernel(self.kernel_keys[...], self.kernel[...], self.kernel_shape)
+
+    def __call__(self, x: SparseTensor) -> SparseTensor:
+        check_sparse("x", x)
+        window = conv_window(
+            x.spatial_shape,
+            self.kernel_size,
+            strides=self.strides,
+            padding=self.padding,
+            dilation=self.kernel_dilation,
+        )
+        capacity = None
+        if self.density_bound is not None:
+            capacity = geometry.capacity(self.density_bound, window.output_shape)
+        result = conv(
+            *self._promoted(x),
+            capacity=capacity,
+            strides=self.strides,
+            padding=self.padding,
+            kernel_dilation=self.kernel_dilation,
+            select=self.select,
+            support=self.support,
+        )
+        self._measure(result.responses, window.output_sites)
+        return result.features
+
+    def _promoted(self, x: SparseTensor) -> tuple[SparseTensor, SparseKernel, jax.Array | None]:
+        """Input, filter and bias in the dtype of the computation."""
+        kernel, bias = self.sparse_kernel, None if self.bias is None else self.bias[...]
+        dtype = self.dtype
+        if dtype is None:
+            dtype = jnp.result_type(x.values, kernel.values, *(() if bias is None else (bias,)))
+        kernel = SparseKernel(kernel.keys, kernel.values.astype(dtype), kernel.shape)
+        return (
+            x.with_values(x.values.astype(dtype)),
+            kernel,
+            None if bias is None else bias.astype(dtype),
+        )
+
+    def _measure(self, responses: jax.Array, output_sites: int) -> None:
+        density = jnp.mean(responses.astype(jnp.float32), axis=0) / output_sites
+        # A plain jax.jit or jax.grad may close over the layer: for inference, or gradients of the input.
+        with contextlib.suppress(errors.TraceContextError):
+            self.density[...] = density
+
+
+def iter_convs(model: Any) -> Iterator[tuple[tuple[Any, ...], Conv]]:
+    """The paths and layers of all `Conv` in a model, each once.
+
+    Example:
+      >>> model = nnx.Sequential(ilajax.nn.Conv(1, 2, (3,), density_bound=0.5, rngs=nnx.Rngs(0)))
+      >>> [path for path, _ in ilajax.nn.iter_convs(model)]
+      [('layers', 0)]
+    """
+    for path, module in nnx.iter_graph(model):
+        if isinstance(module, Conv):
+            yield path, module
+
+
+def _window(kernel_size: int | Sequence[int]) -> tuple[int, ...]:
+    sizes = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+    return per_axis("kernel_size", sizes, len(sizes))
+
+
+def _features(argument: str, features: int) -> int:
+    try:
+        count = operator.index(features)
+    except TypeError:
+        raise TypeError(f"{argument} must be an integer, got {features!r}.") from None
+    if count < 1:
+        raise ValueError(f"{argument} must be at least 1, got {count}.")
+    return count
+
+
+def _output_rule(
+    support: str, density_bound: float | None, select: str | None, rank: int
+) -> tuple[float | None, str | None]:
+    """The checked density bound and selection, both None for a submanifold convolution."""
+    if support not in SUPPORTS:
+        raise ValueError(f"support must be one of {SUPPORTS}, got {support!r}.")
+    if support == "input":
+        for name, value in (("density_bound", density_bound), ("select", select)):
+            if value is not None:
+                raise ValueError(
+                    f'{name} does not apply under support="input", where all responses at the input\'s sites '
+                    f"are kept; got {value!r}. Leave it out."
+                )
+        return None, None
+    if density_bound is None:
+        raise ValueError(
+            'density_bound is required under support="dilate", got None. Give the largest share of output '
+            "sites that each channel may store, in (0, 1]."
+        )
+    geometry.capacity(density_bound, (1,) * rank)
+    select = "positive" if select is None else select
+    check_select(select)
+    return float(density_bound), select
+
+
+def _static_padding(padding: Padding) -> Padding:
+    """Hashable, as a static attribute has to be; against the grid it is checked in each call."""
+    if isinstance(padding, str):
+        return padding
+    try:
+        return tuple((operator.index(low), operator.index(high)) for low, high in padding)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"padding must be 'SAME', 'VALID' or a sequence of (low, high) pairs of integers, got "
+            f"{padding!r}."
+        ) from None
+
+
+def _value_dtype(argument: str, dtype: Any) -> Any:
+    if jnp.dtype(dtype) not in VALUE_DTYPES:
+        raise TypeError(f"{argument} must be float32, bfloat16 or float16, got {jnp.dtype(dtype)}.")
+    return jnp.dtype(dtype)
+
+
+def _random_subset(kernel: SparseKernel, density: float, key: jax.Array) -> SparseKernel:
+    """max(1, round(density * size)) weights of a full filter, all subsets equally likely."""
+    if not 0.0 < float(density) <= 1.0:
+        raise ValueError(
+            f"kernel_density must lie in (0, 1], got {density!r}. It is the share of the weights that exist "
+            f"at the start."
+        )
+    count = max(1, round(float(density) * kernel.size))
+    if count == kernel.size:
+        return kernel
+    chosen = jnp.sort(jax.random.permutation(key, kernel.size)[:count])
+    return SparseKernel(kernel.keys[chosen], kernel.values[chosen], kernel.shape)

@@ -1,0 +1,318 @@
+"""Direct sparse convolution with attention: the paper's algorithms 1 and 2."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ilajax import _ffi
+from ilajax.geometry import Padding, Window, conv_window
+from ilajax.ops import _plans
+from ilajax.ops.k_select import check_capacity, check_select, select_reference
+from ilajax.ops.submanifold import submanifold_conv
+from ilajax.ops.weights import at_live_weights, dense_weights, sum_products
+from ilajax.sparse_kernel import SparseKernel
+from ilajax.sparse_tensor import VALUE_DTYPES, SparseTensor, check_sparse
+
+SUPPORTS = ("dilate", "input")
+
+
+class ConvResult(NamedTuple):
+    """What `conv` returns.
+
+    Attributes:
+      features: the output feature map.
+      responses: int32[B, Cout], the candidates before the selection: where it exceeds the capacity, the
+        selection cut.
+    """
+
+    features: SparseTensor
+    responses: jax.Array
+
+
+def conv(
+    x: SparseTensor,
+    kernel: SparseKernel,
+    bias: jax.Array | None = None,
+    *,
+    capacity: int | None = None,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "SAME",
+    kernel_dilation: int | Sequence[int] = 1,
+    select: str | None = None,
+    support: str = "dilate",
+) -> ConvResult:
+    """Convolves stored entries with live weights and keeps the strongest responses.
+
+    The response at output site o and output channel c is
+
+      r[b, o, c] = sum over stored x[b, p, i] and live w[t, i, c] with p = o * stride + t * dilation - low,
+
+    the cross-correlation of `jax.lax.conv_general_dilated`. Non-zero responses get the bias, zero ones do
+    not. Of the candidates the `capacity` best of each sample and output channel are kept; of equal ranks the
+    lower key. Sums are in float32, and a zero factor adds nothing, not even against inf or NaN. A response
+    is rounded to the dtype of x once, after the bias; candidates and ranks are taken from that value.
+
+    The gradient is the paper's equation 3: it flows from the kept outputs to the stored inputs, the live
+    weights and the bias (the sum over kept outputs), and nowhere else, so that every cotangent has the shape
+    of its primal.
+
+    Args:
+      x: [B, *S, Cin], own supports or a shared one.
+      kernel: the filter, of shape (*window, Cin, Cout), used in float32.
+      bias: float [Cout], or None.
+      capacity: slots of the output, see `ilajax.capacity`; required under support="dilate".
+      strides: steps between output sites; one integer or one for each axis.
+      padding: "SAME", "VALID", or a (low, high) pair for each axis.
+      kernel_dilation: steps between taps; one integer or one for each axis.
+      select: what is a candidate, and how it ranks.
+        "value": all non-zero responses, by value (the paper's version i).
+        "positive" (the default): those above 0 after the bias, by value: version i with the ReLU fused in.
+        "magnitude": all non-zero responses, by absolute value (version ii).
+        NaN is a candidate in every mode and ranks first, so that a diverging network shows it.
+      support: "dilate", the paper's convolution, or "input", a submanifold convolution: responses at the
+        input's own sites only, zeros too, with the input's keys. It needs a shared support, stride 1 and
+        padding "SAME", and takes neither capacity nor select.
+
+    Returns:
+      ConvResult(features, responses).
+
+    Raises:
+      TypeError, ValueError: naming the argument, what it got, and what to do.
+
+    Example:
+      >>> x = ilajax.from_dense(jnp.eye(8)[None, ..., None], capacity=8)
+      >>> kernel = ilajax.SparseKernel.from_dense(jnp.ones((3, 3, 1, 4)))
+      >>> features, responses = ilajax.conv(x, kernel, capacity=16)
+      >>> features.shape, int(responses[0, 0])
+      ((1, 8, 8, 4), 34)
+
+    Source: Hackel et al., algorithms 1 and 2, "Preserving sparsity with attention", equation 3.
+    """
+    check_sparse("x", x)
+    _check_kernel(x, kernel)
+    if bias is None:
+        bias = jnp.zeros(kernel.out_channels, jnp.float32)
+    _check_bias(bias, kernel)
+    if support not in SUPPORTS:
+        raise ValueError(f"support must be one of {SUPPORTS}, got {support!r}.")
+    window = conv_window(
+        x.spatial_shape, kernel.window_shape, strides=strides, padding=padding, dilation=kernel_dilation
+    )
+    weights = (kernel.keys, kernel.values.astype(jnp.float32), bias.astype(jnp.float32))
+    if support == "input":
+        _check_submanifold(x, window, padding, capacity, select)
+        values, responses = submanifold_conv(window, x.keys, x.values, *weights)
+        return ConvResult(x.with_values(values), responses)
+    if capacity is None:
+        raise ValueError(
+            'capacity is required under support="dilate", got None. For a share of the output sites use '
+            "ilajax.capacity(density_bound, output_shape)."
+        )
+    select = "positive" if select is None else select
+    check_select(select)
+    config = _Config(window, check_capacity(capacity), select)
+    keys, values, responses = _conv(config, *_ffi.vary_together(x.keys, x.values, *weights))
+    return ConvResult(SparseTensor(keys, values, window.output_shape), responses)
+
+
+def _check_kernel(x: SparseTensor, kernel: object) -> None:
+    if not isinstance(kernel, SparseKernel):
+        raise TypeError(
+            f"kernel must be an ilajax.SparseKernel, got {type(kernel).__name__}. Make one with "
+            f"ilajax.SparseKernel.from_dense."
+        )
+    if kernel.in_channels != x.channels:
+        raise ValueError(
+            f"kernel of shape {kernel.shape} reads {kernel.in_channels} channels, but x has {x.channels}. "
+            f"The last two axes of a kernel are (Cin, Cout)."
+        )
+
+
+def _check_bias(bias: jax.Array, kernel: SparseKernel) -> None:
+    if not hasattr(bias, "shape") or not hasattr(bias, "dtype"):
+        raise TypeError(f"bias must be an array or None, got {type(bias).__name__}.")
+    if bias.shape != (kernel.out_channels,):
+        raise ValueError(
+            f"bias must have shape ({kernel.out_channels},), one for each output channel, got {bias.shape}."
+        )
+    if bias.dtype not in VALUE_DTYPES:
+        raise TypeError(f"bias must be float32, bfloat16 or float16, got {bias.dtype}.")
+
+
+def _check_submanifold(
+    x: SparseTensor, window: Window, padding: Padding, capacity: int | None, select: str | None
+) -> None:
+    for name, value in (("capacity", capacity), ("select", select)):
+        if value is not None:
+            raise ValueError(
+                f'{name} does not apply under support="input", where all responses at the input\'s sites are '
+                f"kept; got {value!r}. Leave it out."
+            )
+    if not x.shared:
+        raise ValueError(
+            'x must have a shared support under support="input", got keys for each channel. ilajax.from_points '
+            "gives one."
+        )
+    if set(window.strides) != {1} or not (isinstance(padding, str) and padding.upper() == "SAME"):
+        raise ValueError(
+            f'strides must be 1 and padding "SAME" under support="input", got strides {window.strides} and '
+            f"padding {padding!r}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    window: Window
+    capacity: int
+    select: str
+
+
+class _Outputs(NamedTuple):
+    keys: jax.Array
+    values: jax.Array
+    responses: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _conv(config, keys, values, kernel_keys, weights, bias) -> _Outputs:
+    return _forward(config, keys, values, kernel_keys, weights, bias)
+
+
+def _forward(config: _Config, *operands: jax.Array) -> _Outputs:
+    target = "ilajax_conv_fwd"
+    native = functools.partial(_forward_native, config)
+    reference = functools.partial(_forward_reference, config)
+    return _Outputs(
+        *_ffi.dispatch(target, native, reference, operands, (True, True, False, False, False))
+    )
+
+
+def _vjp_forward(config, keys, values, kernel_keys, weights, bias):
+    outputs = _forward(config, keys, values, kernel_keys, weights, bias)
+    return outputs, (keys, values, kernel_keys, weights, outputs.keys)
+
+
+def _vjp_backward(config, residuals, cotangents):
+    target = "ilajax_conv_bwd"
+    native = functools.partial(_backward_native, config)
+    reference = functools.partial(_backward_reference, config)
+    operands = (*residuals, cotangents.values)
+    batched = (True, True, False, False, True, True)
+    gradients = _ffi.dispatch(target, native, reference, operands, batched)
+    values, weights, bias = gradients
+    # One group: the sum over the whole batch.
+    return None, values, None, weights[0], bias[0]
+
+
+_conv.defvjp(_vjp_forward, _vjp_backward)
+
+
+# --- The reference: algorithms 1 and 2 over dense grids, one tap at a time ---------------------------------
+
+
+def _forward_reference(config, keys, values, kernel_keys, weights, bias):
+    window = config.window
+    x = _dense_planes(keys, values.astype(jnp.float32), window.input_sites)
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, 1)])  # what a tap reads outside the grid
+    w = dense_weights(kernel_keys, weights, window.taps, x.shape[1], bias.size)
+
+    every_site = jnp.arange(window.output_sites, dtype=jnp.int32)
+
+    def add_tap(total, tap):
+        seen = x[:, :, window.input_keys(every_site, tap)]  # [B, Cin, output_sites]
+        return total + sum_products(seen[:, None], w[:, :, tap, None], axis=2), None
+
+    total = jnp.zeros((x.shape[0], bias.size, window.output_sites), jnp.float32)
+    total = _ffi.vary_together(total, x, w)[0]
+    response, _ = jax.lax.scan(add_tap, total, jnp.arange(window.taps))
+    rounded = (response + bias[:, None]).astype(values.dtype)
+    candidate = response != 0
+    if config.select == "positive":
+        candidate &= (rounded > 0) | jnp.isnan(rounded)
+    sites = jnp.broadcast_to(every_site, rounded.shape)
+    selected = select_reference(
+        sites, rounded, candidate, window.output_sites, config.capacity, config.select
+    )
+    return *selected, jnp.sum(candidate, axis=2, dtype=jnp.int32)
+
+
+def _backward_reference(config, keys, values, kernel_keys, weights, output_keys, cotangent):
+    window = config.window
+    x = jnp.where((keys >= 0) & (keys < window.input_sites), values.astype(jnp.float32), 0)
+    keys = jnp.broadcast_to(keys, x.shape)
+    out_channels = cotangent.shape[1]
+    w = dense_weights(kernel_keys, weights, window.taps, x.shape[1], out_channels)
+    g = _dense_planes(output_keys, cotangent.astype(jnp.float32), window.output_sites)
+    bias = jnp.sum(g, axis=(0, 2))
+    g = jnp.pad(g, [(0, 0), (0, 0), (0, 1)])  # what an entry sends outside the grid
+    stored = (keys >= 0) & (keys < window.input_sites)
+
+    def add_tap(x_bar, tap):
+        # The cotangents that each stored entry reaches, [B, Cin, Cout, K].
+        reached = window.output_keys(keys, tap)
+        seen = jax.vmap(lambda planes, site: jnp.moveaxis(planes[:, site], 0, 1))(g, reached)
+        x_bar += sum_products(seen, w[:, :, tap].T[:, :, None], axis=2)
+        return x_bar, sum_products(seen, x[:, :, None], axis=(0, 3))
+
+    start = _ffi.vary_together(jnp.zeros_like(x), g, w)[0]
+    x_bar, w_bar = jax.lax.scan(add_tap, start, jnp.arange(window.taps))  # w_bar [taps, Cin, Cout]
+    x_bar = jnp.where(stored, x_bar, 0).astype(values.dtype)
+    return x_bar, at_live_weights(kernel_keys, w_bar)[None], bias[None]
+
+
+def _dense_planes(keys: jax.Array, values: jax.Array, sites: int) -> jax.Array:
+    """Stored values on the grid, [B, C, sites]; keys outside it are dropped."""
+    keys = jnp.broadcast_to(jnp.where(keys < 0, sites, keys), values.shape)
+    scatter = jax.vmap(jax.vmap(lambda k, v: jnp.zeros(sites, v.dtype).at[k].set(v, mode="drop")))
+    return scatter(keys, values)
+
+
+# --- The kernels: xla_kernels/conv.{cc,cu} -----------------------------------------------------------------
+
+
+def _forward_native(config, platform, groups, keys, values, kernel_keys, weights, bias):
+    shape = (values.shape[0], bias.size, config.capacity)
+    plan = _plans.conv_forward(
+        config.window, *values.shape[:2], bias.size, config.capacity, values.dtype.itemsize
+    )
+    outputs = (
+        jax.ShapeDtypeStruct(shape, jnp.int32),
+        jax.ShapeDtypeStruct(shape, values.dtype),
+        jax.ShapeDtypeStruct(shape[:2], jnp.int32),
+        jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8),
+    )
+    results = _ffi.call(
+        "ilajax_conv_fwd",
+        outputs,
+        *(keys, values, kernel_keys, weights, bias),
+        select=config.select,
+        **_ffi.window_attributes(config.window),
+        **plan.attributes,
+    )
+    return results[:3]
+
+
+def _backward_native(config, platform, groups, keys, values, kernel_keys, weights, output_keys, cotangent):
+    batch, in_channels, slots = values.shape
+    out_channels = cotangent.shape[1]
+    plan = _plans.conv_backward(
+        config.window, batch, groups, in_channels, out_channels, slots, kernel_keys.size
+    )
+    outputs = (
+        jax.ShapeDtypeStruct(values.shape, values.dtype),
+        jax.ShapeDtypeStruct((groups, kernel_keys.size), jnp.float32),
+        jax.ShapeDtypeStruct((groups, out_channels), jnp.float32),
+        jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8),
+    )
+    results = _ffi.call(
+        "ilajax_conv_bwd",
+        outputs,
+        *(keys, values, kernel_keys, weights, output_keys, cotangent),
+        **_ffi.window_attributes(config.window),
+        **plan.attributes,
+    )
+    return results[:3]

@@ -1,0 +1,184 @@
+"""k-selection, the paper's attention: keep the strongest entries of each sample and channel."""
+
+import dataclasses
+import functools
+import operator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ilajax import _ffi
+from ilajax.sparse_tensor import SparseTensor, check_sparse
+
+SELECTS = ("value", "positive", "magnitude")
+
+
+def k_select(x: SparseTensor, capacity: int, *, select: str = "value") -> SparseTensor:
+    """Keeps the `capacity` strongest stored entries of each sample and channel.
+
+    The gradient flows to the kept entries only. A shared support stays shared where nothing can be cut:
+    `select` is not "positive" and `capacity` is at least x's; else each channel gets keys of its own.
+
+    Args:
+      x: the tensor; every stored entry is a candidate, stored zeros too.
+      capacity: slots of the result; above x's capacity the rest is padding.
+      select: "value", the largest; "positive", the largest of those above 0; "magnitude", the largest
+        absolute values. NaN ranks first in every mode. Of equal ranks the lower key is kept.
+
+    Returns:
+      A SparseTensor with exactly `capacity` slots.
+
+    Raises:
+      TypeError, ValueError: if an argument has a wrong type or value.
+
+    Example:
+      >>> x = ilajax.from_dense(jnp.array([[3.0, -5.0, 0.0, 1.0]])[..., None], capacity=4)
+      >>> ilajax.k_select(x, 2, select="magnitude").keys
+      Array([[[0, 1]]], dtype=int32)
+
+    Source: Hackel et al., "Preserving sparsity with attention".
+    """
+    check_sparse("x", x)
+    capacity = check_capacity(capacity)
+    check_select(select)
+    if x.shared and select != "positive" and capacity >= x.capacity:
+        return pad_slots(x, capacity)
+    x = x.unshare()
+    keys, values = _k_select(
+        _Config(x.sites, capacity, select), *_ffi.vary_together(x.keys, x.values)
+    )
+    return SparseTensor(keys, values, x.spatial_shape)
+
+
+def check_capacity(capacity: int) -> int:
+    """Returns the capacity as an int; TypeError or ValueError unless it is an integer of at least 1."""
+    try:
+        capacity = operator.index(capacity)
+    except TypeError:
+        raise TypeError(
+            f"capacity must be an integer number of slots, got {capacity!r}. For a share of the sites use "
+            f"ilajax.capacity(density_bound, spatial_shape)."
+        ) from None
+    if capacity < 1:
+        raise ValueError(f"capacity must be at least 1, got {capacity}.")
+    return capacity
+
+
+def check_select(select: str) -> None:
+    """Raises ValueError unless `select` names a mode."""
+    if select not in SELECTS:
+        raise ValueError(f"select must be one of {SELECTS}, got {select!r}.")
+
+
+def pad_slots(x: SparseTensor, capacity: int) -> SparseTensor:
+    """The same tensor with padding appended up to `capacity` slots, which must not be fewer."""
+    pad = [(0, 0), (0, 0), (0, capacity - x.capacity)]
+    return SparseTensor(
+        jnp.pad(x.keys, pad, constant_values=x.sites), jnp.pad(x.values, pad), x.spatial_shape
+    )
+
+
+class Selected(NamedTuple):
+    """Entries kept by a selection, in the order of their keys; padding at the tail."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def select_reference(
+    keys: jax.Array, values: jax.Array, candidate: jax.Array, sites: int, capacity: int, select: str
+) -> Selected:
+    """The `capacity` candidates [..., n] of highest rank along the last axis, ascending in key."""
+    if select == "positive":
+        candidate &= (values > 0) | jnp.isnan(values)
+    rank = jnp.abs(values) if select == "magnitude" else values
+    rank = jnp.where(jnp.isnan(rank), 0, rank.astype(jnp.float32))
+    group = jnp.where(candidate, jnp.where(jnp.isnan(values), 0, 1), 2)
+    slots = jnp.broadcast_to(jnp.arange(keys.shape[-1], dtype=jnp.int32), keys.shape)
+    # Not-a-number first, then by rank, the lower key before the higher; what is no candidate comes last.
+    _, _, _, best = jax.lax.sort((group, -rank, keys, slots), dimension=-1, num_keys=3)
+    best = best[..., :capacity]
+    chosen = jnp.take_along_axis(candidate, best, axis=-1)
+    chosen_keys = jnp.where(chosen, jnp.take_along_axis(keys, best, axis=-1), sites)
+    chosen_keys, best, chosen = jax.lax.sort((chosen_keys, best, chosen), dimension=-1, num_keys=1)
+    chosen_values = jnp.where(chosen, jnp.take_along_axis(values, best, axis=-1), 0)
+    pad = [(0, 0)] * (keys.ndim - 1) + [(0, capacity - best.shape[-1])]
+    return Selected(jnp.pad(chosen_keys, pad, constant_values=sites), jnp.pad(chosen_values, pad))
+
+
+def lookup_reference(queries: jax.Array, keys: jax.Array, values: jax.Array, sites: int) -> jax.Array:
+    """For each query key the value stored under the same key, 0 where there is none or at padding.
+
+    Args:
+      queries: int32[B, C, Q].
+      keys: int32[B, C, K], ascending.
+      values: [B, C, K].
+    """
+    search = jax.vmap(jax.vmap(functools.partial(jnp.searchsorted, method="sort")))
+    slot = jnp.clip(search(keys, queries), 0, keys.shape[2] - 1)
+    found = (jnp.take_along_axis(keys, slot, axis=2) == queries) & (queries >= 0) & (queries < sites)
+    return jnp.where(found, jnp.take_along_axis(values, slot, axis=2), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    sites: int
+    capacity: int
+    select: str
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _k_select(config: _Config, keys: jax.Array, values: jax.Array) -> Selected:
+    return _forward(config, keys, values)
+
+
+def _forward(config: _Config, keys: jax.Array, values: jax.Array) -> Selected:
+    def native(platform, groups, keys, values):
+        shape = (*values.shape[:2], config.capacity)
+        outputs = (
+            jax.ShapeDtypeStruct(shape, jnp.int32),
+            jax.ShapeDtypeStruct(shape, values.dtype),
+        )
+        attributes = {"sites": config.sites, "select": config.select}
+        return _ffi.call("ilajax_k_select_fwd", outputs, keys, values, **attributes)
+
+    def reference(keys, values):
+        stored = (keys >= 0) & (keys < config.sites)
+        return tuple(
+            select_reference(keys, values, stored, config.sites, config.capacity, config.select)
+        )
+
+    return Selected(
+        *_ffi.dispatch("ilajax_k_select_fwd", native, reference, (keys, values), (True, True))
+    )
+
+
+def _vjp_forward(config, keys, values):
+    selected = _forward(config, keys, values)
+    return selected, (keys, selected.keys)
+
+
+def _vjp_backward(config, residuals, cotangents):
+    keys, selected_keys = residuals
+    (gradient,) = match(config.sites, keys, selected_keys, cotangents.values)
+    return None, gradient
+
+
+_k_select.defvjp(_vjp_forward, _vjp_backward)
+
+
+def match(sites: int, keys: jax.Array, kept_keys: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    """Takes the cotangent of kept entries back to all entries [B, C, K]: 0 where an entry was not kept."""
+
+    def native(platform, groups, keys, kept_keys, cotangent):
+        outputs = (jax.ShapeDtypeStruct(keys.shape, cotangent.dtype),)
+        return _ffi.call(
+            "ilajax_k_select_bwd", outputs, keys, kept_keys, cotangent, sites=sites
+        )
+
+    def reference(keys, kept_keys, cotangent):
+        return (lookup_reference(keys, kept_keys, cotangent, sites),)
+
+    operands = (keys, kept_keys, cotangent)
+    return _ffi.dispatch("ilajax_k_select_bwd", native, reference, operands, (True,) * 3)

@@ -1,0 +1,264 @@
+"""Pooling over non-overlapping cells and over the whole grid."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from ilajax import _ffi
+from ilajax.ops import _plans
+from ilajax.geometry import Window, pool_window, ravel, unravel
+from ilajax.ops.k_select import check_capacity, lookup_reference, select_reference
+from ilajax.sparse_tensor import SparseTensor, check_sparse
+
+
+def max_pool(
+    x: SparseTensor, window: int | Sequence[int], *, capacity: int | None = None
+) -> SparseTensor:
+    """Maximum over the stored entries of each cell; a cell without any stays empty.
+
+    Cells do not overlap (stride = window) and cover the grid: the output has ceil(S / window) sites along an
+    axis, and the last cell may reach past the end. A negative maximum is not clipped, NaN is propagated. The
+    gradient goes to the maximum; of equal entries to the one with the lower key.
+
+    A shared support stays shared where nothing can be cut: with the default capacity, or one at least as
+    large. Else each channel gets keys of its own.
+
+    Args:
+      x: [B, *S, C].
+      window: sites of a cell; one integer, or one for each axis.
+      capacity: slots of the output; by default min(x.capacity, output sites), which loses nothing. Where it
+        is less, k-selection by value keeps the largest maxima.
+
+    Returns:
+      A SparseTensor on the coarser grid.
+
+    Raises:
+      TypeError, ValueError: if an argument has a wrong type or value.
+
+    Example:
+      >>> x = ilajax.from_dense(jnp.arange(16.0).reshape(1, 4, 4, 1), capacity=16)
+      >>> ilajax.max_pool(x, 2).values
+      Array([[[ 5.,  7., 13., 15.]]], dtype=float32)
+
+    Source: Hackel et al., "Pooling layer".
+    """
+    return _pool_checked(x, window, capacity, "max")
+
+
+def avg_pool(
+    x: SparseTensor, window: int | Sequence[int], *, capacity: int | None = None
+) -> SparseTensor:
+    """Sum over the stored entries of each cell by the number of its sites inside the grid.
+
+    What is not stored counts as 0, as in a dense average; a cell without stored entries stays empty. Sums are
+    in float32. The gradient is spread over the stored entries of the kept cells.
+
+    Args:
+      x: [B, *S, C].
+      window: sites of a cell, as in `max_pool`.
+      capacity: slots of the output, as in `max_pool`.
+
+    Returns:
+      A SparseTensor on the coarser grid.
+
+    Raises:
+      TypeError, ValueError: if an argument has a wrong type or value.
+
+    Example:
+      >>> x = ilajax.from_dense(jnp.arange(16.0).reshape(1, 4, 4, 1), capacity=16)
+      >>> ilajax.avg_pool(x, 2).values
+      Array([[[ 2.5,  4.5, 10.5, 12.5]]], dtype=float32)
+    """
+    return _pool_checked(x, window, capacity, "avg")
+
+
+def global_max_pool(x: SparseTensor) -> jax.Array:
+    """Maximum over the stored entries of each sample and channel, [B, C]; 0 where there is none.
+
+    A negative maximum is not clipped, NaN is propagated. Plain jax.numpy: one reduction, which XLA fuses.
+
+    Example:
+      >>> x = ilajax.from_dense(jnp.eye(3)[None, ..., None], capacity=3)
+      >>> ilajax.global_max_pool(x)
+      Array([[1.]], dtype=float32)
+    """
+    check_sparse("x", x)
+    stored = x.keys < x.sites
+    largest = jnp.max(jnp.where(stored, x.values, -jnp.inf), axis=2)
+    return jnp.where(jnp.any(stored, axis=2), largest, 0)
+
+
+def global_avg_pool(x: SparseTensor) -> jax.Array:
+    """Sum over the stored entries of each sample and channel by the number of all sites, [B, C].
+
+    Plain jax.numpy: one reduction, in float32, which XLA fuses.
+
+    Example:
+      >>> x = ilajax.from_dense(jnp.eye(3)[None, ..., None], capacity=3)
+      >>> ilajax.global_avg_pool(x)
+      Array([[0.33333334]], dtype=float32)
+    """
+    check_sparse("x", x)
+    stored = jnp.where(x.keys < x.sites, x.values, 0)
+    return (jnp.sum(stored, axis=2, dtype=jnp.float32) / x.sites).astype(x.dtype)
+
+
+def _pool_checked(x, window, capacity, mode) -> SparseTensor:
+    check_sparse("x", x)
+    cells = pool_window(x.spatial_shape, window)
+    lossless = min(x.capacity, cells.output_sites)
+    capacity = lossless if capacity is None else check_capacity(capacity)
+    if capacity < lossless:
+        x = x.unshare()
+    keys, values = _pool(_Config(cells, capacity, mode), *_ffi.vary_together(x.keys, x.values))
+    return SparseTensor(keys, values, cells.output_shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    cells: Window
+    capacity: int
+    mode: str
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pool(config: _Config, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _forward(config, keys, values)
+
+
+def _forward(config: _Config, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+    native = functools.partial(_forward_native, config)
+    reference = functools.partial(_forward_reference, config)
+    return _ffi.dispatch("ilajax_pool_fwd", native, reference, operands, (True, True))
+
+
+def _vjp_forward(config, keys, values):
+    pooled_keys, pooled_values = _forward(config, keys, values)
+    return (pooled_keys, pooled_values), (keys, values, pooled_keys)
+
+
+def _vjp_backward(config, residuals, cotangents):
+    native = functools.partial(_backward_native, config)
+    reference = functools.partial(_backward_reference, config)
+    operands = (*residuals, cotangents[1])
+    (gradient,) = _ffi.dispatch("ilajax_pool_bwd", native, reference, operands, (True,) * 4)
+    return None, gradient
+
+
+_pool.defvjp(_vjp_forward, _vjp_backward)
+
+
+def _forward_reference(config, keys, values):
+    cells = config.cells
+    by_cell = _sorted_by_cell(cells, keys, values)
+    if config.mode == "max":
+        pooled = by_cell.values
+    else:
+        total = _segment_sums(by_cell)
+        pooled = total / _sites_of(cells, by_cell.cell)
+    # One entry stands for its cell, which for a maximum is the first in the order of the sort.
+    candidate = by_cell.first & (by_cell.cell < cells.output_sites)
+    selected = select_reference(
+        by_cell.cell,
+        pooled.astype(values.dtype),
+        candidate,
+        cells.output_sites,
+        config.capacity,
+        "value",
+    )
+    if keys.shape[1] == 1:
+        # A shared support loses no cell, so every channel has the same ones.
+        return selected.keys[:, :1], selected.values
+    return tuple(selected)
+
+
+def _backward_reference(config, keys, values, pooled_keys, cotangent):
+    cells = config.cells
+    by_cell = _sorted_by_cell(cells, keys, values)
+    pooled_keys = jnp.broadcast_to(pooled_keys, cotangent.shape)
+    gradient = lookup_reference(by_cell.cell, pooled_keys, cotangent, cells.output_sites)
+    gradient = gradient.astype(jnp.float32)
+    if config.mode == "max":
+        gradient = jnp.where(by_cell.first, gradient, 0)
+    else:
+        gradient /= _sites_of(cells, by_cell.cell)
+    scatter = jax.vmap(jax.vmap(lambda slots, g: jnp.zeros_like(g).at[slots].set(g)))
+    return (scatter(by_cell.slots, gradient).astype(values.dtype),)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ByCell:
+    """Entries [B, C, K] in the order of their cells; within a cell the largest first, ties by key."""
+
+    cell: jax.Array  # output_sites for padding
+    values: jax.Array  # float32
+    slots: jax.Array  # where the entry stood
+    first: jax.Array  # whether it is the first of its cell
+
+
+def _sorted_by_cell(cells: Window, keys: jax.Array, values: jax.Array) -> _ByCell:
+    keys = jnp.broadcast_to(keys, values.shape)
+    cell = _cell_of(cells, keys)
+    wide = values.astype(jnp.float32)
+    nan = jnp.isnan(wide)
+    slots = jnp.broadcast_to(jnp.arange(keys.shape[2], dtype=jnp.int32), keys.shape)
+    order = (cell, ~nan, jnp.where(nan, 0, -wide), slots)
+    cell, _, _, slots = jax.lax.sort(order, dimension=2, num_keys=4)
+    before = jnp.pad(cell[..., :-1], [(0, 0), (0, 0), (1, 0)], constant_values=-1)
+    return _ByCell(cell, jnp.take_along_axis(wide, slots, axis=2), slots, cell != before)
+
+
+def _cell_of(cells: Window, keys: jax.Array) -> jax.Array:
+    """The cell of each key; `output_sites` for padding."""
+    inside = (keys >= 0) & (keys < cells.input_sites)
+    position = unravel(keys, cells.input_shape)
+    cell = ravel([p // w for p, w in zip(position, cells.strides, strict=True)], cells.output_shape)
+    return jnp.where(inside, cell, cells.output_sites)
+
+
+def _segment_sums(by_cell: _ByCell) -> jax.Array:
+    """At each entry the sum over its cell."""
+    segment = jnp.cumsum(by_cell.first, axis=2) - 1
+
+    def one(segment, values):
+        return jax.ops.segment_sum(values, segment, values.size)[segment]
+
+    return jax.vmap(jax.vmap(one))(segment, by_cell.values)
+
+
+def _sites_of(cells: Window, cell: jax.Array) -> jax.Array:
+    """The number of sites of each cell inside the grid, float32."""
+    count = jnp.ones(cell.shape, jnp.float32)
+    position = unravel(cell, cells.output_shape)
+    for p, size, width in zip(position, cells.input_shape, cells.strides, strict=True):
+        count *= jnp.clip(size - p * width, 1, width)
+    return count
+
+
+def _forward_native(config, platform, groups, keys, values):
+    batch, channels, _ = values.shape
+    plan = _plans.pool(config.cells, batch * channels, config.capacity, values.dtype.itemsize)
+    outputs = (
+        jax.ShapeDtypeStruct((batch, keys.shape[1], config.capacity), jnp.int32),
+        jax.ShapeDtypeStruct((batch, channels, config.capacity), values.dtype),
+        jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8),
+    )
+    window = _ffi.window_attributes(config.cells)
+    attributes = {"mode": config.mode, **window, **plan.attributes}
+    return _ffi.call("ilajax_pool_fwd", outputs, keys, values, **attributes)[:2]
+
+
+def _backward_native(config, platform, groups, keys, values, pooled_keys, cotangent):
+    batch, channels, _ = values.shape
+    plan = _plans.pool(config.cells, batch * channels, config.capacity, values.dtype.itemsize)
+    outputs = (
+        jax.ShapeDtypeStruct(values.shape, values.dtype),
+        jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8),
+    )
+    window = _ffi.window_attributes(config.cells)
+    attributes = {"mode": config.mode, **window, **plan.attributes}
+    operands = (keys, values, pooled_keys, cotangent)
+    return _ffi.call("ilajax_pool_bwd", outputs, *operands, **attributes)[:1]

@@ -1,0 +1,137 @@
+"""Submanifold convolution: responses at the input's own sites, `conv` with support="input"."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ilajax import _ffi
+from ilajax.geometry import Window
+from ilajax.ops import _plans
+from ilajax.ops.weights import at_live_weights, dense_weights, sum_products
+
+
+def submanifold_conv(
+    window: Window,
+    keys: jax.Array,
+    values: jax.Array,
+    kernel_keys: jax.Array,
+    weights: jax.Array,
+    bias: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Responses [B, Cout, K] of shared keys [B, 1, K], and how many are not zero, int32[B, Cout].
+
+    See `ilajax.conv` for the semantics. The source is Graham et al., "Submanifold sparse convolutional
+    networks"; the paper cites it as [11].
+    """
+    return _submanifold(window, *_ffi.vary_together(keys, values, kernel_keys, weights, bias))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _submanifold(window, keys, values, kernel_keys, weights, bias):
+    return _forward(window, keys, values, kernel_keys, weights, bias)
+
+
+def _forward(window: Window, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+    target = "ilajax_submanifold_fwd"
+    native = functools.partial(_forward_native, window)
+    reference = functools.partial(_forward_reference, window)
+    return _ffi.dispatch(target, native, reference, operands, (True, True, False, False, False))
+
+
+def _vjp_forward(window, keys, values, kernel_keys, weights, bias):
+    outputs = _forward(window, keys, values, kernel_keys, weights, bias)
+    return outputs, (keys, values, kernel_keys, weights)
+
+
+def _vjp_backward(window, residuals, cotangents):
+    target = "ilajax_submanifold_bwd"
+    native = functools.partial(_backward_native, window)
+    reference = functools.partial(_backward_reference, window)
+    operands = (*residuals, cotangents[0])
+    batched = (True, True, False, False, True)
+    values, weights, bias = _ffi.dispatch(target, native, reference, operands, batched)
+    return None, values, None, weights[0], bias[0]
+
+
+_submanifold.defvjp(_vjp_forward, _vjp_backward)
+
+
+def _forward_reference(window, keys, values, kernel_keys, weights, bias):
+    x = _stored(window, keys, values)
+    w = dense_weights(kernel_keys, weights, window.taps, x.shape[1], bias.size)
+
+    def add_tap(total, tap):
+        seen = _at_sites(keys, x, window.input_keys(keys, tap))  # [B, Cin, K]
+        return total + sum_products(seen[:, None], w[:, :, tap, None], axis=2), None
+
+    total = jnp.zeros((x.shape[0], bias.size, x.shape[2]), jnp.float32)
+    total = _ffi.vary_together(total, x, w)[0]
+    response, _ = jax.lax.scan(add_tap, total, jnp.arange(window.taps))
+    response = jnp.where(_inside(window, keys), response, 0)
+    responses = jnp.sum(response != 0, axis=2, dtype=jnp.int32)
+    features = jnp.where(response != 0, response + bias[:, None], 0).astype(values.dtype)
+    return features, responses
+
+
+def _backward_reference(window, keys, values, kernel_keys, weights, cotangent):
+    x = _stored(window, keys, values)
+    g = _stored(window, keys, cotangent)
+    w = dense_weights(kernel_keys, weights, window.taps, x.shape[1], g.shape[1])
+
+    def add_tap(x_bar, tap):
+        seen = _at_sites(keys, g, window.output_keys(keys, tap))  # [B, Cout, K]
+        x_bar += sum_products(seen[:, None], w[:, :, tap].T[..., None], axis=2)
+        return x_bar, sum_products(x[:, :, None], seen[:, None], axis=(0, 3))
+
+    start = _ffi.vary_together(jnp.zeros_like(x), g, w)[0]
+    x_bar, w_bar = jax.lax.scan(add_tap, start, jnp.arange(window.taps))
+    x_bar = jnp.where(_inside(window, keys), x_bar, 0).astype(values.dtype)
+    return x_bar, at_live_weights(kernel_keys, w_bar)[None], jnp.sum(g, axis=(0, 2))[None]
+
+
+def _inside(window: Window, keys: jax.Array) -> jax.Array:
+    return (keys >= 0) & (keys < window.input_sites)
+
+
+def _stored(window: Window, keys: jax.Array, values: jax.Array) -> jax.Array:
+    """The values in float32, 0 at padding whatever stands there."""
+    return jnp.where(_inside(window, keys), values.astype(jnp.float32), 0)
+
+
+def _at_sites(keys: jax.Array, values: jax.Array, sites: jax.Array) -> jax.Array:
+    """values [B, C, K] at the slots whose shared keys [B, 1, K] equal `sites` [B, 1, K], else 0."""
+    slot = jax.vmap(functools.partial(jnp.searchsorted, method="sort"))(keys[:, 0], sites[:, 0])[:, None]
+    slot = jnp.minimum(slot, keys.shape[2] - 1)
+    found = jnp.take_along_axis(keys, slot, axis=2) == sites
+    return jnp.where(found, jnp.take_along_axis(values, slot, axis=2), 0)
+
+
+def _forward_native(window, platform, groups, keys, values, kernel_keys, weights, bias):
+    batch, in_channels, slots = values.shape
+    plan = _plans.submanifold_forward(window, batch, in_channels, bias.size, slots)
+    outputs = (
+        jax.ShapeDtypeStruct((batch, bias.size, slots), values.dtype),
+        jax.ShapeDtypeStruct((batch, bias.size), jnp.int32),
+        jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8),
+    )
+    operands = (keys, values, kernel_keys, weights, bias)
+    attributes = {**_ffi.window_attributes(window), **plan.attributes}
+    return _ffi.call("ilajax_submanifold_fwd", outputs, *operands, **attributes)[:2]
+
+
+def _backward_native(window, platform, groups, keys, values, kernel_keys, weights, cotangent):
+    batch, in_channels, slots = values.shape
+    out_channels = cotangent.shape[1]
+    plan = _plans.submanifold_backward(
+        window, batch, groups, in_channels, out_channels, slots, kernel_keys.size
+    )
+    outputs = (
+        jax.ShapeDtypeStruct(values.shape, values.dtype),
+        jax.ShapeDtypeStruct((groups, kernel_keys.size), jnp.float32),
+        jax.ShapeDtypeStruct((groups, out_channels), jnp.float32),
+        jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8),
+    )
+    operands = (keys, values, kernel_keys, weights, cotangent)
+    attributes = {**_ffi.window_attributes(window), **plan.attributes}
+    return _ffi.call("ilajax_submanifold_bwd", outputs, *operands, **attributes)[:3]

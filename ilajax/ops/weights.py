@@ -1,0 +1,23 @@
+"""Filters in the references: live weights on a dense grid, and products that keep to the sparse rules."""
+
+import jax
+import jax.numpy as jnp
+
+
+def dense_weights(keys: jax.Array, values: jax.Array, taps: int, cin: int, cout: int) -> jax.Array:
+    """Live weights [Cout, Cin, taps]; padding is dropped, whatever its value is."""
+    size = cout * cin * taps
+    keys = jnp.where(keys < 0, size, keys)
+    return jnp.zeros_like(values, shape=size).at[keys].set(values, mode="drop").reshape(cout, cin, taps)
+
+
+def at_live_weights(keys: jax.Array, dense: jax.Array) -> jax.Array:
+    """The entries [N] of dense [taps, Cin, Cout] at the keys of live weights, 0 at padding."""
+    flat = jnp.transpose(dense, (2, 1, 0)).reshape(-1)
+    live = (keys >= 0) & (keys < flat.size)
+    return jnp.where(live, flat[jnp.where(live, keys, 0)], 0)
+
+
+def sum_products(a: jax.Array, b: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
+    """Sums a * b over `axis`; a zero factor adds nothing, not even against inf or NaN."""
+    return jnp.sum(jnp.where((a != 0) & (b != 0), a * b, 0), axis=axis)

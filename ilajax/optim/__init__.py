@@ -1,0 +1,18 @@
+"""Training that favours sparsity: Optax transformations, and the removal of pruned weights."""
+
+from ilajax.optim.compact import compact
+from ilajax.optim.density_biased_l2 import DensityBiasedL2State, density_biased_l2
+from ilajax.optim.excess_density import excess_density
+from ilajax.optim.one_warning_shot_pruning import (
+    OneWarningShotPruningState,
+    one_warning_shot_pruning,
+)
+
+__all__ = [
+    "DensityBiasedL2State",
+    "OneWarningShotPruningState",
+    "compact",
+    "density_biased_l2",
+    "excess_density",
+    "one_warning_shot_pruning",
+]

@@ -1,0 +1,156 @@
+"""L2 regularisation that pushes weights down where feature maps are too dense, and up where too sparse."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class DensityBiasedL2State(NamedTuple):
+    """State of `density_biased_l2`.
+
+    Attributes:
+      bias: the low-passed bias b of each weight, float32 or wider; a tree like params.
+    """
+
+    bias: optax.Params
+
+
+def density_biased_l2(
+    scale: float, *, offset: float, b1: float, b2: float, momentum: float = 0.0
+) -> optax.GradientTransformationExtraArgs:
+    """Adds the gradient of scale / 2 * sum (w + b)^2, with b from the excess density, to the updates.
+
+    With e = rho - rho_up, how far the density of a weight's output channel stands above its bound,
+
+      b_new = offset + b1 * e   if e > 0   (the channel exceeds its resources)
+              b2 * e            else       (it leaves some unused)
+      b <- momentum * b + (1 - momentum) * b_new, starting at 0
+      update <- update + scale * (w + b)
+
+    Values, not magnitudes, are pushed: the ReLU behind a filter (`select="positive"`) turns lower weights
+    into fewer responses. It stands first in a chain, so that the optimizer scales it like any gradient:
+
+      >>> tx = optax.chain(
+      ...     ilajax.optim.density_biased_l2(0.1, offset=0.1, b1=0.1, b2=0.1),
+      ...     optax.adagrad(1e-3),
+      ...     ilajax.optim.one_warning_shot_pruning(1e-3),
+      ... )
+      >>> model = ilajax.nn.Conv(1, 2, (3,), density_bound=0.5, rngs=nnx.Rngs(0))
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> x = ilajax.from_dense(jnp.ones((1, 8, 1)), capacity=8)
+      >>> grads = nnx.grad(lambda model: model(x).values.sum())(model)
+      >>> excess = ilajax.optim.excess_density(model)
+      >>> _ = optimizer.update(model, grads, excess_density=excess, epoch_end=False)
+
+    Args:
+      scale: strength of the regularisation, lambda, 0 or more.
+      offset: additional bias where the bound is exceeded, o, 0 or more.
+      b1: bias for each unit of density above the bound, 0 or more.
+      b2: bias for each unit of density below it, 0 or more.
+      momentum: share of the old bias that is kept at each step, in [0, 1).
+
+    Returns:
+      A transformation `update(updates, state, params, *, excess_density)`. `excess_density` is a tree like
+      params (or a prefix of one) whose leaves broadcast against the parameters, as
+      `ilajax.optim.excess_density` returns it; None leaves the parameter alone.
+
+    Raises:
+      ValueError: if a number lies outside its range; in an update, if params are missing, or the trees or
+        shapes do not fit together.
+
+    Source: Hackel et al., section 3, "Adaptive density regularisation", equation 4. The low-pass is the
+    authors' release's.
+    """
+    for name, value in {"scale": scale, "offset": offset, "b1": b1, "b2": b2}.items():
+        # Hyperparameters injected by optax.inject_hyperparams are arrays: nothing to look at.
+        if isinstance(value, int | float) and not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be a finite number, 0 or more, got {value}.")
+    if isinstance(momentum, int | float) and not 0 <= momentum < 1:
+        raise ValueError(
+            f"momentum must lie in [0, 1), got {momentum}. 0 follows the densities at once."
+        )
+
+    def init(params: optax.Params) -> DensityBiasedL2State:
+        return DensityBiasedL2State(jax.tree.map(lambda w: jnp.zeros(w.shape, _wide(w)), params))
+
+    def update(
+        updates: optax.Updates,
+        state: DensityBiasedL2State,
+        params: optax.Params | None = None,
+        *,
+        excess_density: Any,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, DensityBiasedL2State]:
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "density_biased_l2 needs params: call update(updates, state, params, ...)."
+            )
+        excess_at = _by_path(excess_density)
+
+        def new_bias(path: Any, b: Any, g: Any, w: Any) -> Any:
+            e = None if g is None else excess_at(path)
+            if e is None:
+                return b
+            _check_broadcasts(path, e, w)
+            e = jnp.asarray(e, b.dtype)
+            target = jnp.where(e > 0, offset + b1 * e, b2 * e)
+            return jnp.asarray(momentum * b + (1 - momentum) * target, b.dtype)
+
+        def regularised(path: Any, b: Any, g: Any, w: Any) -> Any:
+            if g is None or excess_at(path) is None:
+                return g
+            return jnp.asarray(g + scale * (w + b), g.dtype)
+
+        tree_map = jax.tree_util.tree_map_with_path
+        bias = tree_map(new_bias, state.bias, updates, params)
+        updates = tree_map(regularised, bias, updates, params)
+        return updates, DensityBiasedL2State(bias)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _wide(w: jax.Array) -> Any:
+    # A low-pass in bfloat16 would stand still: its steps are below one part in 256.
+    return jnp.promote_types(w.dtype, jnp.float32)
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+def _by_path(excess: Any) -> Callable[[Any], Any]:
+    """Looks an excess density up by the path of a parameter or of a subtree that it is in.
+
+    By path, not by structure: excess may be a dict where params are an nnx.State, and optax.masked takes
+    leaves out of params but not out of excess.
+    """
+    leaves = dict(jax.tree_util.tree_leaves_with_path(excess, is_leaf=_is_none))
+
+    def find(path: Any) -> Any:
+        for depth in range(len(path), -1, -1):
+            if path[:depth] in leaves:
+                return leaves[path[:depth]]
+        raise ValueError(
+            f"excess_density must be a tree like params, but has no leaf for the parameter "
+            f"{jax.tree_util.keystr(path)}. Read it off the model with ilajax.optim.excess_density, or give "
+            f"None where there is no bound."
+        )
+
+    return find
+
+
+def _check_broadcasts(path: Any, e: Any, w: jax.Array) -> None:
+    try:
+        fits = jnp.broadcast_shapes(jnp.shape(e), w.shape) == w.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"excess_density of {jax.tree_util.keystr(path)} must broadcast against the parameter's shape "
+            f"{w.shape}, got shape {jnp.shape(e)}. After ilajax.optim.compact(..., shrink=True) read it off "
+            f"the model again."
+        )

@@ -1,0 +1,114 @@
+"""Pruning of weights that are small at the ends of two epochs in a row."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class OneWarningShotPruningState(NamedTuple):
+    """State of `one_warning_shot_pruning`: two trees like params.
+
+    Attributes:
+      warned: bool, whether a weight was below the threshold at the last epoch's end.
+      pruned: bool, whether a weight is gone for good.
+    """
+
+    warned: optax.Params
+    pruned: optax.Params
+
+
+def one_warning_shot_pruning(threshold: float) -> optax.GradientTransformationExtraArgs:
+    """Sets weights to 0 for good that are below a threshold at the ends of two epochs in a row.
+
+    At an epoch's end (`epoch_end=True`) each weight w is looked at as it is before this step's update:
+
+      |w| < threshold and not warned:  it is warned
+      |w| < threshold and warned:      it is pruned, its update is exactly -w
+      otherwise:                       it loses its warning
+
+    and from then on the update of a pruned weight is 0. One small value is no reason to prune: the weight may
+    just pass through zero on its way to the other sign. NaN is never pruned.
+
+    **It must come last in a chain.** Behind it, an optimizer would scale the update -w, and its momentum or
+    weight decay would move pruned weights away from 0 again. In front of it they may do as they like.
+
+    It works on any tree of parameters; weights of dense layers stay in place as zeros. `ilajax.optim.compact`
+    takes the pruned weights of sparse layers out of storage. Biases usually start at 0, so that slow ones are
+    pruned there; to prune filters only:
+
+      >>> def kernels(params):
+      ...     is_kernel = lambda path, _: jax.tree_util.DictKey('kernel') in path
+      ...     return jax.tree_util.tree_map_with_path(is_kernel, params)
+      >>> pruning = optax.masked(ilajax.optim.one_warning_shot_pruning(1e-3), kernels)
+
+    Args:
+      threshold: magnitude below which a weight counts as small, 0 (nothing is pruned) or more.
+
+    Returns:
+      A transformation `update(updates, state, params, *, epoch_end)`. `epoch_end` is a bool, which may be
+      traced: one compiled step serves all steps of an epoch. Inside `optax.MultiSteps`, state changes only
+      in steps that emit an update, so `epoch_end` must be True in one of these.
+
+    Raises:
+      ValueError: if the threshold is negative or not finite; in an update, if params are missing.
+      TypeError: in an update, if `epoch_end` is not a bool.
+
+    Example:
+      >>> tx = optax.chain(optax.sgd(0.1), ilajax.optim.one_warning_shot_pruning(0.5))
+      >>> params, grads = jnp.array([0.25, 1.0]), jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> for epoch in range(2):
+      ...     updates, state = tx.update(grads, state, params, epoch_end=True)
+      >>> optax.apply_updates(params, updates)
+      Array([0., 1.], dtype=float32)
+
+    Source: Hackel et al., section 3, "Parameter pruning".
+    """
+    # A threshold injected by optax.inject_hyperparams is an array: nothing to look at.
+    if isinstance(threshold, int | float) and not (0 <= threshold < math.inf):
+        raise ValueError(f"threshold must be a finite number, 0 or more, got {threshold}.")
+
+    def init(params: optax.Params) -> OneWarningShotPruningState:
+        def none_yet() -> optax.Params:
+            return jax.tree.map(lambda w: jnp.zeros(w.shape, bool), params)
+
+        # Two sets of buffers, so that a jitted step may donate both.
+        return OneWarningShotPruningState(none_yet(), none_yet())
+
+    def update(
+        updates: optax.Updates,
+        state: OneWarningShotPruningState,
+        params: optax.Params | None = None,
+        *,
+        epoch_end: bool | jax.Array,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, OneWarningShotPruningState]:
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "one_warning_shot_pruning needs params: call update(updates, state, params, ...)."
+            )
+        ends = jnp.asarray(epoch_end)
+        if ends.dtype != jnp.bool_ or ends.shape:
+            raise TypeError(f"epoch_end must be a bool, got {ends.dtype} of shape {ends.shape}.")
+
+        small = jax.tree.map(lambda w: jnp.abs(w) < threshold, params)
+        warned = jax.tree.map(lambda s, was: jnp.where(ends, s, was), small, state.warned)
+        pruned = jax.tree.map(
+            lambda s, warned, was: was | (ends & s & warned), small, state.warned, state.pruned
+        )
+
+        def held(now: jax.Array, before: jax.Array, u: Any, w: jax.Array) -> Any:
+            if u is None:
+                return None
+            # -w of a float32 weight would not be exact in a bfloat16 update.
+            u = u.astype(jnp.promote_types(u.dtype, w.dtype))
+            return jnp.where(now, jnp.where(before, 0, -w.astype(u.dtype)), u)
+
+        updates = jax.tree.map(held, pruned, state.pruned, updates, params)
+        return updates, OneWarningShotPruningState(warned, pruned)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,177 @@
+"""SparseKernel: filters that store their live weights only."""
+
+import dataclasses
+import operator
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ilajax.geometry import MAX_SITES, sites
+from ilajax.sparse_tensor import VALUE_DTYPES
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class SparseKernel:
+    """A convolution filter as a list of its live weights, of fixed length.
+
+    A stored weight is live even where its value is 0; only an absent key is "removed by pruning".
+
+    Attributes:
+      keys: int32[N], `(oc * Cin + ic) * taps + tap` in ascending order: sorted by output channel, input
+        channel, then tap, row-major in the window. Padding has the key `Cout * Cin * taps` and stands at
+        the tail.
+      values: float32, bfloat16 or float16 [N]; 0 in padding. Ops ignore a value whose key is padding.
+      shape: (*window, Cin, Cout), Flax's kernel layout; static.
+
+    Example:
+      >>> w = jax.random.normal(jax.random.key(0), (3, 3, 1, 8))
+      >>> kernel = ilajax.SparseKernel.from_dense(w, mask=abs(w) > 1)
+      >>> kernel.to_dense().shape
+      (3, 3, 1, 8)
+
+    Raises:
+      TypeError, ValueError: if shapes or dtypes do not fit together.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", check_kernel_shape(self.shape))
+        if len(self.keys.shape) != 1 or self.keys.shape != self.values.shape:
+            raise ValueError(
+                f"keys and values must be vectors of one length, got shapes {self.keys.shape} and "
+                f"{self.values.shape}."
+            )
+        if self.keys.dtype != jnp.int32:
+            raise TypeError(f"keys must be int32, got {self.keys.dtype}.")
+        if self.values.dtype not in VALUE_DTYPES:
+            raise TypeError(f"values must be float32, bfloat16 or float16, got {self.values.dtype}.")
+
+    @property
+    def window_shape(self) -> tuple[int, ...]:
+        return self.shape[:-2]
+
+    @property
+    def taps(self) -> int:
+        return sites(self.window_shape)
+
+    @property
+    def in_channels(self) -> int:
+        return self.shape[-2]
+
+    @property
+    def out_channels(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def size(self) -> int:
+        """Weights of the full filter, which is also the key of padding."""
+        return sites(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.values.dtype
+
+    @property
+    def count(self) -> jax.Array:
+        """Live weights, int32[]."""
+        return jnp.sum(self.keys < self.size, dtype=jnp.int32)
+
+    @property
+    def density(self) -> jax.Array:
+        """Share of the weights that are live, float32[]."""
+        return self.count.astype(jnp.float32) / self.size
+
+    @classmethod
+    def from_dense(cls, w: jax.Array, mask: jax.Array | None = None) -> Self:
+        """Stores the weights of a dense kernel [*window, Cin, Cout], or those under a mask of its shape.
+
+        The list has one slot for each weight, so that the shape does not depend on the mask; a concrete
+        mask cuts it to the number of live weights.
+
+        Raises:
+          TypeError, ValueError: if `w` or `mask` has a wrong shape or dtype.
+        """
+        w = jnp.asarray(w)
+        shape = check_kernel_shape(w.shape)
+        values = _to_key_order(w)
+        keys = jnp.arange(values.size, dtype=jnp.int32)
+        if mask is None:
+            return cls(keys, values, shape)
+        mask = jnp.asarray(mask)
+        if mask.shape != w.shape:
+            raise ValueError(f"mask must have the shape {w.shape} of w, got {mask.shape}.")
+        if mask.dtype != jnp.bool_:
+            raise TypeError(f"mask must be bool, got {mask.dtype}. Compare explicitly, as in w != 0.")
+        live = _to_key_order(mask)
+        keys = jnp.where(live, keys, values.size)
+        order = jnp.argsort(keys)
+        slots = values.size
+        if not isinstance(live, jax.core.Tracer):
+            slots = max(1, int(live.sum()))
+        return cls(keys[order][:slots], jnp.where(live, values, 0)[order][:slots], shape)
+
+    def to_dense(self) -> jax.Array:
+        """The dense kernel [*window, Cin, Cout], 0 where no weight is stored."""
+        flat = jnp.zeros(self.size, self.dtype).at[self._safe_keys].set(self.values, mode="drop")
+        return _from_key_order(flat, self.shape)
+
+    def mask(self) -> jax.Array:
+        """Where a weight is live, bool [*window, Cin, Cout]."""
+        flat = jnp.zeros(self.size, bool).at[self._safe_keys].set(True, mode="drop")
+        return _from_key_order(flat, self.shape)
+
+    def refill(self) -> Self:
+        """The full filter again: removed weights re-enter at 0 and are live, for transfer learning."""
+        return type(self).from_dense(self.to_dense())
+
+    @property
+    def _safe_keys(self) -> jax.Array:
+        # Negative indices would wrap around.
+        return jnp.where(self.keys < 0, self.size, self.keys)
+
+    def __repr__(self) -> str:
+        if not hasattr(self.values, "dtype"):
+            return f"SparseKernel(keys={self.keys!r}, values={self.values!r}, shape={self.shape})"
+        return f"SparseKernel({self.dtype}{list(self.shape)}, {self.values.size} of {self.size} slots)"
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[Any, Any], tuple[int, ...]]:
+        name = jax.tree_util.GetAttrKey
+        return ((name("keys"), self.keys), (name("values"), self.values)), self.shape
+
+    @classmethod
+    def tree_unflatten(cls, shape: tuple[int, ...], leaves: tuple[Any, Any]) -> Self:
+        # Transformations put tracers, None and plain objects here: nothing is checked.
+        self = object.__new__(cls)
+        for name, value in zip(("keys", "values"), leaves, strict=True):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "shape", shape)
+        return self
+
+
+def check_kernel_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns (*window, Cin, Cout) as a tuple of ints, or raises ValueError."""
+    checked = tuple(operator.index(size) for size in shape)
+    if len(checked) < 3 or min(checked) < 1:
+        raise ValueError(
+            f"a kernel's shape must be (*window, Cin, Cout) with at least one window axis and no empty "
+            f"axis, got {checked}."
+        )
+    if sites(checked) > MAX_SITES:
+        raise ValueError(f"a kernel must have fewer than 2**31 weights, got shape {checked}.")
+    return checked
+
+
+def _to_key_order(w: jax.Array) -> jax.Array:
+    """[*window, Cin, Cout] to the flat order (Cout, Cin, tap) of the keys."""
+    return jnp.moveaxis(w.reshape(-1, *w.shape[-2:]), (0, 1, 2), (2, 1, 0)).reshape(-1)
+
+
+def _from_key_order(flat: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    taps = sites(shape[:-2])
+    return jnp.moveaxis(flat.reshape(shape[-1], shape[-2], taps), (0, 1, 2), (2, 1, 0)).reshape(shape)

@@ -1,0 +1,245 @@
+"""SparseTensor: feature maps as padded coordinate lists of fixed capacity."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import sparse
+
+from ilajax.geometry import check_spatial_shape, sites
+
+VALUE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class SparseTensor:
+    """A batch of feature maps that stores at most K sites for each sample and channel.
+
+    Every (batch, channel) segment holds its stored sites in ascending order of their keys, then
+    padding. All shapes are static, so a SparseTensor goes through `jit`, `vmap`, `scan` and
+    `shard_map` like any array with a leading batch axis.
+
+    Attributes:
+      keys: int32[B, C or 1, K], the flat row-major position in the spatial grid. Padding sits at
+        the tail and has the key `prod(spatial_shape)`. A channel axis of 1 is a shared support:
+        all channels have the same sites.
+      values: float32, bfloat16 or float16 [B, C, K]; 0 in padding.
+      spatial_shape: the grid, one or more axes with fewer than 2**31 sites; static.
+
+    The keys are integers, so differentiate with respect to the values, or pass `allow_int=True`:
+
+      >>> x = ilajax.from_dense(jnp.ones((1, 4, 4, 1)), capacity=16)
+      >>> loss = lambda values: ilajax.to_dense(x.with_values(values)).sum()
+      >>> jax.grad(loss)(x.values).shape
+      (1, 1, 16)
+
+    Raises:
+      TypeError, ValueError: if the arrays' shapes or dtypes do not fit together. What stands in the
+        arrays is looked at by `validate()` only.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    spatial_shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spatial_shape", check_spatial_shape(self.spatial_shape))
+        _check_arrays(self.keys, self.values)
+
+    @property
+    def batch_size(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def channels(self) -> int:
+        return self.values.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """Slots of each segment, K."""
+        return self.values.shape[2]
+
+    @property
+    def sites(self) -> int:
+        """Sites of the grid, which is also the key of padding."""
+        return sites(self.spatial_shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the equal dense array, (B, *spatial_shape, C)."""
+        return (self.batch_size, *self.spatial_shape, self.channels)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.values.dtype
+
+    @property
+    def shared(self) -> bool:
+        """Whether one support serves all channels."""
+        return self.keys.shape[1] == 1
+
+    @property
+    def counts(self) -> jax.Array:
+        """Stored sites of each sample and channel, int32[B, C]."""
+        stored = jnp.sum(self.keys < self.sites, axis=2, dtype=jnp.int32)
+        return jnp.broadcast_to(stored, (self.batch_size, self.channels))
+
+    @property
+    def density(self) -> jax.Array:
+        """Share of the sites that are stored, float32[B, C]."""
+        return self.counts.astype(jnp.float32) / self.sites
+
+    def with_values(self, values: jax.Array) -> Self:
+        """The same support with other values, [B, C', K]; C' may differ where the support is shared."""
+        return dataclasses.replace(self, values=values)
+
+    def map(self, f: Callable[[jax.Array], jax.Array]) -> Self:
+        """Applies `f` to the stored values; padding stays 0, whatever `f` makes of it."""
+        # Padding is kept away from f too: where f has no derivative at 0, its gradient would be nan.
+        stored = self.keys < self.sites
+        mapped = f(jnp.where(stored, self.values, jnp.ones_like(self.values)))
+        return self.with_values(jnp.where(stored, mapped, jnp.zeros_like(mapped)))
+
+    def unshare(self) -> Self:
+        """Gives each channel its own keys."""
+        shape = (self.batch_size, self.channels, self.capacity)
+        return dataclasses.replace(self, keys=jnp.broadcast_to(self.keys, shape))
+
+    def to_bcoo(self) -> sparse.BCOO:
+        """The same array as a `jax.experimental.sparse.BCOO` of shape (B, C, *S) with n_batch=2."""
+        own = self.unshare()
+        position = jnp.stack(jnp.unravel_index(own.keys, self.spatial_shape), axis=-1)
+        # BCOO marks padding by an index past the end of every axis.
+        padding = (own.keys >= self.sites)[..., None]
+        indices = jnp.where(padding, jnp.array(self.spatial_shape, jnp.int32), position)
+        return sparse.BCOO(
+            (self.values, indices.astype(jnp.int32)),
+            shape=(self.batch_size, self.channels, *self.spatial_shape),
+            indices_sorted=True,
+            unique_indices=True,
+        )
+
+    @classmethod
+    def from_bcoo(cls, matrix: sparse.BCOO) -> Self:
+        """From a BCOO of shape (B, C, *S) with n_batch=2 and n_dense=0; duplicates are added up.
+
+        Raises:
+          TypeError, ValueError: if it is not a BCOO of this layout.
+        """
+        if not isinstance(matrix, sparse.BCOO):
+            raise TypeError(f"matrix must be a jax BCOO, got {type(matrix).__name__}.")
+        if matrix.n_batch != 2 or matrix.n_dense != 0 or matrix.ndim < 3:
+            raise ValueError(
+                f"matrix must have shape (B, C, *S) with n_batch=2 and n_dense=0, got shape {matrix.shape} "
+                f"with n_batch={matrix.n_batch} and n_dense={matrix.n_dense}. "
+                f"Make one with BCOO.fromdense(x, n_batch=2)."
+            )
+        spatial_shape = check_spatial_shape(matrix.shape[2:])
+        if not matrix.unique_indices:
+            matrix = matrix.sum_duplicates(nse=matrix.nse)
+        extent = jnp.array(spatial_shape, jnp.int32)
+        inside = jnp.all((matrix.indices >= 0) & (matrix.indices < extent), axis=-1)
+        flat = jnp.zeros(inside.shape, jnp.int32)
+        for axis, size in enumerate(spatial_shape):
+            flat = flat * size + jnp.clip(matrix.indices[..., axis], 0, size - 1)
+        keys = jnp.where(inside, flat, sites(spatial_shape))
+        shape = (*matrix.shape[:2], matrix.nse)
+        keys = jnp.broadcast_to(keys, shape)
+        values = jnp.broadcast_to(jnp.where(inside, matrix.data, 0), shape)
+        order = jnp.argsort(keys, axis=2, stable=True)
+        return cls(
+            jnp.take_along_axis(keys, order, axis=2),
+            jnp.take_along_axis(values, order, axis=2),
+            spatial_shape,
+        )
+
+    def validate(self) -> Self:
+        """Checks the invariants on concrete arrays and returns the tensor.
+
+        Raises:
+          ValueError: naming the first segment (batch, channel) that breaks one, or the arrays' shapes or
+            dtypes that do not fit together. Under `jit` there is nothing to look at: validate outside.
+        """
+        try:
+            _check_arrays(self.keys, self.values)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        if any(isinstance(a, jax.core.Tracer) for a in (self.keys, self.values)):
+            raise ValueError("validate() looks at concrete arrays, got tracers. Call it outside jit.")
+        keys = np.asarray(self.keys, np.int64)
+        values = np.asarray(self.values, np.float32)
+        padding = keys == self.sites
+        _raise_at("a key outside the grid [0, {sites}]", (keys < 0) | (keys > self.sites), self)
+        _raise_at("a stored key behind padding", padding[..., :-1] & ~padding[..., 1:], self)
+        ascending = (keys[..., :-1] < keys[..., 1:]) | padding[..., 1:]
+        _raise_at("keys that do not strictly ascend", ~ascending, self)
+        _raise_at("a value other than 0 in padding", padding & (values != 0), self)
+        return self
+
+    def __repr__(self) -> str:
+        if not hasattr(self.values, "dtype") or not hasattr(self.keys, "shape"):
+            return f"SparseTensor(keys={self.keys!r}, values={self.values!r})"
+        support = ", shared support" if self.shared else ""
+        return (
+            f"SparseTensor({self.dtype}{list(self.shape)}, capacity={self.capacity} of {self.sites} sites"
+            f"{support})"
+        )
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[Any, Any], tuple[int, ...]]:
+        name = jax.tree_util.GetAttrKey
+        return ((name("keys"), self.keys), (name("values"), self.values)), self.spatial_shape
+
+    @classmethod
+    def tree_unflatten(cls, spatial_shape: tuple[int, ...], leaves: tuple[Any, Any]) -> Self:
+        # Transformations put tracers, None and plain objects here: nothing is checked.
+        self = object.__new__(cls)
+        for name, value in zip(("keys", "values"), leaves, strict=True):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "spatial_shape", spatial_shape)
+        return self
+
+
+def check_sparse(argument: str, x: object) -> None:
+    """Raises TypeError unless `x` is a SparseTensor, and whatever its constructor would raise."""
+    if not isinstance(x, SparseTensor):
+        raise TypeError(
+            f"{argument} must be an ilajax.SparseTensor, got {type(x).__name__}. "
+            f"Make one with ilajax.from_dense or ilajax.from_points."
+        )
+    _check_arrays(x.keys, x.values)
+
+
+def _check_arrays(keys: Any, values: Any) -> None:
+    for name, array in (("keys", keys), ("values", values)):
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise TypeError(f"{name} must be an array, got {type(array).__name__}.")
+        if len(array.shape) != 3:
+            raise ValueError(
+                f"{name} must have three axes (batch, channel, slot), got shape {array.shape}."
+            )
+    if keys.dtype != jnp.int32:
+        raise TypeError(f"keys must be int32, got {keys.dtype}.")
+    if values.dtype not in VALUE_DTYPES:
+        raise TypeError(f"values must be float32, bfloat16 or float16, got {values.dtype}.")
+    batch, channels, slots = values.shape
+    if keys.shape not in ((batch, channels, slots), (batch, 1, slots)):
+        raise ValueError(
+            f"keys must have the shape {(batch, channels, slots)} of values, or {(batch, 1, slots)} for a "
+            f"shared support, got {keys.shape}."
+        )
+    if slots < 1:
+        raise ValueError("a SparseTensor needs a capacity of at least 1, got 0 slots.")
+
+
+def _raise_at(what: str, wrong: np.ndarray, x: SparseTensor) -> None:
+    if wrong.any():
+        batch, channel, slot = np.argwhere(wrong)[0].tolist()
+        where = f"batch {batch}, channel {channel}" + (" (shared by all)" if x.shared else "")
+        raise ValueError(
+            f"segment ({where}) has {what.format(sites=x.sites)}, at slot {slot} of {x.capacity}. "
+            f"Keys must ascend strictly, padding (key {x.sites}, value 0) must stand at the tail."
+        )

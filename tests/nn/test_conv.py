@@ -1,0 +1,320 @@
+"""nn.Conv: its weights, its measurement, and how it lives inside Flax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ilajax
+from ilajax.nn import Conv, Density, KernelKeys, iter_convs
+
+
+def grid(seed=0, shape=(2, 6, 5, 2), density=0.5):
+    key, mask = jax.random.split(jax.random.key(seed))
+    return jax.random.normal(key, shape) * jax.random.bernoulli(mask, density, shape)
+
+
+def sparse(seed=0, shape=(2, 6, 5, 2), density=0.5):
+    x = grid(seed, shape, density)
+    return ilajax.from_dense(x, capacity=x[0, ..., 0].size)
+
+
+def layer(seed=0, **kwargs):
+    kwargs = {"density_bound": 0.25} | kwargs
+    return Conv(2, 3, (3, 3), rngs=nnx.Rngs(seed), **kwargs)
+
+
+# --- Forward ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"select": "value"},
+        {"select": "magnitude", "use_bias": False},
+        {"strides": 2, "padding": "VALID"},
+        {"strides": (1, 2), "padding": [(2, 0), (1, 1)], "kernel_dilation": (2, 1)},
+    ],
+    ids=str,
+)
+def test_is_conv_with_its_weights_and_the_bounds_capacity(options):
+    x, module = sparse(), layer(bias_init=nnx.initializers.normal(), **options)
+    features = module(x)
+    geometric = {k: v for k, v in options.items() if k not in ("use_bias",)}
+    bias = None if module.bias is None else module.bias[...]
+    sites = np.prod(features.spatial_shape)
+    expected = ilajax.conv(x, module.sparse_kernel, bias, capacity=max(1, sites // 4), **geometric)
+    np.testing.assert_array_equal(features.keys, expected.features.keys)
+    np.testing.assert_array_equal(features.values, expected.features.values)
+    np.testing.assert_allclose(
+        module.density[...], np.asarray(expected.responses).mean(axis=0) / sites, rtol=1e-6
+    )
+
+
+def test_starts_as_flaxs_conv_and_equals_it_with_relu_at_bound_one():
+    dense_rngs, rngs = nnx.Rngs(3), nnx.Rngs(3)
+    x = grid()
+    for _ in range(2):  # the second layer too: both drew the same number of keys
+        dense = nnx.Conv(2, 3, (3, 3), rngs=dense_rngs)
+        module = Conv(2, 3, (3, 3), density_bound=1.0, rngs=rngs)
+        np.testing.assert_array_equal(module.sparse_kernel.to_dense(), dense.kernel[...])
+        np.testing.assert_array_equal(module.bias[...], dense.bias[...])
+    y = ilajax.to_dense(module(ilajax.from_dense(x, capacity=30)))
+    np.testing.assert_allclose(y, nnx.relu(dense(x)), atol=1e-6)
+
+
+def test_submanifold_keeps_the_support_and_has_no_bound():
+    x = ilajax.from_points(
+        np.array([[0, 1], [3, 3]]),
+        np.ones((2, 2), np.float32),
+        np.array([0, 0]),
+        spatial_shape=(6, 5),
+        batch_size=1,
+        capacity=4,
+    )
+    module = Conv(2, 3, (3, 3), support="input", rngs=nnx.Rngs(0))
+    y = module(x)
+    np.testing.assert_array_equal(y.keys, x.keys)
+    assert y.shared
+    assert (module.density_bound, module.select) == (None, None)
+    np.testing.assert_allclose(module.density[...], 2 / 30, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4])
+def test_any_number_of_axes(rank):
+    x = sparse(shape=(1, *(3,) * rank, 1))
+    y = Conv(1, 2, (3,) * rank, density_bound=0.5, rngs=nnx.Rngs(0))(x)
+    assert y.shape == (1, *(3,) * rank, 2)
+
+
+def test_an_integer_kernel_size_is_one_dimensional():
+    assert Conv(1, 2, 5, density_bound=0.5, rngs=nnx.Rngs(0)).kernel_shape == (5, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("param_dtype", "dtype", "expected"),
+    [
+        (jnp.float32, None, jnp.float32),
+        (jnp.bfloat16, None, jnp.float32),  # promoted with a float32 input
+        (jnp.float32, jnp.bfloat16, jnp.bfloat16),
+        (jnp.float16, jnp.float16, jnp.float16),
+    ],
+)
+def test_dtypes_mean_what_they_mean_in_flax(param_dtype, dtype, expected):
+    module = layer(param_dtype=param_dtype, dtype=dtype)
+    assert module.kernel.dtype == module.bias.dtype == param_dtype
+    assert module(sparse()).dtype == expected
+    assert nnx.Conv(2, 3, (3, 3), param_dtype=param_dtype, dtype=dtype, rngs=nnx.Rngs(0))(
+        grid()
+    ).dtype == jnp.dtype(expected)
+    grads = nnx.grad(lambda m: m(sparse()).values.astype(jnp.float32).sum())(module)
+    assert grads.kernel.dtype == param_dtype
+
+
+# --- A random subset of the weights ----------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    density=st.floats(0.01, 1.0), taps=st.integers(1, 5), channels=st.integers(1, 3), seed=st.integers(0, 9)
+)
+def test_kernel_density_keeps_exactly_that_many_of_the_full_filters_weights(
+    density, taps, channels, seed
+):
+    def make(density):
+        return Conv(
+            channels,
+            2,
+            taps,
+            density_bound=1.0,
+            kernel_density=density,
+            bias_init=nnx.initializers.normal(),
+            rngs=nnx.Rngs(seed),
+        )
+
+    part, full = make(density), make(1.0)
+    assert part.kernel.shape == part.kernel_keys.shape == (max(1, round(density * full.kernel.size)),)
+    keys = np.asarray(part.kernel_keys[...])
+    assert (np.diff(keys) > 0).all()
+    np.testing.assert_array_equal(part.kernel[...], full.kernel[...][keys])
+    np.testing.assert_array_equal(part.bias[...], full.bias[...])
+
+
+def test_subsets_differ_between_layers_and_every_weight_has_its_turn():
+    rngs = nnx.Rngs(0)
+    made = [Conv(1, 1, 8, density_bound=1.0, kernel_density=0.25, rngs=rngs) for _ in range(40)]
+    subsets = {tuple(np.asarray(m.kernel_keys[...]).tolist()) for m in made}
+    assert len(subsets) > 10
+    assert {key for subset in subsets for key in subset} == set(range(8))
+
+
+# --- The measurement -------------------------------------------------------------------------------------
+
+
+def mean_density(module, x):
+    """Independent of the layer's bound: count what is above 0 of an unbounded dense convolution."""
+    window = ilajax.to_dense(x)
+    kernel = module.sparse_kernel.to_dense()
+    response = jax.lax.conv_general_dilated(
+        window, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return np.asarray((response > 1e-6).mean(axis=(0, 1, 2)))
+
+
+def loss(module, x):
+    return jnp.sum(module(x).values ** 2)
+
+
+TRANSFORMED = {
+    "plain": loss,
+    "jit": nnx.jit(loss),
+    "grad": nnx.grad(loss),
+    "value_and_grad": nnx.value_and_grad(loss),
+    "has_aux": nnx.value_and_grad(lambda m, x: (loss(m, x), x.values), has_aux=True),
+    "jit of grad": nnx.jit(nnx.grad(loss)),
+    "remat": nnx.grad(nnx.remat(loss)),
+    "scan over steps": nnx.jit(
+        nnx.scan(lambda m, x: (m, loss(m, x)), in_axes=(nnx.Carry, None), out_axes=(nnx.Carry, 0), length=3)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_every_transformed_call_measures(name):
+    x, module = sparse(), layer()
+    before = module.density[...]
+    np.testing.assert_array_equal(before, 0)
+    TRANSFORMED[name](module, x)
+    np.testing.assert_allclose(module.density[...], mean_density(module, x), rtol=1e-6)
+    after = jax.typeof(module.density[...])
+    assert (after.shape, after.dtype, after.weak_type) == ((3,), jnp.float32, False)
+    # A later call, on denser data, measures anew; the whole batch counts, not its last sample.
+    denser = sparse(1, density=0.9)
+    TRANSFORMED[name](module, denser)
+    np.testing.assert_allclose(module.density[...], mean_density(module, denser), rtol=1e-6)
+
+
+def test_a_plain_transformation_that_closes_over_the_layer_leaves_the_measurement():
+    x, module = sparse(), layer()
+    direct = module(x).values
+    measured = module.density[...]
+    closed = jax.jit(lambda values: module(x.with_values(values)).values)
+    np.testing.assert_array_equal(closed(x.values), direct)
+    assert jax.grad(lambda v: closed(v).sum())(x.values).shape == x.values.shape
+    np.testing.assert_array_equal(module.density[...], measured)
+
+
+def test_layers_stacked_by_vmap_run_in_a_scan_and_measure_each():
+    @nnx.split_rngs(splits=4)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def stack(rngs):
+        return Conv(2, 2, (3, 3), density_bound=0.5, kernel_density=0.5, rngs=rngs)
+
+    @nnx.jit
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    def run(module, x):
+        return module(x)
+
+    stacked = stack(nnx.Rngs(0))
+    assert stacked.kernel.shape == stacked.kernel_keys.shape == (4, 18)
+    x = sparse()
+    start = ilajax.k_select(x, 15)
+    y = run(stacked, start)
+    assert y.shape == x.shape
+    assert stacked.density.shape == (4, 2)
+    assert (np.asarray(stacked.density[...]).sum(axis=1) > 0).all()
+
+
+# --- Inside Flax -----------------------------------------------------------------------------------------
+
+
+def test_variables_have_their_types_and_survive_split_and_merge():
+    module = layer()
+    graphdef, params, keys, density = nnx.split(module, nnx.Param, KernelKeys, Density)
+    assert set(params) == {"kernel", "bias"}
+    assert set(keys) == {"kernel_keys"}
+    assert set(density) == {"density"}
+    again = nnx.merge(graphdef, params, keys, density)
+    np.testing.assert_array_equal(again(sparse()).values, module(sparse()).values)
+
+
+def test_composes_in_sequential_with_functions_and_dense_layers():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(
+        Conv(2, 4, (3, 3), density_bound=0.5, select="value", rngs=rngs),
+        ilajax.relu,
+        ilajax.nn.MaxPool(2),
+        ilajax.to_dense,
+        lambda x: x.reshape(x.shape[0], -1),
+        nnx.Linear(3 * 3 * 4, 5, rngs=rngs),
+    )
+    assert nnx.jit(lambda m, x: m(x))(model, sparse()).shape == (2, 5)
+    assert [path for path, _ in iter_convs(model)] == [("layers", 0)]
+
+
+def test_a_layer_used_twice_is_found_once():
+    shared = layer()
+    assert len(list(iter_convs(nnx.List([shared, shared])))) == 1
+
+
+# --- Bad arguments ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"density_bound": None}, ValueError, "density_bound is required"),
+        ({"density_bound": 0.0}, ValueError, r"density_bound must lie in \(0, 1\], got 0.0"),
+        ({"density_bound": 1.5}, ValueError, r"density_bound must lie in \(0, 1\], got 1.5"),
+        ({"density_bound": float("nan")}, ValueError, r"density_bound must lie in \(0, 1\]"),
+        ({"select": "largest"}, ValueError, "select"),
+        ({"support": "output"}, ValueError, "support must be one of"),
+        ({"support": "input"}, ValueError, "density_bound does not apply"),
+        (
+            {"support": "input", "density_bound": None, "select": "positive"},
+            ValueError,
+            "select does not apply",
+        ),
+        ({"kernel_density": 0.0}, ValueError, r"kernel_density must lie in \(0, 1\], got 0.0"),
+        ({"kernel_density": 2}, ValueError, r"kernel_density must lie in \(0, 1\], got 2"),
+        ({"strides": 0}, ValueError, "strides must be at least 1"),
+        ({"kernel_dilation": (1, 1, 1)}, ValueError, "kernel_dilation must have one entry"),
+        ({"padding": 1}, TypeError, "padding must be 'SAME'"),
+        ({"param_dtype": jnp.int32}, TypeError, "param_dtype must be float32"),
+        ({"dtype": jnp.float64}, TypeError, "dtype must be float32"),
+    ],
+)
+def test_bad_options_raise_and_say_which(options, error, message):
+    with pytest.raises(error, match=message):
+        layer(**options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "error", "message"),
+    [
+        ((0, 3, (3, 3)), ValueError, "in_features must be at least 1, got 0"),
+        ((2, 1.5, (3, 3)), TypeError, "out_features must be an integer, got 1.5"),
+        ((2, 3, (3, 0)), ValueError, "kernel_size must be at least 1"),
+    ],
+)
+def test_bad_shapes_raise(shape, error, message):
+    with pytest.raises(error, match=message):
+        Conv(*shape, density_bound=0.5, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (jnp.zeros((1, 6, 5, 2)), TypeError, "x must be an ilajax.SparseTensor"),
+        (sparse(shape=(2, 6, 5, 4)), ValueError, "reads 2 channels, but x has 4"),
+        (sparse(shape=(2, 6, 2)), ValueError, "window of 2 axes"),
+    ],
+    ids=["dense", "channels", "rank"],
+)
+def test_bad_inputs_raise(x, error, message):
+    with pytest.raises(error, match=message):
+        layer()(x)

@@ -1,0 +1,53 @@
+"""nn.refill: removed weights come back at 0 and can be trained."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import ilajax
+from ilajax.nn import Conv, refill
+
+
+def test_fills_every_filter_without_changing_the_output():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(
+        Conv(1, 2, 3, density_bound=1.0, kernel_density=0.5, rngs=rngs),
+        Conv(2, 2, 3, density_bound=1.0, kernel_density=0.3, rngs=rngs),
+        nnx.Linear(2, 2, rngs=rngs),
+    )
+    sparse_part = nnx.Sequential(*model.layers[:2])
+    x = ilajax.from_dense(jax.random.normal(jax.random.key(0), (1, 9, 1)), capacity=9)
+    before, filters = sparse_part(x), [c.sparse_kernel.to_dense() for c in sparse_part.layers]
+    refill(model)
+    for conv, filter_before in zip(sparse_part.layers, filters, strict=True):
+        assert conv.kernel.shape == (conv.sparse_kernel.size,)
+        assert int(conv.sparse_kernel.count) == conv.sparse_kernel.size
+        np.testing.assert_array_equal(conv.sparse_kernel.to_dense(), filter_before)
+    after = sparse_part(x)
+    np.testing.assert_array_equal(after.keys, before.keys)
+    np.testing.assert_array_equal(after.values, before.values)
+
+
+def test_refilled_weights_get_gradients():
+    model = Conv(1, 1, 3, density_bound=1.0, kernel_density=0.3, use_bias=False, rngs=nnx.Rngs(1))
+    model.kernel[...] = jnp.ones(1)
+    refill(model)
+    x = ilajax.from_dense(jnp.ones((1, 9, 1)), capacity=9)
+    grads = nnx.grad(lambda m: m(x).values.sum())(model)
+    assert (np.asarray(grads.kernel[...]) > 0).all()
+
+
+def test_stacked_layers():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def stack(rngs):
+        return Conv(1, 2, 3, density_bound=1.0, kernel_density=0.5, rngs=rngs)
+
+    stacked = stack(nnx.Rngs(0))
+    keys, values = np.asarray(stacked.kernel_keys[...]), np.asarray(stacked.kernel[...])
+    refill(stacked)
+    assert stacked.kernel.shape == (3, 6)
+    for layer in range(3):
+        np.testing.assert_array_equal(stacked.kernel[...][layer][keys[layer]], values[layer])
+    np.testing.assert_array_equal(stacked.kernel_keys[...], np.tile(np.arange(6), (3, 1)))

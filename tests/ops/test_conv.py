@@ -1,0 +1,617 @@
+"""conv: the forward pass against algorithm 1, the backward pass against algorithm 2 and dense convolution."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+import ilajax
+import oracles
+import samples
+
+SELECTS = ("value", "positive", "magnitude")
+
+# grid, window, strides, padding, dilation
+GEOMETRIES = {
+    "1d": ((9,), (3,), 1, "SAME", 1),
+    "1d-even": ((9,), (4,), 2, "SAME", 1),
+    "1d-dilated": ((11,), (3,), 1, "VALID", 3),
+    "1d-window-above-grid": ((3,), (7,), 1, ((3, 3),), 1),
+    "2d": ((5, 6), (3, 3), 1, "SAME", 1),
+    "2d-1x1": ((5, 6), (1, 1), 1, "SAME", 1),
+    "2d-1x1-strided": ((5, 6), (1, 1), (2, 3), "VALID", 1),
+    "2d-even": ((5, 6), (2, 2), 1, "SAME", 1),
+    "2d-row": ((5, 6), (1, 4), 1, "SAME", 1),
+    "2d-column": ((5, 6), (4, 1), 1, "SAME", 1),
+    "2d-strided": ((7, 6), (3, 3), 2, "SAME", 1),
+    "2d-stride-above-window": ((7, 7), (2, 2), 3, "SAME", 1),
+    "2d-dilated": ((7, 8), (3, 2), 1, "SAME", (2, 3)),
+    "2d-strided-dilated": ((8, 7), (2, 3), (2, 1), "SAME", (3, 2)),
+    "2d-valid": ((5, 6), (3, 2), 1, "VALID", 1),
+    "2d-full": ((4, 4), (3, 3), 1, ((2, 2), (2, 2)), 1),
+    "2d-asymmetric": ((5, 6), (3, 3), 1, ((0, 2), (1, 0)), 1),
+    "2d-negative-padding": ((6, 6), (3, 3), 1, ((-1, 0), (0, -2)), 1),
+    "2d-one-output": ((4, 5), (4, 5), 1, "VALID", 1),
+    "2d-5x5": ((6, 6), (5, 5), 1, "SAME", 1),
+    "3d": ((4, 3, 5), (3, 3, 3), 1, "SAME", 1),
+    "3d-strided": ((5, 4, 5), (2, 2, 2), 2, "VALID", 1),
+    "3d-asymmetric": ((3, 4, 3), (2, 3, 1), (1, 2, 1), ((1, 0), (0, 2), (1, 1)), (2, 1, 1)),
+    "4d": ((2, 3, 2, 3), (2, 2, 2, 2), 1, "SAME", 1),
+    "4d-strided": ((3, 2, 3, 2), (3, 1, 2, 1), (2, 1, 1, 2), "SAME", 1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One draw of all the options that do not belong to the geometry."""
+
+    seed: int
+    batch: int
+    in_channels: int
+    out_channels: int
+    kernel_density: float
+    empty: bool
+    select: str
+    capacity: str
+    dtype: str
+    shared: bool
+
+
+def draw(seed):
+    rng = np.random.default_rng(seed)
+    return Case(
+        seed=seed,
+        batch=int(rng.integers(1, 4)),
+        in_channels=int(rng.integers(1, 4)),
+        out_channels=int(rng.integers(1, 5)),
+        kernel_density=float(rng.choice([1.0, 0.6, 0.2])),
+        empty=bool(rng.random() < 0.25),
+        select=str(rng.choice(SELECTS)),
+        capacity=str(rng.choice(["one", "small", "exact", "sites", "above"])),
+        dtype=str(rng.choice(list(samples.DTYPES))),
+        shared=bool(rng.random() < 0.3),
+    )
+
+
+@functools.lru_cache(maxsize=None)
+def program(backend, capacity, select, geometry=("SAME", 1, 1)):
+    """jit of conv and its gradients: (x, kernel, bias, g) -> keys, values, responses, gradients."""
+    padding, strides, dilation = geometry
+
+    @jax.jit
+    def run(x, kernel, bias, g):
+        def values(values, weights, bias):
+            features, responses = ilajax.conv(
+                x.with_values(values),
+                dataclasses.replace(kernel, values=weights),
+                bias,
+                capacity=capacity,
+                strides=strides,
+                padding=padding,
+                kernel_dilation=dilation,
+                select=select,
+            )
+            return features.values, (features, responses)
+
+        _, pull, (features, responses) = jax.vjp(
+            values, x.values, kernel.values, bias, has_aux=True
+        )
+        return features, responses, pull(g)
+
+    return run
+
+
+def cotangent(seed, batch, channels, capacity, dtype="float32"):
+    """Integers in every slot, those of padding too, which must be ignored."""
+    return samples.integers(seed, (batch, channels, capacity), dtype)
+
+
+def check(run, x, kernel, bias, geometry, capacity, select, seed=0):
+    """Compares conv and its gradients with algorithms 1 and 2, exactly."""
+    g = cotangent(seed, x.batch_size, kernel.out_channels, capacity, str(x.dtype))
+    features, responses, gradients = run(x, kernel, bias, g)
+    keys, values, counts = oracles.conv(x, kernel, bias, geometry, capacity, select)
+    oracles.assert_tensor(features, keys, values)
+    assert features.dtype == x.dtype
+    assert features.shape == (x.batch_size, *geometry.shape, kernel.out_channels)
+    assert responses.dtype == jnp.int32
+    np.testing.assert_array_equal(responses, counts)
+    x_bar, w_bar, b_bar = oracles.conv_backward(x, kernel, geometry, keys, g)
+    for got, want, primal in zip(
+        gradients, (x_bar, w_bar, b_bar), (x.values, kernel.values, bias), strict=True
+    ):
+        assert got.dtype == primal.dtype
+        oracles.assert_close(got, want.astype(np.float32).astype(got.dtype))
+    return features
+
+
+def cross(backend, name, case):
+    """Compares one draw of the options on one geometry with algorithms 1 and 2."""
+    grid, window, strides, padding, dilation = GEOMETRIES[name]
+    geometry = oracles.Geometry(grid, window, strides, padding, dilation)
+    x = samples.tensor(
+        case.seed,
+        case.batch,
+        case.in_channels,
+        grid,
+        capacity=max(2, math.prod(grid) // 2),
+        dtype=case.dtype,
+        shared=case.shared,
+        zeros=True,
+    )
+    kernel = samples.kernel(
+        case.seed,
+        window,
+        case.in_channels,
+        case.out_channels,
+        density=case.kernel_density,
+        empty=case.empty,
+        dtype=case.dtype,
+        zeros=True,
+    )
+    bias = samples.integers(case.seed, (case.out_channels,), case.dtype)
+    *_, counts = oracles.conv(x, kernel, bias, geometry, 1, case.select)
+    most = max(1, int(counts.max()))
+    capacity = {
+        "one": 1,
+        "small": max(1, most // 2),
+        "exact": most,
+        "sites": geometry.sites,
+        "above": geometry.sites + 3,
+    }[case.capacity]
+    run = program(backend, capacity, case.select, (padding, strides, dilation))
+    check(run, x, kernel, bias, geometry, capacity, case.select, case.seed)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_algorithms_1_and_2(backend, name):
+    """Catches a wrong key, value, count or gradient in any geometry; data is exact."""
+    cross(backend, name, draw(list(GEOMETRIES).index(name)))
+
+
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_algorithms_1_and_2_natively(native, name, number):
+    """Catches the same in more crossings, where a compilation is quick."""
+    cross(native, name, draw(100 * number + 100 + list(GEOMETRIES).index(name)))
+
+
+# --- One shape, many contents: a single compilation for each mode ----------------------------------
+
+GRID = (5, 6)
+GEOMETRY = oracles.Geometry(GRID, (3, 3))
+
+
+def entries(*segments):
+    """[2][2] segments of {key: value} with 30 slots."""
+    return samples.from_entries(GRID, [segments[:2], segments[2:]], 30)
+
+
+def full(value=None):
+    segment = {k: value if value is not None else (-1) ** k * (k % 5 + 1) for k in range(30)}
+    return entries(segment, segment, segment, segment)
+
+
+def weights(live):
+    """A kernel [3, 3, 2, 3] of 54 slots from {key: value}."""
+    keys, values = np.full(54, 54, np.int32), np.zeros(54, np.float32)
+    for slot, key in enumerate(sorted(live)):
+        keys[slot], values[slot] = key, live[key]
+    return ilajax.SparseKernel(jnp.asarray(keys), jnp.asarray(values), (3, 3, 2, 3))
+
+
+ALL = {key: (-1) ** key * (key % 3 + 1) for key in range(54)}
+CENTRE = {taps + 4: 1 for taps in range(0, 54, 9)}  # the identity from both inputs to all outputs
+SOME = entries({0: 2, 7: -1, 29: 3}, {}, {14: 1}, {14: -1, 15: 4})
+
+CONTENTS = {
+    "empty-input": (entries({}, {}, {}, {}), weights(ALL)),
+    "one-entry": (entries({}, {17: 2}, {}, {}), weights(ALL)),
+    "one-entry-in-each-corner": (entries({0: 1}, {5: 1}, {24: 1}, {29: 1}), weights(ALL)),
+    "full-grid": (full(), weights(ALL)),
+    "empty-kernel": (SOME, weights({})),
+    "one-weight": (SOME, weights({31: 2})),
+    "only-the-last-channel": (SOME, weights({k: 1 for k in range(36, 54)})),
+    "one-input-channel": (SOME, weights({k: 1 for k in ALL if k % 18 < 9})),
+    "stored-zeros": (entries({3: 0, 4: 0}, {3: 1}, {0: 0}, {}), weights(ALL)),
+    "live-zeros": (SOME, weights({k: 0 if k % 2 else 1 for k in ALL})),
+    "ties": (full(1), weights(ALL)),
+    "all-tied": (entries({9: 1}, {}, {20: 1}, {}), weights({k: 1 for k in ALL})),
+    "magnitude-ties": (entries({9: 1}, {}, {20: -1}, {}), weights({k: (-1) ** k for k in ALL})),
+    "negative": (full(-1), weights({k: 1 for k in ALL})),
+    "cancellation": (entries({8: 1, 9: 1}, {8: -1}, {}, {}), weights(CENTRE)),
+}
+
+
+@pytest.mark.parametrize("select", SELECTS)
+@pytest.mark.parametrize("contents", CONTENTS)
+def test_contents(backend, contents, select):
+    """Catches mistakes at the extremes: nothing there, one entry, everything there, ties, cancellation."""
+    x, kernel = CONTENTS[contents]
+    bias = jnp.array([0.0, 1.0, -2.0])
+    check(program(backend, 7, select), x, kernel, bias, GEOMETRY, 7, select)
+
+
+INF, NAN = np.inf, np.nan
+HOT = {
+    "nan-input": (entries({0: NAN, 9: 5}, {}, {3: 1}, {3: NAN, 20: -2}), weights(ALL)),
+    "inf-input": (entries({7: INF}, {8: -2}, {7: -INF, 22: 3}, {}), weights(ALL)),
+    "inf-minus-inf": (entries({7: INF, 8: INF}, {}, {}, {14: 2}), weights(ALL)),
+    "nan-weight": (SOME, weights({**ALL, 22: NAN})),
+    "inf-weight": (SOME, weights({**ALL, 22: INF, 40: -INF})),
+    "inf-against-stored-zero": (entries({7: 0, 8: 1}, {}, {}, {}), weights({4: INF, 22: -INF})),
+    "inf-against-live-zero": (entries({7: INF, 8: NAN}, {}, {}, {}), weights({4: 0, 22: 0, 5: 0})),
+    "all-nan": (full(NAN), weights(ALL)),
+}
+
+
+@pytest.mark.nans
+@pytest.mark.parametrize("select", SELECTS)
+@pytest.mark.parametrize("contents", HOT)
+def test_nan_and_inf(backend, contents, select):
+    """Catches a NaN that hides or ranks last, and one born of an absent or zero factor against inf."""
+    x, kernel = HOT[contents]
+    bias = jnp.array([0.0, 1.0, -2.0])
+    with np.errstate(invalid="ignore"):
+        features = check(program(backend, 7, select), x, kernel, bias, GEOMETRY, 7, select)
+    if contents.startswith("inf-against"):
+        assert not np.isnan(features.values).any()
+    if contents == "all-nan":
+        assert (np.asarray(features.counts) == 7).all()
+
+
+@pytest.mark.nans
+def test_nan_of_either_sign_ranks_first(backend):
+    """Catches a rank by the bits of a float, which puts a negative NaN last."""
+    negative = np.array([0xFFC00000], np.uint32).view(np.float32)[0]
+    x = entries({3: 1, 9: negative, 12: INF, 20: 7}, {}, {}, {})
+    for select in SELECTS:
+        features, _, _ = program(backend, 1, select)(
+            x, weights({4: 1}), jnp.zeros(3), jnp.zeros((2, 3, 1))
+        )
+        assert features.keys[0, 0, 0] == 9
+        assert np.isnan(features.values[0, 0, 0])
+
+
+@pytest.mark.nans
+def test_a_bias_may_be_nan(backend):
+    """Catches a NaN bias that leaks to zero responses, or that is dropped."""
+    for select in SELECTS:
+        features, responses, _ = program(backend, 7, select)(
+            SOME, weights(CENTRE), jnp.array([NAN, 0.0, 1.0]), jnp.zeros((2, 3, 7))
+        )
+        np.testing.assert_array_equal(responses[:, 0], [3, 1])
+        np.testing.assert_array_equal(features.counts[:, 0], [3, 1])
+        assert np.isnan(features.values[0, 0, :3]).all()
+
+
+@pytest.mark.parametrize(
+    ("select", "stored"),
+    [("value", [0, 7, 29]), ("positive", [0, 29]), ("magnitude", [0, 7, 29])],
+)
+def test_a_bias_that_cancels(backend, select, stored):
+    """Catches a response dropped, or kept under "positive", where its bias brings it to 0."""
+    x = entries({0: 2, 7: 1, 29: 3}, {}, {}, {})
+    bias = jnp.array([-1.0, 5.0, 0.0])
+    features, responses, _ = program(backend, 7, select)(
+        x, weights(CENTRE), bias, jnp.zeros((2, 3, 7))
+    )
+    np.testing.assert_array_equal(features.keys[0, 0, : len(stored)], stored)
+    assert features.counts[0, 0] == responses[0, 0] == len(stored)
+    # A zero response does not get the bias, however large.
+    assert features.counts[1].max() == 0
+    assert features.counts[0, 1] == 3
+
+
+def test_without_a_bias(backend):
+    """Catches a difference between no bias and a bias of 0."""
+    x, kernel = full(), weights(ALL)
+
+    def run(bias):
+        features, responses = ilajax.conv(x, kernel, bias, capacity=9, select="value")
+        return features.keys, features.values, responses
+
+    got = jax.jit(functools.partial(run, None))()
+    want = jax.jit(run)(jnp.zeros(3))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_positive_is_the_default(backend):
+    """Catches another default of `select`."""
+    x, kernel, bias = full(), weights(ALL), jnp.array([1.0, -3.0, 0.0])
+    features, responses = jax.jit(functools.partial(ilajax.conv, capacity=9))(x, kernel, bias)
+    keys, values, counts = oracles.conv(x, kernel, bias, GEOMETRY, 9, "positive")
+    oracles.assert_tensor(features, keys, values)
+    np.testing.assert_array_equal(responses, counts)
+
+
+@pytest.mark.parametrize("select", SELECTS)
+def test_padding_changes_nothing(backend, select):
+    """Catches a result that depends on how many empty slots input and kernel carry, or on what they hold."""
+    x, kernel, bias = samples.tensor(5), samples.kernel(5, padding=0), jnp.array([1.0, 0.0, -1.0])
+    g = cotangent(5, 2, 3, 8)
+    run = program(backend, 8, select)
+    want, want_responses, (x_bar, w_bar, b_bar) = run(x, kernel, bias, g)
+    slots = kernel.values.size
+    junk = np.full(7, 1e30, np.float32)
+    wide = ilajax.SparseKernel(
+        jnp.pad(kernel.keys, (0, 7), constant_values=kernel.size),
+        jnp.concatenate([kernel.values, junk]),
+        kernel.shape,
+    )
+    got, got_responses, got_bars = run(samples.with_padding(x, 5), wide, bias, g)
+    np.testing.assert_array_equal(got.keys, want.keys)
+    np.testing.assert_array_equal(got.values, want.values)
+    np.testing.assert_array_equal(got_responses, want_responses)
+    np.testing.assert_array_equal(got_bars[0][..., : x.capacity], x_bar)
+    np.testing.assert_array_equal(got_bars[0][..., x.capacity :], 0)
+    np.testing.assert_array_equal(got_bars[1][:slots], w_bar)
+    np.testing.assert_array_equal(got_bars[1][slots:], 0)
+    np.testing.assert_array_equal(got_bars[2], b_bar)
+
+
+@pytest.mark.nans
+def test_nan_in_padding_is_ignored(backend):
+    """Catches a padding weight, or a cotangent at padding, whose NaN gets into a result."""
+    x, kernel, bias = samples.tensor(6), samples.kernel(6, padding=3), jnp.ones(3)
+    dirty = dataclasses.replace(
+        kernel, values=jnp.where(kernel.keys == kernel.size, jnp.nan, kernel.values)
+    )
+    run = program(backend, 40, "value")
+    g = cotangent(6, 2, 3, 40)
+    features, responses, gradients = run(x, kernel, bias, g)
+    dirty_g = jnp.where(features.keys == features.sites, jnp.nan, g)
+    got = run(x, dirty, bias, dirty_g)
+    jax.tree.map(np.testing.assert_array_equal, got, (features, responses, gradients))
+
+
+@pytest.mark.nans
+def test_a_zero_cotangent_sends_nothing(backend):
+    """Catches 0 * inf in the backward pass."""
+    x, kernel = entries({7: INF, 20: 1}, {}, {}, {}), weights({4: 1, 5: INF, 22: 2})
+    run = program(backend, 7, "magnitude")
+    features, _, _ = run(x, kernel, jnp.zeros(3), jnp.zeros((2, 3, 7)))
+    finite = jnp.isfinite(features.values) & (features.keys < 30)
+    _, _, (x_bar, w_bar, b_bar) = run(x, kernel, jnp.zeros(3), jnp.where(finite, 1.0, 0.0))
+    assert np.isfinite(x_bar).all()
+    assert np.isfinite(w_bar).all()
+    np.testing.assert_array_equal(b_bar, finite.sum((0, 2)))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("capacity", [5, 40])
+def test_the_bias_gradient_is_a_sum_over_kept_outputs(backend, shared, capacity):
+    """Catches a bias gradient that counts padding, or only some of the kept outputs."""
+    x, kernel = samples.tensor(7, shared=shared), samples.kernel(7, empty=True)
+    features, _, (_, _, b_bar) = program(backend, capacity, "positive")(
+        x, kernel, jnp.ones(3), jnp.ones((2, 3, capacity))
+    )
+    np.testing.assert_array_equal(b_bar, np.asarray(features.counts).sum(axis=0))
+
+
+# --- Real numbers: dense convolution, with a tolerance at the cut ----------------------------------
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1.5e-2, "float16": 2e-3}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("select", SELECTS)
+def test_dense_convolution(backend, select, dtype):
+    """Catches what exact small integers cannot: low-precision sums, wrong rounding, a wrong cut."""
+    x = samples.tensor(8, 2, 3, (8, 9), capacity=30, dtype=dtype, exact=False)
+    kernel = samples.kernel(8, (3, 3), 3, 4, dtype=dtype, exact=False)
+    geometry = oracles.Geometry((8, 9), (3, 3))
+    bias = jnp.asarray([0.5, -0.5, 0.1, 0.0], samples.DTYPES[dtype])
+    features, responses, _ = program(backend, 20, select)(x, kernel, bias, jnp.zeros((2, 4, 20), x.dtype))
+    oracles.assert_invariants(features, capacity=20)
+    exact = oracles.on_cpu(
+        lambda x, w: oracles.dense_conv(x, w, geometry), oracles.dense(x), oracles.dense_kernel(kernel)
+    )
+    tolerance = TOLERANCE[dtype] * np.abs(exact).max()
+    # A site that no entry reaches is 0 in both; all others are far from 0 on random data.
+    live = np.abs(exact) > 1e-6
+    dense = np.moveaxis(np.where(live, exact + np.asarray(bias, np.float32), 0), -1, 1).reshape(2, 4, -1)
+    live = np.moveaxis(live, -1, 1).reshape(2, 4, -1)
+    if select == "positive":
+        assert (np.abs(np.asarray(responses) - (live & (dense > 0)).sum(-1)) <= 1).all()
+        live &= dense > -tolerance
+    else:
+        np.testing.assert_array_equal(responses, live.sum(-1))
+    rank = np.abs(dense) if select == "magnitude" else dense
+    for b in range(2):
+        for oc in range(4):
+            keys = np.asarray(features.keys[b, oc])
+            keys = keys[keys < geometry.sites]
+            assert keys.size == min(20, int(responses[b, oc]))
+            assert live[b, oc, keys].all()
+            got = oracles.read(features.values[b, oc, : keys.size])
+            np.testing.assert_allclose(got, dense[b, oc, keys], rtol=TOLERANCE[dtype], atol=tolerance)
+            left = np.setdiff1d(np.flatnonzero(live[b, oc]), keys)
+            if left.size and keys.size == 20:
+                assert rank[b, oc, left].max() <= rank[b, oc, keys].min() + 2 * tolerance
+
+
+@pytest.mark.parametrize("capacity", [10, 60])
+@pytest.mark.parametrize("name", ["2d", "2d-strided-dilated", "3d-asymmetric"])
+def test_gradients_of_dense_convolution(backend, name, capacity):
+    """Catches gradients other than the dense function's, taken at kept outputs and read at the support."""
+    grid, window, strides, padding, dilation = GEOMETRIES[name]
+    geometry = oracles.Geometry(grid, window, strides, padding, dilation)
+    x = samples.tensor(9, 2, 2, grid, capacity=20, exact=False)
+    kernel = samples.kernel(9, window, 2, 3, exact=False)
+    g = jax.random.normal(jax.random.key(9), (2, 3, capacity))
+    features, _, (x_bar, w_bar, _) = program(
+        backend, capacity, "magnitude", (padding, strides, dilation)
+    )(x, kernel, jnp.zeros(3), g)
+    masked = jnp.where(features.keys < features.sites, g, 0)
+    scattered = oracles.dense(features.with_values(masked))
+
+    def gradients(x, w, g):
+        _, pull = jax.vjp(lambda x, w: oracles.dense_conv(x, w, geometry), x, w)
+        return pull(g)
+
+    dense_x_bar, dense_w_bar = oracles.on_cpu(
+        gradients, oracles.dense(x), oracles.dense_kernel(kernel), scattered
+    )
+    planes = np.moveaxis(dense_x_bar, -1, 1).reshape(2, 2, -1)
+    for b, sample in enumerate(oracles.segments(x)):
+        for c, segment in enumerate(sample):
+            want = [planes[b, c, key] for _, key, _ in segment]
+            np.testing.assert_allclose(x_bar[b, c, : len(want)], want, rtol=1e-4, atol=1e-5)
+            np.testing.assert_array_equal(x_bar[b, c, len(want) :], 0)
+    flat = dense_w_bar.reshape(-1, 2, 3)
+    want = np.zeros(kernel.values.shape)
+    for slot, tap, ic, oc, _ in oracles.weights(kernel):
+        want[slot] = flat[tap, ic, oc]
+    np.testing.assert_allclose(w_bar, want, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_against_finite_differences(backend):
+    """Catches a backward pass that does not belong to the forward pass, with nothing else in between."""
+    x = samples.tensor(10, 1, 2, (4, 5), capacity=8, exact=False)
+    kernel = samples.kernel(10, (3, 2), 2, 2, exact=False)
+
+    def f(values, weights, bias):
+        features, _ = ilajax.conv(
+            x.with_values(jnp.where(x.keys < 20, values, 0)),
+            dataclasses.replace(kernel, values=weights),
+            bias,
+            capacity=20,
+            select="magnitude",
+        )
+        return jnp.sin(jnp.arange(20.0)) * features.values
+
+    arguments = (x.values, kernel.values, jnp.array([0.3, -0.2]))
+    # Bilinear on a fixed support: central differences are exact but for rounding.
+    check_grads(jax.jit(f), arguments, order=1, modes=["rev"], atol=1e-2, rtol=1e-2, eps=1e-3)
+
+
+def test_a_half_precision_input_keeps_float32_weights(backend):
+    """Catches sums or weight gradients rounded to the dtype of the features, and a dtype that changes."""
+    x = samples.tensor(11, dtype="bfloat16")
+    kernel = samples.kernel(11)
+    # 1 + 2^-12 is not a bfloat16, and four such products cancel to 2^-12 of the sum.
+    kernel = dataclasses.replace(kernel, values=kernel.values * (1 + 2.0**-12))
+    bias = jnp.zeros(3)
+    features, _, (x_bar, w_bar, b_bar) = program(backend, 30, "value")(
+        x, kernel, bias, jnp.ones((2, 3, 30), jnp.bfloat16)
+    )
+    keys, values, _ = oracles.conv(x, kernel, bias, GEOMETRY, 30, "value")
+    oracles.assert_tensor(features, keys, values)
+    assert (features.dtype, x_bar.dtype) == (jnp.bfloat16, jnp.bfloat16)
+    assert (w_bar.dtype, b_bar.dtype) == (jnp.float32, jnp.float32)
+
+
+def test_half_precision_sums_are_float32(backend):
+    """Catches accumulation in the storage dtype: 300 ones are 300, not the 256 of bfloat16 sums."""
+    x = samples.from_entries((301,), [[dict.fromkeys(range(301), 1)]], 301, "bfloat16")
+    kernel = ilajax.SparseKernel.from_dense(jnp.ones((301, 1, 1), jnp.bfloat16))
+    features, _, (_, _, b_bar) = program(backend, 1, "value", ("VALID", 1, 1))(
+        x, kernel, jnp.zeros(1, jnp.bfloat16), jnp.ones((1, 1, 1), jnp.bfloat16)
+    )
+    assert features.values[0, 0, 0] == jnp.bfloat16(301)
+    assert b_bar[0] == 1
+
+
+def test_overflow_to_infinity_in_float16(backend):
+    """Catches a saturated or wrapped value where a float32 response does not fit into float16."""
+    x = samples.from_entries((4,), [[{0: 60000, 2: -60000, 3: 1}]], 4, "float16")
+    kernel = ilajax.SparseKernel.from_dense(jnp.full((1, 1, 1), 2, jnp.float16))
+    features, _, _ = program(backend, 4, "value", ("SAME", 1, 1))(
+        x, kernel, jnp.zeros(1, jnp.float16), jnp.zeros((1, 1, 4), jnp.float16)
+    )
+    np.testing.assert_array_equal(
+        features.values[0, 0].astype(jnp.float32), [np.inf, -np.inf, 2, 0]
+    )
+
+
+# --- Properties ------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=None)
+def composed(backend, capacity, select):
+    """conv cut to the capacity, and conv with room for all, then k_select."""
+
+    @jax.jit
+    def run(x, kernel, bias):
+        cut = ilajax.conv(x, kernel, bias, capacity=capacity, select=select)
+        whole = ilajax.conv(x, kernel, bias, capacity=x.sites, select=select)
+        return cut, whole, ilajax.k_select(whole.features, capacity, select=select)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("select", SELECTS)
+def test_selection_is_k_select(backend, select, dtype):
+    """Catches a rank by anything but the stored value: in bfloat16 rounding makes many ties."""
+    run = composed(backend, 6, select)
+
+    @settings(max_examples=15, deadline=None, database=None, derandomize=True)
+    @given(st.integers(0, 10**6), st.booleans())
+    def holds(seed, exact):
+        x = samples.tensor(seed, density=0.3, dtype=dtype, exact=exact)
+        kernel = samples.kernel(seed, dtype=dtype, exact=exact)
+        bias = samples.integers(seed, (3,), dtype)
+        cut, whole, selected = run(x, kernel, bias)
+        jax.tree.map(np.testing.assert_array_equal, cut.features, selected)
+        np.testing.assert_array_equal(cut.responses, whole.responses)
+
+    holds()
+
+
+@pytest.mark.parametrize("select", SELECTS)
+def test_invariants(backend, select):
+    """Catches output that breaks the contract of a SparseTensor, on any data."""
+    run = program(backend, 8, select)
+
+    @settings(max_examples=20, deadline=None, database=None, derandomize=True)
+    @given(
+        st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1), st.booleans(), st.booleans()
+    )
+    def holds(seed, density, kernel_density, exact, zeros):
+        x = samples.tensor(seed, density=density, exact=exact, zeros=zeros)
+        kernel = samples.kernel(seed, density=kernel_density, padding=0, exact=exact, zeros=zeros)
+        bias = samples.integers(seed, (3,))
+        g = cotangent(seed, 2, 3, 8)
+        features, responses, gradients = run(x, kernel, bias, g)
+        oracles.assert_invariants(features, capacity=8)
+        np.testing.assert_array_equal(features.counts, np.minimum(responses, 8))
+        for gradient, primal in zip(gradients, (x.values, kernel.values, bias), strict=True):
+            assert (gradient.shape, gradient.dtype) == (primal.shape, primal.dtype)
+        assert (np.asarray(gradients[0])[np.asarray(x.keys) == x.sites] == 0).all()
+        assert (np.asarray(gradients[1])[np.asarray(kernel.keys) == kernel.size] == 0).all()
+
+    holds()
+
+
+def test_translation(backend):
+    """Catches a border effect inside the grid: shifted input gives shifted output."""
+    run = program(backend, 30, "value")
+    kernel, bias = samples.kernel(12), jnp.array([1.0, 0.0, -1.0])
+    block = {0: 2, 1: -1, 6: 3}
+    g = jnp.zeros((2, 3, 30))
+    want, _, _ = run(entries({k + 7: v for k, v in block.items()}, {}, {}, {}), kernel, bias, g)
+    for shift in (1, 6, 8):
+        moved = entries({k + 7 + shift: v for k, v in block.items()}, {}, {}, {})
+        got, _, _ = run(moved, kernel, bias, g)
+        stored = np.asarray(want.keys[0]) < 30
+        np.testing.assert_array_equal(np.asarray(got.keys[0])[stored] - shift, want.keys[0][stored])
+        np.testing.assert_array_equal(got.values[0], want.values[0])
+
+
+@pytest.mark.parametrize("select", SELECTS)
+def test_a_larger_problem(backend, select):
+    """Catches what only many sites show: chunks of a grid, more than one word of a bitmap, long segments."""
+    grid = (37, 70)
+    x = samples.tensor(13, 3, 2, grid, capacity=400, density=0.12)
+    kernel = samples.kernel(13, (3, 3), 2, 5, density=0.5)
+    geometry = oracles.Geometry(grid, (3, 3))
+    check(program(backend, 300, select), x, kernel, samples.integers(13, (5,)), geometry, 300, select)

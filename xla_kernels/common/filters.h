@@ -1,0 +1,129 @@
+// Filters as the CPU kernels use them, and the sums over them that both convolutions share.
+
+#ifndef ILAJAX_XLA_KERNELS_COMMON_FILTERS_H_
+#define ILAJAX_XLA_KERNELS_COMMON_FILTERS_H_
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "xla_kernels/common/ffi.h"
+#include "xla_kernels/common/window.h"
+#include "xla_kernels/common/workspace.h"
+
+namespace ilajax {
+
+// The live weights as dense rows over the output channels of a block, and for each input channel the
+// taps that have any: filters[block][ic][tap][channel of the block].
+struct Filters {
+  int64_t block = 0, blocks = 0, in_channels = 0, taps = 0;
+  float* rows = nullptr;
+  uint8_t* live = nullptr;          // [block][ic][tap]
+  int32_t* tap_offsets = nullptr;   // as TapWalk takes them
+  bool finite = true;
+
+  void Carve(Carver& carver) {
+    rows = carver.Take<float>(size());
+    live = carver.Take<uint8_t>(blocks * in_channels * taps);
+    tap_offsets = carver.Take<int32_t>(taps * TapWalk::kTapOffsets);
+  }
+
+  // Floats in `rows`.
+  int64_t size() const { return blocks * in_channels * taps * block; }
+
+  int64_t Row(int64_t b, int64_t ic, int64_t tap) const { return (b * in_channels + ic) * taps + tap; }
+
+  // Where a weight stands in `rows`; -1 for padding.
+  int64_t Place(int64_t key, int64_t out_channels) const {
+    if (key < 0 || key >= out_channels * in_channels * taps) return -1;
+    const int64_t tap = key % taps, ic = key / taps % in_channels, oc = key / taps / in_channels;
+    return Row(oc / block, ic, tap) * block + oc % block;
+  }
+
+  void Fill(const Window& w, int64_t count, int64_t out_channels, const int32_t* keys,
+            const float* weights) {
+    std::memset(rows, 0, size() * sizeof(float));
+    std::memset(live, 0, blocks * in_channels * taps);
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t place = Place(keys[n], out_channels);
+      if (place < 0) continue;
+      rows[place] = weights[n];
+      live[place / block] = 1;
+      finite &= std::isfinite(weights[n]);
+    }
+    TapWalk::TapOffsets(w, tap_offsets);
+  }
+
+  // Takes what stands in rows like these back to the list of weights, 0 at padding.
+  void Gather(const int32_t* keys, int64_t count, int64_t out_channels, const float* from,
+              float* weights) const {
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t place = Place(keys[n], out_channels);
+      weights[n] = place < 0 ? 0.0f : from[place];
+    }
+  }
+};
+
+template <typename T>
+bool AllFinite(const T* values, int64_t count) {
+  bool finite = true;
+  for (int64_t i = 0; i < count; ++i) finite &= std::isfinite(static_cast<float>(values[i]));
+  return finite;
+}
+
+// row += x * w. A zero factor adds nothing, not even against inf or NaN.
+inline void AddProducts(float* row, const float* w, float x, int64_t block, bool finite) {
+  if (finite) {
+    for (int64_t j = 0; j < block; ++j) row[j] += x * w[j];
+  } else if (x != 0.0f) {
+    for (int64_t j = 0; j < block; ++j) {
+      if (w[j] != 0.0f) row[j] += x * w[j];
+    }
+  }
+}
+
+inline float Dot(const float* g, const float* w, int64_t block, bool finite) {
+  float sum = 0.0f;
+  for (int64_t j = 0; j < block; ++j) {
+    if (finite || (g[j] != 0.0f && w[j] != 0.0f)) sum += g[j] * w[j];
+  }
+  return sum;
+}
+
+// totals[group][n] = the sum over parts of sums[group][part][n], in their order.
+inline void AddParts(const float* sums, int64_t groups, int64_t parts, int64_t count, float* totals) {
+  std::memset(totals, 0, groups * count * sizeof(float));
+  for (int64_t group = 0; group < groups; ++group, totals += count) {
+    for (int64_t part = 0; part < parts; ++part, sums += count) {
+      for (int64_t n = 0; n < count; ++n) totals[n] += sums[n];
+    }
+  }
+}
+
+// The cotangents of kept outputs: keys s32[B, C or 1, K], values T[B, C, K].
+template <typename T>
+struct KeptCotangents {
+  int64_t items, channels, capacity, sites;  // items of one group
+  const int32_t* keys;
+  const T* values;
+  bool shared = false;
+
+  // The gradient of a channel's bias: the sum over a group's kept outputs.
+  float Sum(int64_t group, int64_t channel) const {
+    float total = 0.0f;
+    for (int64_t item = group * items; item < (group + 1) * items; ++item) {
+      const int32_t* key = keys + (shared ? item : item * channels + channel) * capacity;
+      const T* value = values + (item * channels + channel) * capacity;
+      float sum = 0.0f;
+      for (int64_t i = 0; i < capacity; ++i) {
+        if (key[i] >= 0 && key[i] < sites) sum += static_cast<float>(value[i]);
+      }
+      total += sum;
+    }
+    return total;
+  }
+};
+
+}  // namespace ilajax
+
+#endif  // ILAJAX_XLA_KERNELS_COMMON_FILTERS_H_

@@ -1,0 +1,113 @@
+// to_dense on the GPU: scatter stored values into a zero-filled grid, and gather them back.
+//
+// Forward: a block fills one chunk of one segment in shared memory: zeros, then the chunk's keys, which
+// lie together and are found by bisection; then the chunk is written out whole. So dense is written
+// once, coalesced, with no memset before it, and values are read once. A block writes only inside its
+// chunk whatever the keys are; of duplicate keys (a broken tensor) any one wins.
+// Backward: values_bar[k] = dense_bar[keys[k]], 0 at padding; one thread an entry.
+
+#include "xla_kernels/to_dense.h"
+
+#include <cstdint>
+
+#include "xla_kernels/common/cuda.h"
+#include "xla_kernels/common/ffi.h"
+
+namespace ilajax {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kChunk = 4096;  // grid positions of one block: 16 KiB of shared memory in float32
+
+// The first of `count` ascending keys that is not below `bound`.
+__device__ int64_t LowerBound(const int32_t* keys, int64_t count, int64_t bound) {
+  int64_t first = 0;
+  while (count > 0) {
+    const int64_t half = count / 2;
+    if (keys[first + half] < bound) {
+      first += half + 1;
+      count -= half + 1;
+    } else {
+      count = half;
+    }
+  }
+  return first;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    FwdKernel(ToDenseShape s, int64_t chunks, const int32_t* keys, const T* values, T* dense) {
+  __shared__ T chunk[kChunk];
+  __shared__ int64_t range[2];
+  for (int64_t task = blockIdx.x; task < s.batch * s.channels * chunks; task += gridDim.x) {
+    const int64_t segment = task / chunks, begin = task % chunks * kChunk;
+    const int64_t end = min(begin + kChunk, s.sites);
+    const int32_t* key = keys + s.KeyOffset(segment);
+    const T* value = values + segment * s.capacity;
+    T* out = dense + segment * s.sites;
+
+    if (threadIdx.x < 2) {
+      range[threadIdx.x] = LowerBound(key, s.capacity, threadIdx.x == 0 ? begin : end);
+    }
+    for (int64_t i = threadIdx.x; i < end - begin; i += kThreads) chunk[i] = T(0.0f);
+    __syncthreads();
+    for (int64_t i = range[0] + threadIdx.x; i < range[1]; i += kThreads) {
+      if (key[i] >= begin && key[i] < end) chunk[key[i] - begin] = value[i];
+    }
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < end - begin; i += kThreads) out[begin + i] = chunk[i];
+    __syncthreads();
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    BwdKernel(ToDenseShape s, const int32_t* keys, const T* dense_bar, T* values_bar) {
+  const int64_t entries = s.batch * s.channels * s.capacity;
+  const int64_t stride = int64_t{gridDim.x} * kThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < entries; i += stride) {
+    const int64_t segment = i / s.capacity;
+    const int32_t key = keys[s.KeyOffset(segment) + i % s.capacity];
+    values_bar[i] = key >= 0 && key < s.sites ? dense_bar[segment * s.sites + key] : T(0.0f);
+  }
+}
+
+ffi::Error ToDenseFwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::AnyBuffer values,
+                          ffi::Result<ffi::AnyBuffer> dense) {
+  ToDenseShape s;
+  ILAJAX_RETURN_IF_ERROR(ToDenseShape::Read(keys, values, *dense, s));
+  return DispatchFloat(values.element_type(), [&]<typename T>() {
+    const int64_t chunks = CeilDiv(s.sites, kChunk);
+    return Launch(FwdKernel<T>, GridFor(s.segments() * chunks), kThreads, 0, stream, s, chunks,
+                  keys.typed_data(), Data<T>(values), Data<T>(*dense));
+  });
+}
+
+ffi::Error ToDenseBwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::AnyBuffer dense_bar,
+                          ffi::Result<ffi::AnyBuffer> values_bar) {
+  ToDenseShape s;
+  ILAJAX_RETURN_IF_ERROR(ToDenseShape::Read(keys, *values_bar, dense_bar, s));
+  return DispatchFloat(dense_bar.element_type(), [&]<typename T>() {
+    return Launch(BwdKernel<T>, GridFor(CeilDiv(s.segments() * s.capacity, kThreads)), kThreads, 0,
+                  stream, s, keys.typed_data(), Data<T>(dense_bar), Data<T>(*values_bar));
+  });
+}
+
+}  // namespace
+}  // namespace ilajax
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ToDenseFwd, ilajax::ToDenseFwdImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<ilajax::Stream>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // keys
+                                  .Arg<xla::ffi::AnyBuffer>()              // values
+                                  .Ret<xla::ffi::AnyBuffer>(),             // dense
+                              {xla::ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ToDenseBwd, ilajax::ToDenseBwdImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<ilajax::Stream>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // keys
+                                  .Arg<xla::ffi::AnyBuffer>()              // cotangent of dense
+                                  .Ret<xla::ffi::AnyBuffer>(),             // cotangent of values
+                              {xla::ffi::Traits::kCmdBufferCompatible});
