@@ -52,7 +52,9 @@ def dense_densities(x: jax.Array, model: nnx.Module) -> dict[str, float]:
     """Share of the activations above 0 behind each convolution of a dense network."""
     maps = feature_maps(model, x)
     return {
-        name: float(jnp.mean(output > 0)) for name, output in maps.items() if name.startswith("conv")
+        name: float(jnp.mean(output > 0))
+        for name, output in maps.items()
+        if name.startswith("conv")
     }
 
 

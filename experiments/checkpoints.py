@@ -44,11 +44,15 @@ class Checkpoints:
 
     def save(self, number: int, modules: Any, notes: Notes) -> None:
         arrays = ocp.args.StandardSave(_arrays(modules))
-        self._manager.save(number, args=ocp.args.Composite(arrays=arrays, notes=ocp.args.JsonSave(notes)))
+        self._manager.save(
+            number, args=ocp.args.Composite(arrays=arrays, notes=ocp.args.JsonSave(notes))
+        )
 
     def notes(self, number: int) -> Notes:
         """The notes alone."""
-        restored = self._manager.restore(number, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))
+        restored = self._manager.restore(
+            number, args=ocp.args.Composite(notes=ocp.args.JsonRestore())
+        )
         return restored.notes
 
     def restore(self, number: int, modules: Any) -> None:

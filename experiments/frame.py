@@ -83,10 +83,10 @@ class Reporter:
         self._bar.stop()
 
     def print(self, content: Any) -> None:
-        """Prints a line or a rich object above the bar; a line is never wrapped, so that logs can be searched."""
+        """Prints a line or a rich object above the bar; a line is not wrapped, for logs to be searched."""
         self.console.print(content, soft_wrap=isinstance(content, str), highlight=False)
 
-    def begin(self, name: str, total: int, done: int = 0) -> None:
+    def begin(self, name: str, total: int, done: int) -> None:
         """Shows a bar of `total` steps, of which `done` are behind."""
         for task in self._bar.task_ids:
             self._bar.remove_task(task)

@@ -10,6 +10,7 @@ others scaled to (0, 1].
 """
 
 import argparse
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,10 @@ def main(arguments: list[str] | None = None) -> list[Outcome]:
             f"{training.counts().mean() / training.images[0].size:.1%} of the pixels are set, at most "
             f"{slots} in a digit, which is the input's capacity: nothing is cut."
         )
+        reporter.print(
+            "densities: share of sites with a response above 0 behind each convolution, before the "
+            "sparse net's selection"
+        )
         outcomes = []
         for net in nets:
             run = _run(net, options, fixed, slots, test)
@@ -109,14 +114,19 @@ def main(arguments: list[str] | None = None) -> list[Outcome]:
     return outcomes
 
 
-def sparse_input(slots: int, images: jax.Array) -> ilajax.SparseTensor:
-    """[B, 28, 28] grey levels as a sparse tensor of `slots` slots."""
-    return ilajax.from_dense(dense_input(images), slots)
-
-
 def dense_input(images: jax.Array) -> jax.Array:
     """[B, 28, 28] grey levels, scaled to [0, 1], with a channel axis."""
     return jnp.asarray(images, jnp.float32)[..., None] / 255
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseInput:
+    """[B, 28, 28] grey levels as a sparse tensor; equal objects share one compiled step."""
+
+    slots: int
+
+    def __call__(self, images: jax.Array) -> ilajax.SparseTensor:
+        return ilajax.from_dense(dense_input(images), self.slots)
 
 
 def make_net(bound: float, *, dense: bool, seed: int) -> ilajax.models.OctNet3:
@@ -170,7 +180,7 @@ def _run(
         name=net,
         model=model,
         optimizer=optimizer,
-        to_input=dense_input if dense else functools.partial(sparse_input, slots),
+        to_input=dense_input if dense else SparseInput(slots),
         densities=functools.partial(dense_densities, sample) if dense else sparse_densities,
         prunes=not dense and options.pruning_threshold > 0,
         directory=options.out,

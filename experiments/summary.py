@@ -81,7 +81,9 @@ def summary_table(cells: Sequence[Cells]) -> Table:
     return table
 
 
-def write_report(path: Path, heading: str, notes: Sequence[str], outcomes: Sequence[Outcome]) -> None:
+def write_report(
+    path: Path, heading: str, notes: Sequence[str], outcomes: Sequence[Outcome]
+) -> None:
     """Writes the summary, and the test accuracy after each epoch, as a section of a markdown file."""
     cells = summary_cells(outcomes)
     epochs = [("epoch", *(f"{o.run.name}: loss, test accuracy, seconds" for o in outcomes))]
@@ -99,7 +101,9 @@ def machine() -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         name = models[0].partition(":")[2].strip() if models else name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     device = jax.devices()[0]

@@ -13,6 +13,8 @@ target by `call`, and `reference(*operands)`, plain jax.numpy. `dispatch` then s
 import dataclasses
 import functools
 import importlib
+import itertools
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ilajax.geometry import Window
 
@@ -32,7 +36,9 @@ _PLATFORMS = (("cpu", "cpu", "ilajax._cpu"), ("CUDA", "cuda", "ilajax._cuda"))
 Outputs = tuple[jax.Array, ...]
 
 
-def call(target: str, outputs: Sequence[jax.ShapeDtypeStruct], *operands: jax.Array, **attributes: Any):
+def call(
+    target: str, outputs: Sequence[jax.ShapeDtypeStruct], *operands: jax.Array, **attributes: Any
+) -> Outputs:
     """Calls an FFI target; the results vary over the manual mesh axes that the operands vary over."""
     results = jax.ffi.ffi_call(target, outputs)(*operands, **attributes)
     axes = _varying_axes(operands)
@@ -82,7 +88,8 @@ def dispatch(
             f"compiler is found, or set ILAJAX_BACKEND=auto."
         )
     branches = {
-        platform: _fold(functools.partial(native, platform), tuple(batched), 1) for platform in kernels
+        platform: _fold(functools.partial(native, platform), tuple(batched), 1)
+        for platform in kernels
     }
     if not branches:
         return reference(*operands)
@@ -134,11 +141,15 @@ def _platforms_here() -> set[str]:
     return {"cpu", "cuda" if default == "gpu" else default}
 
 
-def _fold(native: Callable[..., Outputs], batched: tuple[bool, ...], groups: int) -> Callable[..., Outputs]:
+def _fold(
+    native: Callable[..., Outputs], batched: tuple[bool, ...], groups: int
+) -> Callable[..., Outputs]:
     """A form of `native` whose vmap rule folds the mapped axis into the batch."""
 
     @custom_vmap
     def function(*operands):
+        if _may_be_sharded():
+            return _partition(native, batched, groups, operands)
         return native(groups, *operands)
 
     @function.def_vmap
@@ -148,7 +159,9 @@ def _fold(native: Callable[..., Outputs], batched: tuple[bool, ...], groups: int
             # Filters of their own: one call after the other, which share one workspace.
             def one(chosen):
                 own = iter(chosen)
-                return function(*(next(own) if m else o for o, m in zip(operands, mapped, strict=True)))
+                return function(
+                    *(next(own) if m else o for o, m in zip(operands, mapped, strict=True))
+                )
 
             results = jax.lax.map(one, tuple(o for o, m in zip(operands, mapped, strict=True) if m))
             return results, tuple(True for _ in results)
@@ -164,6 +177,92 @@ def _fold(native: Callable[..., Outputs], batched: tuple[bool, ...], groups: int
         return unfolded, tuple(True for _ in unfolded)
 
     return function
+
+
+def _may_be_sharded() -> bool:
+    # Only then: a partitioned call is more than XLA's persistent compilation cache takes.
+    return jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes
+
+
+def _partition(
+    native: Callable[..., Outputs], batched: tuple[bool, ...], groups: int, operands: Outputs
+) -> Outputs:
+    """Calls `native` so that XLA splits it along a sharded batch, where it would gather the operands.
+
+    Results that lead with groups are sums over the batch: one group is added up over the shards, and of
+    several each shard has its own.
+    """
+    shapes = jax.eval_shape(functools.partial(native, groups), *operands)
+    batch = next(o.shape[0] for o, leads in zip(operands, batched, strict=True) if leads)
+    led = tuple(shape.shape[0] == batch for shape in shapes)
+
+    @custom_partitioning
+    def function(*operands):
+        return native(groups, *operands)
+
+    def partition(mesh, operand_shapes, result_shapes):
+        axis = next(
+            _leading_axis(shape)
+            for shape, leads in zip(operand_shapes, batched, strict=True)
+            if leads
+        )
+        shards = math.prod(mesh.shape[name] for name in _names(axis))
+        if groups > 1 and groups % shards:
+            axis, shards = None, 1
+        split, whole = (NamedSharding(mesh, PartitionSpec(a)) for a in (axis, None))
+
+        def lower(*operands):
+            results = native(max(groups // shards, 1), *operands)
+            if groups > 1 or shards == 1:
+                return results
+            return tuple(
+                result if leads else jax.lax.psum(result, axis)
+                for result, leads in zip(results, led, strict=True)
+            )
+
+        operand_shardings = tuple(split if leads else whole for leads in batched)
+        result_shardings = tuple(split if leads or groups > 1 else whole for leads in led)
+        return mesh, lower, result_shardings, operand_shardings
+
+    rule = _sharding_rule(operands, batched, shapes, led, groups)
+    # The rule's reader takes sizes of just those factors that are never a whole axis.
+    sizes = {} if groups == 1 else {"b": batch // groups}
+    if groups > 1 and all(led):
+        sizes["g"] = groups
+    function.def_partition(partition, sharding_rule=rule, **sizes)
+    return function(*operands)
+
+
+def _sharding_rule(
+    operands: Sequence[Any],
+    batched: Sequence[bool],
+    results: Sequence[Any],
+    led: Sequence[bool],
+    groups: int,
+) -> str:
+    """Says that the batch axes go together, and every other axis stands for itself."""
+    own = (f"a{i}" for i in itertools.count())
+    batch = "b" if groups == 1 else "(g b)"
+
+    def side(arrays, leads):
+        return ", ".join(
+            " ".join([lead, *itertools.islice(own, a.ndim - 1)])
+            for a, lead in zip(arrays, leads, strict=True)
+        )
+
+    left = side(operands, [batch if leads else next(own) for leads in batched])
+    group = "g" if groups > 1 else None
+    right = side(results, [batch if leads else group or next(own) for leads in led])
+    return f"{left} -> {right}"
+
+
+def _leading_axis(shape: Any) -> Any:
+    spec = shape.sharding.spec
+    return spec[0] if spec else None
+
+
+def _names(axis: Any) -> tuple[str, ...]:
+    return () if axis is None else axis if isinstance(axis, tuple) else (axis,)
 
 
 def _varying_axes(operands: Sequence[jax.Array]) -> frozenset[str]:

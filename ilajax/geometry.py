@@ -212,9 +212,7 @@ def pool_window(input_shape: tuple[int, ...], window: int | Sequence[int]) -> Wi
     window_shape = per_axis("window", window, len(input_shape))
     output_shape = tuple(-(-s // w) for s, w in zip(input_shape, window_shape, strict=True))
     rank = len(input_shape)
-    return Window(
-        input_shape, window_shape, window_shape, (1,) * rank, (0,) * rank, output_shape
-    )
+    return Window(input_shape, window_shape, window_shape, (1,) * rank, (0,) * rank, output_shape)
 
 
 def unravel(keys: jax.Array, shape: Sequence[int]) -> list[jax.Array]:
@@ -258,7 +256,8 @@ def _pads(
         pads = [(operator.index(low), operator.index(high)) for low, high in padding]
     except (TypeError, ValueError):
         raise TypeError(
-            f"padding must be 'SAME', 'VALID' or a sequence of (low, high) pairs of integers, got {padding!r}."
+            f"padding must be 'SAME', 'VALID' or a sequence of (low, high) pairs of integers, got "
+            f"{padding!r}."
         ) from None
     if len(pads) != len(input_shape):
         raise ValueError(

@@ -50,7 +50,9 @@ class SparseKernel:
         if self.keys.dtype != jnp.int32:
             raise TypeError(f"keys must be int32, got {self.keys.dtype}.")
         if self.values.dtype not in VALUE_DTYPES:
-            raise TypeError(f"values must be float32, bfloat16 or float16, got {self.values.dtype}.")
+            raise TypeError(
+                f"values must be float32, bfloat16 or float16, got {self.values.dtype}."
+            )
 
     @property
     def window_shape(self) -> tuple[int, ...]:
@@ -107,7 +109,9 @@ class SparseKernel:
         if mask.shape != w.shape:
             raise ValueError(f"mask must have the shape {w.shape} of w, got {mask.shape}.")
         if mask.dtype != jnp.bool_:
-            raise TypeError(f"mask must be bool, got {mask.dtype}. Compare explicitly, as in w != 0.")
+            raise TypeError(
+                f"mask must be bool, got {mask.dtype}. Compare explicitly, as in w != 0."
+            )
         live = _to_key_order(mask)
         keys = jnp.where(live, keys, values.size)
         order = jnp.argsort(keys)
@@ -138,7 +142,9 @@ class SparseKernel:
     def __repr__(self) -> str:
         if not hasattr(self.values, "dtype"):
             return f"SparseKernel(keys={self.keys!r}, values={self.values!r}, shape={self.shape})"
-        return f"SparseKernel({self.dtype}{list(self.shape)}, {self.values.size} of {self.size} slots)"
+        return (
+            f"SparseKernel({self.dtype}{list(self.shape)}, {self.values.size} of {self.size} slots)"
+        )
 
     def tree_flatten_with_keys(self) -> tuple[tuple[Any, Any], tuple[int, ...]]:
         name = jax.tree_util.GetAttrKey
@@ -174,4 +180,6 @@ def _to_key_order(w: jax.Array) -> jax.Array:
 
 def _from_key_order(flat: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     taps = sites(shape[:-2])
-    return jnp.moveaxis(flat.reshape(shape[-1], shape[-2], taps), (0, 1, 2), (2, 1, 0)).reshape(shape)
+    return jnp.moveaxis(flat.reshape(shape[-1], shape[-2], taps), (0, 1, 2), (2, 1, 0)).reshape(
+        shape
+    )

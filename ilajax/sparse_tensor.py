@@ -169,7 +169,9 @@ class SparseTensor:
         except TypeError as error:
             raise ValueError(str(error)) from None
         if any(isinstance(a, jax.core.Tracer) for a in (self.keys, self.values)):
-            raise ValueError("validate() looks at concrete arrays, got tracers. Call it outside jit.")
+            raise ValueError(
+                "validate() looks at concrete arrays, got tracers. Call it outside jit."
+            )
         keys = np.asarray(self.keys, np.int64)
         values = np.asarray(self.values, np.float32)
         padding = keys == self.sites

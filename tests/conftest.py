@@ -1,22 +1,51 @@
 """Fixtures of the whole suite: the backends, and NaN as an error."""
 
+import collections
+
 import jax
 import pytest
 
 from ilajax import _ffi
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="run every crossing of the options on the reference too, which compiles for many minutes",
+    )
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "nans: NaN is expected here, so it does not raise")
+    config.addinivalue_line(
+        "markers", "crossed(n): the reference runs every n-th case only, unless --full is given"
+    )
 
 
 def pytest_generate_tests(metafunc):
-    # test_ffi.py says where kernels must be installed.
-    native = ["native"] if _ffi.native_platforms() else []
     if "backend" in metafunc.fixturenames:
+        # test_ffi.py says where kernels must be installed.
+        native = ["native"] if _ffi.native_platforms() else []
         metafunc.parametrize("backend", [*native, "reference"], indirect=True)
-    if "native" in metafunc.fixturenames:
-        metafunc.parametrize("native", native, indirect=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Thins out `crossed` tests: a kernel compiles in 20 ms, the reference in 1 to 2 s."""
+    if config.getoption("--full"):
+        return
+    seen = collections.Counter()
+    kept, dropped = [], []
+    for item in items:
+        marker = item.get_closest_marker("crossed")
+        keep = True
+        if marker and item.callspec.params["backend"] == "reference":
+            name = (item.path, item.originalname)
+            keep = seen[name] % marker.args[0] == 0
+            seen[name] += 1
+        (kept if keep else dropped).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=dropped)
 
 
 @pytest.fixture
@@ -26,13 +55,6 @@ def backend(request, monkeypatch):
     It is read at trace time: jit a fresh function in each test, or keep one for each backend.
     """
     # "native" raises where a kernel is missing; "auto" would quietly run the reference.
-    monkeypatch.setenv("ILAJAX_BACKEND", request.param)
-    return request.param
-
-
-@pytest.fixture
-def native(request, monkeypatch):
-    """As `backend`, without the reference."""
     monkeypatch.setenv("ILAJAX_BACKEND", request.param)
     return request.param
 

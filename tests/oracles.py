@@ -18,7 +18,8 @@ import numpy as np
 def read(array):
     """An array as NumPy float64 or int64."""
     array = np.asarray(array)
-    return array.astype(np.int64 if np.issubdtype(array.dtype, np.integer) else np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return array.astype(np.int64 if np.issubdtype(array.dtype, np.integer) else np.float64)
 
 
 def segments(x):

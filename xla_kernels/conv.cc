@@ -1,17 +1,20 @@
 // Direct sparse convolution with k-selection on the CPU, and its gradient.
 //
-// Forward, a task for each (sample, block of output channels). The grid is walked in slabs of rows of the
-// leading axis. A slab's entries lie together in every input channel and are found by bisection; each is
-// multiplied with the live taps of its channel and added to rows [site][channel of the block] of a buffer
-// that stays in the cache. A bitmap marks the sites reached, so that only those are read, pushed into the
-// running selection of their channel in the order of their keys, and set back to zero. The grid itself is
-// never allocated, cleared or scanned: work follows stored entries x live taps, plus a bit a site.
+// Forward, a task for each (sample, block of output channels). The grid is walked in slabs of rows
+// of the leading axis. A slab's entries lie together in every input channel and are found by
+// bisection; each is multiplied with the live taps of its channel and added to rows [site][channel
+// of the block] of a buffer that stays in the cache. A bitmap marks the sites reached, so that only
+// those are read, pushed into the running selection of their channel in the order of their keys,
+// and set back to zero. The grid itself is never allocated, cleared or scanned: work follows stored
+// entries x live taps, plus a bit a site.
 //
-// Backward, a task for each of a fixed number of runs of (sample, slab of input rows). The cotangents of
-// kept outputs within reach are spread into such a buffer; then every stored input gathers from it what its
-// own cotangent and the weights' need. Partial sums of the weights are added in the order of the tasks.
+// Backward, a task for each of a fixed number of runs of (sample, slab of input rows). The
+// cotangents of kept outputs within reach are spread into such a buffer; then every stored input
+// gathers from it what its own cotangent and the weights' need. Partial sums of the weights are
+// added in the order of the tasks.
 //
-// A sum's order does not depend on threads or slabs: input channel, key, tap. Results are repeatable.
+// A sum's order does not depend on threads or slabs: input channel, key, tap. Results are
+// repeatable.
 
 #include "xla_kernels/conv.h"
 
@@ -59,7 +62,8 @@ struct Slab {
   }
 };
 
-// The part of a segment whose keys lie in [begin, end): of broken keys some part, inside the segment.
+// The part of a segment whose keys lie in [begin, end): of broken keys some part, inside the
+// segment.
 struct Range {
   int64_t first, last;
   Range(const int32_t* keys, int64_t slots, int64_t begin, int64_t end) {
@@ -101,23 +105,24 @@ struct Forward {
   T* out_values;
   int32_t* responses;
 
+  template <int kBlock>
   void Run(int64_t item, int64_t block, ForwardWorker<T>& worker) const {
     const int64_t first = block * plan.block;
     const int64_t channels = std::min(plan.block, s.out_channels - first);
     int32_t* candidates = responses + item * s.out_channels + first;
     for (int64_t j = 0; j < channels; ++j) {
       const int64_t segment = item * s.out_channels + first + j;
-      worker.best[j] = RunningTopK<T>(
-          select, s.capacity, out_keys + segment * s.capacity, out_values + segment * s.capacity,
-          plan.overflow, worker.overflow_keys + j * plan.overflow,
-          worker.overflow_values + j * plan.overflow);
+      worker.best[j] = RunningTopK<T>(select, s.capacity, out_keys + segment * s.capacity,
+                                      out_values + segment * s.capacity, plan.overflow,
+                                      worker.overflow_keys + j * plan.overflow,
+                                      worker.overflow_values + j * plan.overflow);
       candidates[j] = 0;
     }
-    const bool finite =
-        filters.finite && AllFinite(values + item * s.in_channels * s.slots, s.in_channels * s.slots);
+    const bool finite = filters.finite &&
+                        AllFinite(values + item * s.in_channels * s.slots, s.in_channels * s.slots);
     for (int64_t row = 0; row < w.output_shape[0]; row += plan.slab_rows) {
       const int64_t end = std::min(row + plan.slab_rows, w.output_shape[0]);
-      if (!Accumulate(item, block, row, end, finite, worker.slab)) continue;
+      if (!Accumulate<kBlock>(item, block, row, end, finite, worker.slab)) continue;
       const int64_t base = row * w.output_row();
       worker.slab.Drain([&](int64_t site, const float* response) {
         for (int64_t j = 0; j < channels; ++j) {
@@ -133,6 +138,7 @@ struct Forward {
   }
 
   // Adds up the responses of output rows [begin, end). Returns whether any entry is within reach.
+  template <int kBlock>
   bool Accumulate(int64_t item, int64_t block, int64_t begin, int64_t end, bool finite,
                   Slab& slab) const {
     const int64_t low = begin * w.strides[0] - w.low[0];
@@ -158,7 +164,8 @@ struct Forward {
           const int64_t site = walk.Reach(filters.tap_offsets + tap * TapWalk::kTapOffsets);
           if (site < 0) continue;
           slab.Mark(site);
-          AddProducts(slab.rows + site * plan.block, rows + tap * plan.block, x, plan.block, finite);
+          AddProducts<kBlock>(slab.rows + site * plan.block, rows + tap * plan.block, x, plan.block,
+                              finite);
         }
       }
     }
@@ -173,8 +180,8 @@ ffi::Error ConvFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
                        ffi::Result<ffi::Buffer<ffi::S32>> responses,
                        ffi::Result<ffi::Buffer<ffi::U8>> workspace, std::string_view select_name,
                        Span input_shape, Span window_shape, Span strides, Span dilation, Span low,
-                       Span output_shape, int64_t channel_block, int64_t slab_rows, int64_t overflow,
-                       int64_t workers) {
+                       Span output_shape, int64_t channel_block, int64_t slab_rows,
+                       int64_t overflow, int64_t workers) {
   Window w;
   ConvShape s;
   Select select;
@@ -226,7 +233,9 @@ ffi::Error ConvFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
       ForwardWorker<T> worker = layout;
       Carver own(base + id * bytes);
       worker.Carve(own, plan);
-      forward.Run(task / filters.blocks, task % filters.blocks, worker);
+      DispatchBlock(plan.block, [&]<int kBlock>() {
+        forward.template Run<kBlock>(task / filters.blocks, task % filters.blocks, worker);
+      });
     });
     return ffi::Error::Success();
   });
@@ -262,6 +271,7 @@ struct Backward {
   T* values_bar;
 
   // Input rows [begin, end) of a sample.
+  template <int kBlock>
   void Run(int64_t item, int64_t begin, int64_t end, BackwardWorker& worker) const {
     // The output rows within reach.
     const int64_t stride = w.strides[0];
@@ -271,7 +281,8 @@ struct Backward {
     const int64_t row_end =
         std::clamp<int64_t>(highest < 0 ? 0 : highest / stride + 1, row_begin, w.output_shape[0]);
     const bool finite =
-        filters.finite && AllFinite(values + item * s.in_channels * s.slots, s.in_channels * s.slots) &&
+        filters.finite &&
+        AllFinite(values + item * s.in_channels * s.slots, s.in_channels * s.slots) &&
         AllFinite(cotangent + item * s.out_channels * s.capacity, s.out_channels * s.capacity);
     const int64_t first = begin * w.input_row(), last = end * w.input_row();
     for (int64_t block = 0; block < filters.blocks; ++block) {
@@ -295,8 +306,9 @@ struct Backward {
             const int64_t site = walk.Reach(filters.tap_offsets + tap * TapWalk::kTapOffsets);
             if (site < 0 || !worker.slab.Marked(site)) continue;
             const float* g = worker.slab.rows + site * plan.block;
-            sum += Dot(g, filters.rows + (row + tap) * plan.block, plan.block, finite);
-            AddProducts(worker.weights_bar + (row + tap) * plan.block, g, x, plan.block, finite);
+            sum += Dot<kBlock>(g, filters.rows + (row + tap) * plan.block, plan.block, finite);
+            AddProducts<kBlock>(worker.weights_bar + (row + tap) * plan.block, g, x, plan.block,
+                                finite);
           }
           if (filters.blocks > 1) worker.values_bar[entry++] = sum;
           if (block == filters.blocks - 1) value_bar[i] = T(sum);
@@ -401,14 +413,17 @@ ffi::Error ConvBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
       for (int64_t unit = part * units / parts; unit < (part + 1) * units / parts; ++unit) {
         const int64_t item = group * (s.batch / groups) + unit / slabs;
         const int64_t row = unit % slabs * slab_rows;
-        backward.Run(item, row, std::min(row + slab_rows, w.input_shape[0]), worker);
+        DispatchBlock(plan.block, [&]<int kBlock>() {
+          backward.template Run<kBlock>(item, row, std::min(row + slab_rows, w.input_shape[0]),
+                                        worker);
+        });
       }
       filters.Gather(kernel_keys.typed_data(), s.weights, s.out_channels, worker.weights_bar,
                      part_sums + task * s.weights);
     });
     AddParts(part_sums, groups, parts, s.weights, weights_bar->typed_data());
-    const KeptCotangents<T> kept = {s.batch / groups, s.out_channels, s.capacity, w.output_sites,
-                                    out_keys.typed_data(), Data<T>(cotangent)};
+    const KeptCotangents<T> kept = {s.batch / groups, s.out_channels,        s.capacity,
+                                    w.output_sites,   out_keys.typed_data(), Data<T>(cotangent)};
     ParallelFor(pool, groups * s.out_channels, workers, [&](int64_t task, int64_t) {
       bias_bar->typed_data()[task] = kept.Sum(task / s.out_channels, task % s.out_channels);
     });
@@ -451,8 +466,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ConvBwd, ilajax::ConvBwdImpl,
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // kernel_keys
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // weights
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // out_keys
-                                  .Arg<xla::ffi::AnyBuffer>()              // cotangent of out_values
-                                  .Ret<xla::ffi::AnyBuffer>()              // values_bar
+                                  .Arg<xla::ffi::AnyBuffer>()  // cotangent of out_values
+                                  .Ret<xla::ffi::AnyBuffer>()  // values_bar
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()  // weights_bar
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()  // bias_bar
                                   .Ret<xla::ffi::Buffer<xla::ffi::U8>>()   // workspace

@@ -1,10 +1,8 @@
 // The shapes of conv, the same for both platforms:
 //
-//   keys         s32[B, Cin or 1, K]   ascending in each segment; a key outside the input grid is padding
-//   values       T[B, Cin, K]          T = float32, bfloat16 or float16
-//   kernel_keys  s32[N]                (oc * Cin + ic) * taps + tap; anything else is padding
-//   weights      f32[N]
-//   bias         f32[Cout]
+//   keys         s32[B, Cin or 1, K]   ascending in each segment; a key outside the input grid is
+//   padding values       T[B, Cin, K]          T = float32, bfloat16 or float16 kernel_keys  s32[N]
+//   (oc * Cin + ic) * taps + tap; anything else is padding weights      f32[N] bias f32[Cout]
 //   out_keys     s32[B, Cout, K']      out_values T[B, Cout, K'], responses s32[B, Cout]
 //
 // and of its gradient, where the batch holds `groups` independent calls, one behind the other:
@@ -31,8 +29,9 @@ struct ConvShape {
 
   // Reads the shapes both directions have in common; `output` is the keys of the kept responses.
   static ffi::Error Read(const ffi::Buffer<ffi::S32>& keys, const ffi::AnyBuffer& values,
-                         const ffi::Buffer<ffi::S32>& kernel_keys, const ffi::Buffer<ffi::F32>& weights,
-                         const ffi::Buffer<ffi::S32>& output, const Window& window, ConvShape& s) {
+                         const ffi::Buffer<ffi::S32>& kernel_keys,
+                         const ffi::Buffer<ffi::F32>& weights, const ffi::Buffer<ffi::S32>& output,
+                         const Window& window, ConvShape& s) {
     const auto k = keys.dimensions(), v = values.dimensions(), o = output.dimensions();
     if (k.size() != 3 || v.size() != 3 || o.size() != 3 || kernel_keys.dimensions().size() != 1) {
       return InvalidArgument("conv: keys, values and output need 3 dimensions, kernel_keys 1");
@@ -41,7 +40,8 @@ struct ConvShape {
     ILAJAX_RETURN_IF_ERROR(
         CheckShape("conv: keys", keys, {s.batch, s.shared ? 1 : s.in_channels, s.slots}));
     ILAJAX_RETURN_IF_ERROR(CheckShape("conv: weights", weights, {s.weights}));
-    ILAJAX_RETURN_IF_ERROR(CheckShape("conv: output", output, {s.batch, s.out_channels, s.capacity}));
+    ILAJAX_RETURN_IF_ERROR(
+        CheckShape("conv: output", output, {s.batch, s.out_channels, s.capacity}));
     if (window.taps * s.in_channels * s.out_channels > 0x7fffffff) {
       return InvalidArgument("conv: a kernel has 2^31 weights or more");
     }

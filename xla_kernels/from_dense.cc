@@ -1,9 +1,10 @@
-// The non-zeros of a dense array on the CPU, at most K for each sample and channel; a task for each sample.
+// The non-zeros of a dense array on the CPU, at most K for each sample and channel; a task for each
+// sample.
 //
 //   x T[B, sites, C] -> keys s32[B, C, K], values T[B, C, K], workspace
 //
-// x is read once, as it lies in memory, and every non-zero goes to the running selection of its channel. Its
-// gradient is to_dense.
+// x is read once, as it lies in memory, and every non-zero goes to the running selection of its
+// channel. Its gradient is to_dense.
 
 #include <cstdint>
 
@@ -18,10 +19,12 @@ namespace {
 ffi::Error FromDenseFwdImpl(ffi::ThreadPool pool, ffi::AnyBuffer x,
                             ffi::Result<ffi::Buffer<ffi::S32>> keys,
                             ffi::Result<ffi::AnyBuffer> values,
-                            ffi::Result<ffi::Buffer<ffi::U8>> workspace, std::string_view select_name,
-                            int64_t channel_block, int64_t overflow, int64_t workers) {
+                            ffi::Result<ffi::Buffer<ffi::U8>> workspace,
+                            std::string_view select_name, int64_t channel_block, int64_t overflow,
+                            int64_t workers) {
   const auto d = x.dimensions(), o = keys->dimensions();
-  if (d.size() != 3 || o.size() != 3) return InvalidArgument("from_dense: buffers need 3 dimensions");
+  if (d.size() != 3 || o.size() != 3)
+    return InvalidArgument("from_dense: buffers need 3 dimensions");
   const int64_t batch = d[0], sites = d[1], channels = d[2], capacity = o[2];
   ILAJAX_RETURN_IF_ERROR(CheckShape("from_dense: keys", *keys, {batch, channels, capacity}));
   ILAJAX_RETURN_IF_ERROR(CheckShape("from_dense: values", *values, {batch, channels, capacity}));

@@ -2,9 +2,9 @@
 //
 //   keys s32[B, C, K], values T[B, C, K] -> kept_keys s32[B, C, K'], kept_values T[B, C, K']
 //
-// Forward: entries that cannot be kept are dropped by a rank threshold, found by a radix select over the
-// order-preserving bits of their values in four passes; the rest is copied in the order of its keys.
-// Backward: both key lists ascend, so one merge takes the cotangents back.
+// Forward: entries that cannot be kept are dropped by a rank threshold, found by a radix select
+// over the order-preserving bits of their values in four passes; the rest is copied in the order of
+// its keys. Backward: both key lists ascend, so one merge takes the cotangents back.
 
 #include <algorithm>
 #include <cstdint>
@@ -30,7 +30,8 @@ ffi::Error KSelectFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi:
   if (d.size() != 3 || o.size() != 3) return InvalidArgument("k_select: buffers need 3 dimensions");
   const int64_t batch = d[0], channels = d[1], slots = d[2], capacity = o[2];
   ILAJAX_RETURN_IF_ERROR(CheckShape("k_select: keys", keys, {batch, channels, slots}));
-  ILAJAX_RETURN_IF_ERROR(CheckShape("k_select: kept_keys", *kept_keys, {batch, channels, capacity}));
+  ILAJAX_RETURN_IF_ERROR(
+      CheckShape("k_select: kept_keys", *kept_keys, {batch, channels, capacity}));
   ILAJAX_RETURN_IF_ERROR(
       CheckShape("k_select: kept_values", *kept_values, {batch, channels, capacity}));
   if (kept_values->element_type() != values.element_type()) {
@@ -39,25 +40,27 @@ ffi::Error KSelectFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi:
   Select select;
   ILAJAX_RETURN_IF_ERROR(ReadSelect(select_name, select));
   return DispatchFloat(values.element_type(), [&]<typename T>() {
-    ParallelFor(pool, batch * channels, Workers(batch * channels, slots), [&](int64_t segment, int64_t) {
-      const int32_t* key = keys.typed_data() + segment * slots;
-      const T* value = Data<T>(values) + segment * slots;
-      auto candidate = [&](int64_t i) {
-        return key[i] >= 0 && key[i] < sites && IsCandidate(static_cast<float>(value[i]), select);
-      };
-      auto rank = [&](int64_t i) { return RankBits(static_cast<float>(value[i]), select); };
-      const RankCut cut(slots, capacity, candidate, rank);
-      int32_t* kept_key = kept_keys->typed_data() + segment * capacity;
-      T* kept_value = Data<T>(*kept_values) + segment * capacity;
-      int64_t kept = 0, ties = cut.ties;
-      for (int64_t i = 0; i < slots && kept < capacity; ++i) {
-        if (!candidate(i) || !cut.Keeps(rank(i), ties)) continue;
-        kept_key[kept] = key[i];
-        kept_value[kept++] = value[i];
-      }
-      std::fill(kept_key + kept, kept_key + capacity, static_cast<int32_t>(sites));
-      std::fill(kept_value + kept, kept_value + capacity, T(0.0f));
-    });
+    ParallelFor(
+        pool, batch * channels, Workers(batch * channels, slots), [&](int64_t segment, int64_t) {
+          const int32_t* key = keys.typed_data() + segment * slots;
+          const T* value = Data<T>(values) + segment * slots;
+          auto candidate = [&](int64_t i) {
+            return key[i] >= 0 && key[i] < sites &&
+                   IsCandidate(static_cast<float>(value[i]), select);
+          };
+          auto rank = [&](int64_t i) { return RankBits(static_cast<float>(value[i]), select); };
+          const RankCut cut(slots, capacity, candidate, rank);
+          int32_t* kept_key = kept_keys->typed_data() + segment * capacity;
+          T* kept_value = Data<T>(*kept_values) + segment * capacity;
+          int64_t kept = 0, ties = cut.ties;
+          for (int64_t i = 0; i < slots && kept < capacity; ++i) {
+            if (!candidate(i) || !cut.Keeps(rank(i), ties)) continue;
+            kept_key[kept] = key[i];
+            kept_value[kept++] = value[i];
+          }
+          std::fill(kept_key + kept, kept_key + capacity, static_cast<int32_t>(sites));
+          std::fill(kept_value + kept, kept_value + capacity, T(0.0f));
+        });
     return ffi::Error::Success();
   });
 }
@@ -75,18 +78,20 @@ ffi::Error KSelectBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys,
     return InvalidArgument("k_select: cotangent and values_bar have different dtypes");
   }
   return DispatchFloat(cotangent.element_type(), [&]<typename T>() {
-    ParallelFor(pool, batch * channels, Workers(batch * channels, slots), [&](int64_t segment, int64_t) {
-      const int32_t* key = keys.typed_data() + segment * slots;
-      const int32_t* kept_key = kept_keys.typed_data() + segment * capacity;
-      const T* g = Data<T>(cotangent) + segment * capacity;
-      T* value_bar = Data<T>(*values_bar) + segment * slots;
-      int64_t j = 0;
-      for (int64_t i = 0; i < slots; ++i) {
-        while (j < capacity && kept_key[j] < key[i]) ++j;
-        const bool kept = j < capacity && kept_key[j] == key[i] && key[i] >= 0 && key[i] < sites;
-        value_bar[i] = kept ? g[j] : T(0.0f);
-      }
-    });
+    ParallelFor(pool, batch * channels, Workers(batch * channels, slots),
+                [&](int64_t segment, int64_t) {
+                  const int32_t* key = keys.typed_data() + segment * slots;
+                  const int32_t* kept_key = kept_keys.typed_data() + segment * capacity;
+                  const T* g = Data<T>(cotangent) + segment * capacity;
+                  T* value_bar = Data<T>(*values_bar) + segment * slots;
+                  int64_t j = 0;
+                  for (int64_t i = 0; i < slots; ++i) {
+                    while (j < capacity && kept_key[j] < key[i]) ++j;
+                    const bool kept =
+                        j < capacity && kept_key[j] == key[i] && key[i] >= 0 && key[i] < sites;
+                    value_bar[i] = kept ? g[j] : T(0.0f);
+                  }
+                });
     return ffi::Error::Success();
   });
 }
@@ -109,6 +114,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(KSelectBwd, ilajax::KSelectBwdImpl,
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // keys
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // kept_keys
-                                  .Arg<xla::ffi::AnyBuffer>()              // cotangent of kept_values
-                                  .Ret<xla::ffi::AnyBuffer>()              // values_bar
+                                  .Arg<xla::ffi::AnyBuffer>()  // cotangent of kept_values
+                                  .Ret<xla::ffi::AnyBuffer>()  // values_bar
                                   .Attr<int64_t>("sites"));

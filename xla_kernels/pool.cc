@@ -2,13 +2,14 @@
 //
 //   keys s32[B, C or 1, K], values T[B, C, K] -> pooled_keys s32[B, C or 1, K'], pooled T[B, C, K']
 //
-// The coarse grid is walked in slabs of rows of the leading axis, whose entries lie together. Each entry
-// finds its cell in a small dense buffer (the best slot so far, or the sum), with a bitmap of the cells in
-// use; those are read in the order of their keys into the running selection. One pass, and no sort.
-// Backward walks the same slabs, finds the best slots again, and hands each kept cell's cotangent to its
-// slot, or spreads it over the cell's entries.
+// The coarse grid is walked in slabs of rows of the leading axis, whose entries lie together. Each
+// entry finds its cell in a small dense buffer (the best slot so far, or the sum), with a bitmap of
+// the cells in use; those are read in the order of their keys into the running selection. One pass,
+// and no sort. Backward walks the same slabs, finds the best slots again, and hands each kept
+// cell's cotangent to its slot, or spreads it over the cell's entries.
 //
-// With a shared support the first channel writes the keys; nothing is cut then, so all channels agree.
+// With a shared support the first channel writes the keys; nothing is cut then, so all channels
+// agree.
 
 #include <algorithm>
 #include <cstdint>
@@ -74,7 +75,7 @@ struct PoolShape {
 // The cells of one slab.
 template <typename T>
 struct Cells {
-  float* values = nullptr;  // the largest, or the sum; backward: the cotangent
+  float* values = nullptr;   // the largest, or the sum; backward: the cotangent
   int32_t* slots = nullptr;  // where the largest stands
   uint64_t* bitmap = nullptr;
   int32_t* overflow_keys = nullptr;
@@ -129,7 +130,8 @@ void ForEntries(const PoolShape& s, const int32_t* key, int64_t row, F&& f) {
 }
 
 template <typename T>
-void FindLargest(const PoolShape& s, const int32_t* key, const T* value, int64_t row, Cells<T>& cells) {
+void FindLargest(const PoolShape& s, const int32_t* key, const T* value, int64_t row,
+                 Cells<T>& cells) {
   ForEntries(s, key, row, [&](int64_t slot, int64_t cell) {
     const float v = static_cast<float>(value[slot]), best = cells.values[cell];
     // NaN beats numbers, and nothing beats NaN; of equal values the first stays.
@@ -141,10 +143,10 @@ void FindLargest(const PoolShape& s, const int32_t* key, const T* value, int64_t
 }
 
 template <typename T>
-void PoolSegment(const PoolShape& s, const int32_t* key, const T* value,
-                 int32_t* pooled_key, T* pooled, Cells<T>& cells) {
-  RunningTopK<T> best(Select::kValue, s.capacity, pooled_key, pooled, s.overflow, cells.overflow_keys,
-                      cells.overflow_values);
+void PoolSegment(const PoolShape& s, const int32_t* key, const T* value, int32_t* pooled_key,
+                 T* pooled, Cells<T>& cells) {
+  RunningTopK<T> best(Select::kValue, s.capacity, pooled_key, pooled, s.overflow,
+                      cells.overflow_keys, cells.overflow_values);
   std::memset(cells.bitmap, 0, CeilDiv(s.slab_sites(), 64) * sizeof(uint64_t));
   for (int64_t row = 0; row < s.w.output_shape[0]; row += s.slab_rows) {
     if (s.average) {
@@ -169,8 +171,8 @@ void PoolSegment(const PoolShape& s, const int32_t* key, const T* value,
 }
 
 template <typename T>
-void UnpoolSegment(const PoolShape& s, const int32_t* key, const T* value, const int32_t* pooled_key,
-                   const T* cotangent, T* value_bar, Cells<T>& cells) {
+void UnpoolSegment(const PoolShape& s, const int32_t* key, const T* value,
+                   const int32_t* pooled_key, const T* cotangent, T* value_bar, Cells<T>& cells) {
   std::fill(value_bar, value_bar + s.slots, T(0.0f));
   const int32_t* pooled_end = pooled_key + s.capacity;
   for (int64_t row = 0; row < s.w.output_shape[0]; row += s.slab_rows) {
@@ -178,8 +180,8 @@ void UnpoolSegment(const PoolShape& s, const int32_t* key, const T* value, const
     if (!s.average) FindLargest(s, key, value, row, cells);
     const int64_t base = row * s.w.output_row();
     const int64_t last = std::min(row + s.slab_rows, s.w.output_shape[0]) * s.w.output_row();
-    for (const int32_t* k = std::lower_bound(pooled_key, pooled_end, base); k != pooled_end && *k < last;
-         ++k) {
+    for (const int32_t* k = std::lower_bound(pooled_key, pooled_end, base);
+         k != pooled_end && *k < last; ++k) {
       if (*k < base) continue;
       const int64_t cell = *k - base;
       const T g = cotangent[k - pooled_key];
@@ -215,10 +217,10 @@ ffi::Error ForSegments(ffi::ThreadPool& pool, const PoolShape& s, ffi::Buffer<ff
 
 ffi::Error PoolFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::AnyBuffer values,
                        ffi::Result<ffi::Buffer<ffi::S32>> pooled_keys,
-                       ffi::Result<ffi::AnyBuffer> pooled, ffi::Result<ffi::Buffer<ffi::U8>> workspace,
-                       std::string_view mode, Span input_shape, Span window_shape, Span strides,
-                       Span dilation, Span low, Span output_shape, int64_t slab_rows, int64_t overflow,
-                       int64_t workers) {
+                       ffi::Result<ffi::AnyBuffer> pooled,
+                       ffi::Result<ffi::Buffer<ffi::U8>> workspace, std::string_view mode,
+                       Span input_shape, Span window_shape, Span strides, Span dilation, Span low,
+                       Span output_shape, int64_t slab_rows, int64_t overflow, int64_t workers) {
   PoolShape s;
   s.slab_rows = slab_rows, s.overflow = overflow, s.workers = workers;
   ILAJAX_RETURN_IF_ERROR(
@@ -228,8 +230,7 @@ ffi::Error PoolFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
     return ForSegments<T>(pool, s, *workspace, [&](int64_t segment, Cells<T>& cells) {
       const int64_t key_segment = s.KeySegment(segment);
       const bool writes_keys = !s.shared || segment % s.channels == 0;
-      PoolSegment(s, keys.typed_data() + key_segment * s.slots,
-                  Data<T>(values) + segment * s.slots,
+      PoolSegment(s, keys.typed_data() + key_segment * s.slots, Data<T>(values) + segment * s.slots,
                   writes_keys ? pooled_keys->typed_data() + key_segment * s.capacity : nullptr,
                   Data<T>(*pooled) + segment * s.capacity, cells);
     });
@@ -255,7 +256,8 @@ ffi::Error PoolBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
   return DispatchFloat(values.element_type(), [&]<typename T>() {
     return ForSegments<T>(pool, s, *workspace, [&](int64_t segment, Cells<T>& cells) {
       const int64_t key_segment = s.KeySegment(segment);
-      UnpoolSegment(s, keys.typed_data() + key_segment * s.slots, Data<T>(values) + segment * s.slots,
+      UnpoolSegment(s, keys.typed_data() + key_segment * s.slots,
+                    Data<T>(values) + segment * s.slots,
                     pooled_keys.typed_data() + key_segment * s.capacity,
                     Data<T>(cotangent) + segment * s.capacity,
                     Data<T>(*values_bar) + segment * s.slots, cells);

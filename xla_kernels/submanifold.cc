@@ -1,10 +1,11 @@
 // Submanifold convolution on the CPU, and its gradient: responses at the input's own sites.
 //
-// Work is cut into chunks of a sample's sites. For each tap the sites' neighbours are found by one merge,
-// since the keys of neighbours ascend with the keys; then every live (tap, input channel) adds its row of
-// weights to the sites' rows of responses, which stay in the cache. The gradient walks the same chunks with the
-// taps mirrored: from the cotangents of the neighbours a site's inputs and the weights get theirs. Weights
-// are summed up for a fixed number of runs of chunks, whose sums are added in order.
+// Work is cut into chunks of a sample's sites. For each tap the sites' neighbours are found by one
+// merge, since the keys of neighbours ascend with the keys; then every live (tap, input channel)
+// adds its row of weights to the sites' rows of responses, which stay in the cache. The gradient
+// walks the same chunks with the taps mirrored: from the cotangents of the neighbours a site's
+// inputs and the weights get theirs. Weights are summed up for a fixed number of runs of chunks,
+// whose sums are added in order.
 //
 // A sum's order is tap, then input channel: repeatable, whatever the threads do.
 
@@ -86,9 +87,10 @@ bool SampleFinite(const SubmanifoldShape& s, const T* values, int64_t item, int6
   return AllFinite(values + item * channels * s.slots, channels * s.slots);
 }
 
-ffi::Error SubmanifoldFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::AnyBuffer values,
-                              ffi::Buffer<ffi::S32> kernel_keys, ffi::Buffer<ffi::F32> weights,
-                              ffi::Buffer<ffi::F32> bias, ffi::Result<ffi::AnyBuffer> features,
+ffi::Error SubmanifoldFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys,
+                              ffi::AnyBuffer values, ffi::Buffer<ffi::S32> kernel_keys,
+                              ffi::Buffer<ffi::F32> weights, ffi::Buffer<ffi::F32> bias,
+                              ffi::Result<ffi::AnyBuffer> features,
                               ffi::Result<ffi::Buffer<ffi::S32>> responses,
                               ffi::Result<ffi::Buffer<ffi::U8>> workspace, Span input_shape,
                               Span window_shape, Span strides, Span dilation, Span low,
@@ -100,14 +102,16 @@ ffi::Error SubmanifoldFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, 
   ILAJAX_RETURN_IF_ERROR(
       SubmanifoldShape::Read(keys, values, kernel_keys, weights, *features, w, s));
   ILAJAX_RETURN_IF_ERROR(CheckShape("submanifold: bias", bias, {s.out_channels}));
-  ILAJAX_RETURN_IF_ERROR(CheckShape("submanifold: responses", *responses, {s.batch, s.out_channels}));
+  ILAJAX_RETURN_IF_ERROR(
+      CheckShape("submanifold: responses", *responses, {s.batch, s.out_channels}));
   if (channel_block < 1 || workers < 1) {
     return InvalidArgument("submanifold: the plan has an entry below 1");
   }
   return DispatchFloat(values.element_type(), [&]<typename T>() -> ffi::Error {
     const int64_t chunks = CeilDiv(s.slots, kChunk), units = s.batch * chunks;
     Carver carver(workspace->untyped_data());
-    Filters filters = {channel_block, CeilDiv(s.out_channels, channel_block), s.in_channels, w.taps};
+    Filters filters = {channel_block, CeilDiv(s.out_channels, channel_block), s.in_channels,
+                       w.taps};
     filters.Carve(carver);
     uint8_t* finite = carver.Take<uint8_t>(s.batch);
     int32_t* counts = carver.Take<int32_t>(units * s.out_channels);
@@ -118,12 +122,13 @@ ffi::Error SubmanifoldFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, 
     ParallelFor(pool, s.batch, workers, [&](int64_t item, int64_t) {
       finite[item] = filters.finite && SampleFinite(s, Data<T>(values), item, s.in_channels);
     });
-    ParallelFor(pool, units, workers, [&](int64_t unit, int64_t id) {
+    auto run = [&]<int kBlock>(int64_t unit, int64_t id) {
       char* base = static_cast<char*>(workspace->untyped_data()) + begin + id * bytes;
       const Worker own(Carver(base), w, filters, false);
       const int64_t item = unit / chunks, first = unit % chunks * kChunk;
-      Neighbours near = {w, keys.typed_data() + item * s.slots, s.slots, first,
-                         std::min(first + kChunk, s.slots), own.places, own.slot};
+      Neighbours near = {w,       keys.typed_data() + item * s.slots, s.slots,
+                         first,   std::min(first + kChunk, s.slots),  own.places,
+                         own.slot};
       near.Locate();
       for (int64_t block = 0; block < filters.blocks; ++block) {
         std::memset(own.rows, 0, kChunk * channel_block * sizeof(float));
@@ -135,12 +140,14 @@ ffi::Error SubmanifoldFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, 
             const T* value = Data<T>(values) + (item * s.in_channels + ic) * s.slots;
             for (int64_t i = 0; i < near.end - first; ++i) {
               if (own.slot[i] < 0) continue;
-              AddProducts(own.rows + i * channel_block, filters.rows + row * channel_block,
-                          static_cast<float>(value[own.slot[i]]), channel_block, finite[item]);
+              AddProducts<kBlock>(own.rows + i * channel_block, filters.rows + row * channel_block,
+                                  static_cast<float>(value[own.slot[i]]), channel_block,
+                                  finite[item]);
             }
           }
         }
-        for (int64_t j = 0; j < std::min(channel_block, s.out_channels - block * channel_block); ++j) {
+        for (int64_t j = 0; j < std::min(channel_block, s.out_channels - block * channel_block);
+             ++j) {
           const int64_t oc = block * channel_block + j;
           T* feature = Data<T>(*features) + (item * s.out_channels + oc) * s.slots;
           int32_t count = 0;
@@ -152,6 +159,10 @@ ffi::Error SubmanifoldFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, 
           counts[unit * s.out_channels + oc] = count;
         }
       }
+    };
+    ParallelFor(pool, units, workers, [&](int64_t unit, int64_t id) {
+      DispatchBlock(channel_block,
+                    [&]<int kBlock>() { run.template operator()<kBlock>(unit, id); });
     });
     for (int64_t segment = 0; segment < s.batch * s.out_channels; ++segment) {
       const int64_t item = segment / s.out_channels, oc = segment % s.out_channels;
@@ -165,15 +176,13 @@ ffi::Error SubmanifoldFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, 
   });
 }
 
-ffi::Error SubmanifoldBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::AnyBuffer values,
-                              ffi::Buffer<ffi::S32> kernel_keys, ffi::Buffer<ffi::F32> weights,
-                              ffi::AnyBuffer cotangent, ffi::Result<ffi::AnyBuffer> values_bar,
-                              ffi::Result<ffi::Buffer<ffi::F32>> weights_bar,
-                              ffi::Result<ffi::Buffer<ffi::F32>> bias_bar,
-                              ffi::Result<ffi::Buffer<ffi::U8>> workspace, Span input_shape,
-                              Span window_shape, Span strides, Span dilation, Span low,
-                              Span output_shape, int64_t channel_block, int64_t parts,
-                              int64_t workers) {
+ffi::Error SubmanifoldBwdImpl(
+    ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::AnyBuffer values,
+    ffi::Buffer<ffi::S32> kernel_keys, ffi::Buffer<ffi::F32> weights, ffi::AnyBuffer cotangent,
+    ffi::Result<ffi::AnyBuffer> values_bar, ffi::Result<ffi::Buffer<ffi::F32>> weights_bar,
+    ffi::Result<ffi::Buffer<ffi::F32>> bias_bar, ffi::Result<ffi::Buffer<ffi::U8>> workspace,
+    Span input_shape, Span window_shape, Span strides, Span dilation, Span low, Span output_shape,
+    int64_t channel_block, int64_t parts, int64_t workers) {
   Window w;
   SubmanifoldShape s;
   ILAJAX_RETURN_IF_ERROR(
@@ -187,7 +196,8 @@ ffi::Error SubmanifoldBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, 
   }
   const int64_t groups = weights_bar->dimensions().size() == 2 ? weights_bar->dimensions()[0] : 0;
   if (groups < 1 || s.batch % groups != 0) {
-    return InvalidArgument("submanifold: a batch of ", s.batch, " does not hold ", groups, " groups");
+    return InvalidArgument("submanifold: a batch of ", s.batch, " does not hold ", groups,
+                           " groups");
   }
   ILAJAX_RETURN_IF_ERROR(CheckShape("submanifold: weights_bar", *weights_bar, {groups, s.weights}));
   ILAJAX_RETURN_IF_ERROR(CheckShape("submanifold: bias_bar", *bias_bar, {groups, s.out_channels}));
@@ -197,7 +207,8 @@ ffi::Error SubmanifoldBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, 
   return DispatchFloat(values.element_type(), [&]<typename T>() -> ffi::Error {
     const int64_t chunks = CeilDiv(s.slots, kChunk), units = s.batch / groups * chunks;
     Carver carver(workspace->untyped_data());
-    Filters filters = {channel_block, CeilDiv(s.out_channels, channel_block), s.in_channels, w.taps};
+    Filters filters = {channel_block, CeilDiv(s.out_channels, channel_block), s.in_channels,
+                       w.taps};
     filters.Carve(carver);
     uint8_t* finite = carver.Take<uint8_t>(s.batch);
     float* part_sums = carver.Take<float>(groups * parts * s.weights);
@@ -209,9 +220,10 @@ ffi::Error SubmanifoldBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, 
       finite[item] = filters.finite && SampleFinite(s, Data<T>(values), item, s.in_channels) &&
                      SampleFinite(s, Data<T>(cotangent), item, s.out_channels);
     });
-    auto run = [&](int64_t item, int64_t first, const Worker& own) {
-      Neighbours near = {w, keys.typed_data() + item * s.slots, s.slots, first,
-                         std::min(first + kChunk, s.slots), own.places, own.slot};
+    auto run = [&]<int kBlock>(int64_t item, int64_t first, const Worker& own) {
+      Neighbours near = {w,       keys.typed_data() + item * s.slots, s.slots,
+                         first,   std::min(first + kChunk, s.slots),  own.places,
+                         own.slot};
       near.Locate();
       const int64_t count = near.end - first;
       std::memset(own.values_bar, 0, kChunk * s.in_channels * sizeof(float));
@@ -236,16 +248,17 @@ ffi::Error SubmanifoldBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, 
               if (own.slot[i] < 0) continue;
               const float* g = own.rows + i * channel_block;
               own.values_bar[i * s.in_channels + ic] +=
-                  Dot(g, filters.rows + row * channel_block, channel_block, finite[item]);
-              AddProducts(own.weights_bar + row * channel_block, g, static_cast<float>(value[i]),
-                          channel_block, finite[item]);
+                  Dot<kBlock>(g, filters.rows + row * channel_block, channel_block, finite[item]);
+              AddProducts<kBlock>(own.weights_bar + row * channel_block, g,
+                                  static_cast<float>(value[i]), channel_block, finite[item]);
             }
           }
         }
       }
       for (int64_t ic = 0; ic < s.in_channels; ++ic) {
         T* value_bar = Data<T>(*values_bar) + (item * s.in_channels + ic) * s.slots + first;
-        for (int64_t i = 0; i < count; ++i) value_bar[i] = T(own.values_bar[i * s.in_channels + ic]);
+        for (int64_t i = 0; i < count; ++i)
+          value_bar[i] = T(own.values_bar[i * s.in_channels + ic]);
       }
     };
     ParallelFor(pool, groups * parts, workers, [&](int64_t task, int64_t id) {
@@ -254,15 +267,17 @@ ffi::Error SubmanifoldBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, 
       std::memset(own.weights_bar, 0, filters.size() * sizeof(float));
       const int64_t group = task / parts, part = task % parts;
       for (int64_t unit = part * units / parts; unit < (part + 1) * units / parts; ++unit) {
-        run(group * (s.batch / groups) + unit / chunks, unit % chunks * kChunk, own);
+        const int64_t item = group * (s.batch / groups) + unit / chunks;
+        DispatchBlock(channel_block, [&]<int kBlock>() {
+          run.template operator()<kBlock>(item, unit % chunks * kChunk, own);
+        });
       }
       filters.Gather(kernel_keys.typed_data(), s.weights, s.out_channels, own.weights_bar,
                      part_sums + task * s.weights);
     });
     AddParts(part_sums, groups, parts, s.weights, weights_bar->typed_data());
-    const KeptCotangents<T> kept = {s.batch / groups, s.out_channels,    s.slots,
-                                    w.output_sites,   keys.typed_data(), Data<T>(cotangent),
-                                    true};
+    const KeptCotangents<T> kept = {s.batch / groups,  s.out_channels,     s.slots, w.output_sites,
+                                    keys.typed_data(), Data<T>(cotangent), true};
     ParallelFor(pool, groups * s.out_channels, workers, [&](int64_t task, int64_t) {
       bias_bar->typed_data()[task] = kept.Sum(task / s.out_channels, task % s.out_channels);
     });

@@ -26,8 +26,9 @@ struct SubmanifoldShape {
 
   // `features` are the output's, or their cotangent.
   static ffi::Error Read(const ffi::Buffer<ffi::S32>& keys, const ffi::AnyBuffer& values,
-                         const ffi::Buffer<ffi::S32>& kernel_keys, const ffi::Buffer<ffi::F32>& weights,
-                         const ffi::AnyBuffer& features, const Window& w, SubmanifoldShape& s) {
+                         const ffi::Buffer<ffi::S32>& kernel_keys,
+                         const ffi::Buffer<ffi::F32>& weights, const ffi::AnyBuffer& features,
+                         const Window& w, SubmanifoldShape& s) {
     const auto v = values.dimensions(), f = features.dimensions();
     if (v.size() != 3 || f.size() != 3 || kernel_keys.dimensions().size() != 1) {
       return InvalidArgument("submanifold: values and features need 3 dimensions, kernel_keys 1");

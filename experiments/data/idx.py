@@ -85,6 +85,8 @@ def _content(path: Path) -> bytes:
     try:
         return gzip.decompress(raw)
     except EOFError:
-        raise ValueError(f"{path} is truncated: its gzip stream ends early. Fetch it again.") from None
+        raise ValueError(
+            f"{path} is truncated: its gzip stream ends early. Fetch it again."
+        ) from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a sound gzip file: {error}.") from None

@@ -72,9 +72,13 @@ def _load(directory: Path, part: str) -> Digits:
     if not len(images):
         raise ValueError(f"{images_path} holds no images.")
     if images.shape[1:] != (28, 28):
-        raise ValueError(f"{images_path} holds images of {images.shape[1:]} pixels, expected (28, 28).")
+        raise ValueError(
+            f"{images_path} holds images of {images.shape[1:]} pixels, expected (28, 28)."
+        )
     if labels.max() >= CLASSES:
-        raise ValueError(f"{labels_path} holds the label {labels.max()}, expected 0 to {CLASSES - 1}.")
+        raise ValueError(
+            f"{labels_path} holds the label {labels.max()}, expected 0 to {CLASSES - 1}."
+        )
     return Digits(images, labels)
 
 

@@ -116,7 +116,9 @@ def submanifold_backward(
     units = batch // groups * _ceil(slots, _CHUNK)
     block = min(cout, 64)
     parts = _parts(units, groups * weights * 4, cpu_budget(window))
-    shared = _filters(window, cin, cout, block) + _align(batch) + _align(groups * parts * weights * 4)
+    shared = (
+        _filters(window, cin, cout, block) + _align(batch) + _align(groups * parts * weights * 4)
+    )
     rows = _ceil(cout, block) * cin * window.taps * block * 4
     worker = _chunk(window, block) + _align(_CHUNK * cin * 4) + _align(rows)
     workers = _workers(groups * parts, worker, cpu_budget(window) - shared)
@@ -140,7 +142,9 @@ def from_dense(batch: int, channels: int, capacity: int, itemsize: int) -> Plan:
     """Tasks are (sample, block of channels)."""
     overflow = max(64, min(capacity, 1 << 14))
     block = min(channels, 16)
-    worker = _align(block * _TOP_K) + _align(block * overflow * 4) + _align(block * overflow * itemsize)
+    worker = (
+        _align(block * _TOP_K) + _align(block * overflow * 4) + _align(block * overflow * itemsize)
+    )
     workers = _workers(batch * _ceil(channels, block), worker, _CPU_BUDGET)
     attributes = {"channel_block": block, "overflow": overflow, "workers": workers}
     return Plan(workers * worker, attributes)

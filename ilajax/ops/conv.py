@@ -100,7 +100,11 @@ def conv(
     if support not in SUPPORTS:
         raise ValueError(f"support must be one of {SUPPORTS}, got {support!r}.")
     window = conv_window(
-        x.spatial_shape, kernel.window_shape, strides=strides, padding=padding, dilation=kernel_dilation
+        x.spatial_shape,
+        kernel.window_shape,
+        strides=strides,
+        padding=padding,
+        dilation=kernel_dilation,
     )
     weights = (kernel.keys, kernel.values.astype(jnp.float32), bias.astype(jnp.float32))
     if support == "input":
@@ -154,8 +158,8 @@ def _check_submanifold(
             )
     if not x.shared:
         raise ValueError(
-            'x must have a shared support under support="input", got keys for each channel. ilajax.from_points '
-            "gives one."
+            'x must have a shared support under support="input", got keys for each channel. '
+            "ilajax.from_points gives one."
         )
     if set(window.strides) != {1} or not (isinstance(padding, str) and padding.upper() == "SAME"):
         raise ValueError(
@@ -178,8 +182,8 @@ class _Outputs(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _conv(config, keys, values, kernel_keys, weights, bias) -> _Outputs:
-    return _forward(config, keys, values, kernel_keys, weights, bias)
+def _conv(config: _Config, *operands: jax.Array) -> _Outputs:
+    return _forward(config, *operands)
 
 
 def _forward(config: _Config, *operands: jax.Array) -> _Outputs:
@@ -277,7 +281,12 @@ def _dense_planes(keys: jax.Array, values: jax.Array, sites: int) -> jax.Array:
 def _forward_native(config, platform, groups, keys, values, kernel_keys, weights, bias):
     shape = (values.shape[0], bias.size, config.capacity)
     plan = _plans.conv_forward(
-        config.window, *values.shape[:2], bias.size, config.capacity, values.dtype.itemsize
+        config.window,
+        values.shape[0],
+        values.shape[1],
+        bias.size,
+        config.capacity,
+        values.dtype.itemsize,
     )
     outputs = (
         jax.ShapeDtypeStruct(shape, jnp.int32),
@@ -296,7 +305,9 @@ def _forward_native(config, platform, groups, keys, values, kernel_keys, weights
     return results[:3]
 
 
-def _backward_native(config, platform, groups, keys, values, kernel_keys, weights, output_keys, cotangent):
+def _backward_native(
+    config, platform, groups, keys, values, kernel_keys, weights, output_keys, cotangent
+):
     batch, in_channels, slots = values.shape
     out_channels = cotangent.shape[1]
     plan = _plans.conv_backward(

@@ -36,11 +36,10 @@ def to_dense(x: SparseTensor) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _to_dense(sites: int, keys: jax.Array, values: jax.Array) -> jax.Array:
     """[B, C, sites]."""
-    (planes,) = _scatter(sites, keys, values)
-    return planes
+    return _scatter(sites, keys, values)
 
 
-def _scatter(sites: int, keys: jax.Array, values: jax.Array) -> tuple[jax.Array]:
+def _scatter(sites: int, keys: jax.Array, values: jax.Array) -> jax.Array:
     def native(platform, groups, keys, values):
         outputs = (jax.ShapeDtypeStruct((*values.shape[:2], sites), values.dtype),)
         return _ffi.call("ilajax_to_dense_fwd", outputs, keys, values)
@@ -51,10 +50,10 @@ def _scatter(sites: int, keys: jax.Array, values: jax.Array) -> tuple[jax.Array]
         planes = jnp.zeros((*values.shape[:2], sites), values.dtype)
         return (planes.at[batch[..., None], channel[..., None], keys].set(values, mode="drop"),)
 
-    return _ffi.dispatch("ilajax_to_dense_fwd", native, reference, (keys, values), (True, True))
+    return _ffi.dispatch("ilajax_to_dense_fwd", native, reference, (keys, values), (True, True))[0]
 
 
-def _gather(sites: int, keys: jax.Array, planes: jax.Array) -> tuple[jax.Array]:
+def _gather(sites: int, keys: jax.Array, planes: jax.Array) -> jax.Array:
     def native(platform, groups, keys, planes):
         shape = (*planes.shape[:2], keys.shape[2])
         outputs = (jax.ShapeDtypeStruct(shape, planes.dtype),)
@@ -64,7 +63,7 @@ def _gather(sites: int, keys: jax.Array, planes: jax.Array) -> tuple[jax.Array]:
         keys = jnp.broadcast_to(_drop_outside(keys, sites), (*planes.shape[:2], keys.shape[2]))
         return (jnp.take_along_axis(planes, keys, axis=2, mode="fill", fill_value=0),)
 
-    return _ffi.dispatch("ilajax_to_dense_bwd", native, reference, (keys, planes), (True, True))
+    return _ffi.dispatch("ilajax_to_dense_bwd", native, reference, (keys, planes), (True, True))[0]
 
 
 def _drop_outside(keys: jax.Array, sites: int) -> jax.Array:
@@ -77,8 +76,7 @@ def _to_dense_forward(sites, keys, values):
 
 
 def _to_dense_backward(sites, keys, cotangent):
-    (gradient,) = _gather(sites, keys, cotangent)
-    return None, gradient
+    return None, _gather(sites, keys, cotangent)
 
 
 _to_dense.defvjp(_to_dense_forward, _to_dense_backward)
@@ -164,7 +162,7 @@ def _from_dense_forward(config, x):
 
 
 def _from_dense_backward(config, keys, cotangents):
-    (planes,) = _scatter(config.sites, keys, cotangents.values)
+    planes = _scatter(config.sites, keys, cotangents.values)
     return (jnp.moveaxis(planes, 1, 2),)
 
 
@@ -225,7 +223,9 @@ def from_points(
     batch = jnp.where(dropped, batch_size, batch_index).astype(jnp.int32)
     # Points of one voxel stand together, and in their order of arrival: sums are repeatable.
     batch, keys, order = jax.lax.sort((batch, keys, jnp.arange(keys.size)), num_keys=2)
-    first = jnp.concatenate([jnp.ones(1, bool), (batch[1:] != batch[:-1]) | (keys[1:] != keys[:-1])])
+    first = jnp.concatenate(
+        [jnp.ones(1, bool), (batch[1:] != batch[:-1]) | (keys[1:] != keys[:-1])]
+    )
     first = first[: keys.size]
     voxel = jnp.cumsum(first) - 1
     # Slot of each voxel in its sample: voxels so far less those of the samples before.
@@ -260,14 +260,23 @@ def _reduce(features: jax.Array, target: jax.Array, slots: int, reduce: str) -> 
     return total / jnp.maximum(count, 1) if reduce == "mean" else total
 
 
-def _check_points(coordinates, features, batch_index, spatial_shape, batch_size, reduce) -> None:
+def _check_points(
+    coordinates: jax.Array,
+    features: jax.Array,
+    batch_index: jax.Array,
+    spatial_shape: tuple[int, ...],
+    batch_size: int,
+    reduce: str,
+) -> None:
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce must be one of {REDUCTIONS}, got {reduce!r}.")
     if not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
     for name, array in (("coordinates", coordinates), ("batch_index", batch_index)):
         if not jnp.issubdtype(array.dtype, jnp.integer):
-            raise TypeError(f"{name} must be integers, got {array.dtype}. Round or floor them first.")
+            raise TypeError(
+                f"{name} must be integers, got {array.dtype}. Round or floor them first."
+            )
     if features.dtype not in VALUE_DTYPES:
         raise TypeError(f"features must be float32, bfloat16 or float16, got {features.dtype}.")
     if coordinates.ndim != 2 or coordinates.shape[1] != len(spatial_shape):
@@ -304,7 +313,8 @@ def _check_points(coordinates, features, batch_index, spatial_shape, batch_size,
     nan = np.isnan(np.asarray(features, np.float32)).any(axis=1)
     if nan.any():
         raise ValueError(
-            f"features of point {int(np.argmax(nan))} are NaN ({int(nan.sum())} such points). Drop them first."
+            f"features of point {int(np.argmax(nan))} are NaN ({int(nan.sum())} such points). "
+            "Drop them first."
         )
 
 

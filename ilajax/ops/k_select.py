@@ -107,7 +107,9 @@ def select_reference(
     return Selected(jnp.pad(chosen_keys, pad, constant_values=sites), jnp.pad(chosen_values, pad))
 
 
-def lookup_reference(queries: jax.Array, keys: jax.Array, values: jax.Array, sites: int) -> jax.Array:
+def lookup_reference(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, sites: int
+) -> jax.Array:
     """For each query key the value stored under the same key, 0 where there is none or at padding.
 
     Args:
@@ -117,7 +119,9 @@ def lookup_reference(queries: jax.Array, keys: jax.Array, values: jax.Array, sit
     """
     search = jax.vmap(jax.vmap(functools.partial(jnp.searchsorted, method="sort")))
     slot = jnp.clip(search(keys, queries), 0, keys.shape[2] - 1)
-    found = (jnp.take_along_axis(keys, slot, axis=2) == queries) & (queries >= 0) & (queries < sites)
+    found = (
+        (jnp.take_along_axis(keys, slot, axis=2) == queries) & (queries >= 0) & (queries < sites)
+    )
     return jnp.where(found, jnp.take_along_axis(values, slot, axis=2), 0)
 
 
@@ -161,24 +165,21 @@ def _vjp_forward(config, keys, values):
 
 def _vjp_backward(config, residuals, cotangents):
     keys, selected_keys = residuals
-    (gradient,) = match(config.sites, keys, selected_keys, cotangents.values)
-    return None, gradient
+    return None, match(config.sites, keys, selected_keys, cotangents.values)
 
 
 _k_select.defvjp(_vjp_forward, _vjp_backward)
 
 
-def match(sites: int, keys: jax.Array, kept_keys: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+def match(sites: int, keys: jax.Array, kept_keys: jax.Array, cotangent: jax.Array) -> jax.Array:
     """Takes the cotangent of kept entries back to all entries [B, C, K]: 0 where an entry was not kept."""
 
     def native(platform, groups, keys, kept_keys, cotangent):
         outputs = (jax.ShapeDtypeStruct(keys.shape, cotangent.dtype),)
-        return _ffi.call(
-            "ilajax_k_select_bwd", outputs, keys, kept_keys, cotangent, sites=sites
-        )
+        return _ffi.call("ilajax_k_select_bwd", outputs, keys, kept_keys, cotangent, sites=sites)
 
     def reference(keys, kept_keys, cotangent):
         return (lookup_reference(keys, kept_keys, cotangent, sites),)
 
     operands = (keys, kept_keys, cotangent)
-    return _ffi.dispatch("ilajax_k_select_bwd", native, reference, operands, (True,) * 3)
+    return _ffi.dispatch("ilajax_k_select_bwd", native, reference, operands, (True,) * 3)[0]

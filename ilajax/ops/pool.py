@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from ilajax import _ffi
-from ilajax.ops import _plans
 from ilajax.geometry import Window, pool_window, ravel, unravel
+from ilajax.ops import _plans
 from ilajax.ops.k_select import check_capacity, lookup_reference, select_reference
 from ilajax.sparse_tensor import SparseTensor, check_sparse
 
@@ -106,7 +106,9 @@ def global_avg_pool(x: SparseTensor) -> jax.Array:
     return (jnp.sum(stored, axis=2, dtype=jnp.float32) / x.sites).astype(x.dtype)
 
 
-def _pool_checked(x, window, capacity, mode) -> SparseTensor:
+def _pool_checked(
+    x: SparseTensor, window: int | Sequence[int], capacity: int | None, mode: str
+) -> SparseTensor:
     check_sparse("x", x)
     cells = pool_window(x.spatial_shape, window)
     lossless = min(x.capacity, cells.output_sites)
@@ -125,11 +127,11 @@ class _Config:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _pool(config: _Config, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _pool(config: _Config, keys: jax.Array, values: jax.Array) -> _ffi.Outputs:
     return _forward(config, keys, values)
 
 
-def _forward(config: _Config, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _forward(config: _Config, *operands: jax.Array) -> _ffi.Outputs:
     native = functools.partial(_forward_native, config)
     reference = functools.partial(_forward_reference, config)
     return _ffi.dispatch("ilajax_pool_fwd", native, reference, operands, (True, True))

@@ -32,7 +32,7 @@ def _submanifold(window, keys, values, kernel_keys, weights, bias):
     return _forward(window, keys, values, kernel_keys, weights, bias)
 
 
-def _forward(window: Window, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _forward(window: Window, *operands: jax.Array) -> _ffi.Outputs:
     target = "ilajax_submanifold_fwd"
     native = functools.partial(_forward_native, window)
     reference = functools.partial(_forward_reference, window)
@@ -101,7 +101,9 @@ def _stored(window: Window, keys: jax.Array, values: jax.Array) -> jax.Array:
 
 def _at_sites(keys: jax.Array, values: jax.Array, sites: jax.Array) -> jax.Array:
     """values [B, C, K] at the slots whose shared keys [B, 1, K] equal `sites` [B, 1, K], else 0."""
-    slot = jax.vmap(functools.partial(jnp.searchsorted, method="sort"))(keys[:, 0], sites[:, 0])[:, None]
+    slot = jax.vmap(functools.partial(jnp.searchsorted, method="sort"))(keys[:, 0], sites[:, 0])[
+        :, None
+    ]
     slot = jnp.minimum(slot, keys.shape[2] - 1)
     found = jnp.take_along_axis(keys, slot, axis=2) == sites
     return jnp.where(found, jnp.take_along_axis(values, slot, axis=2), 0)

@@ -8,7 +8,12 @@ def dense_weights(keys: jax.Array, values: jax.Array, taps: int, cin: int, cout:
     """Live weights [Cout, Cin, taps]; padding is dropped, whatever its value is."""
     size = cout * cin * taps
     keys = jnp.where(keys < 0, size, keys)
-    return jnp.zeros_like(values, shape=size).at[keys].set(values, mode="drop").reshape(cout, cin, taps)
+    return (
+        jnp.zeros_like(values, shape=size)
+        .at[keys]
+        .set(values, mode="drop")
+        .reshape(cout, cin, taps)
+    )
 
 
 def at_live_weights(keys: jax.Array, dense: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from ilajax.geometry import sites
@@ -85,6 +86,9 @@ def _slots(optimizer: nnx.Optimizer) -> Iterator[_Slot]:
     # An Optax state holds trees like params where it has one array for each: in NNX these are nnx.State.
     for tree in _nodes(optimizer.opt_state, nnx.State):
         for path, variable in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable):
+            # optax.masked puts an empty node into the variable of a parameter that it leaves out.
+            if isinstance(variable[...], optax.MaskedNode):
+                continue
             yield _Slot(tuple(map(_plain_key, path)), variable, id(variable) in pruned)
     _check_no_flat_state(optimizer)
 
@@ -135,8 +139,8 @@ def _compact_kernel(conv: Conv, slots: list[_Slot], shrink: bool) -> None:
     keys, values = conv.kernel_keys[...], conv.kernel[...]
     padding = sites(conv.kernel_shape)
     removed = keys >= padding
+    slots = [slot for slot in slots if _follows(slot, values)]
     for slot in slots:
-        _check_slot(slot, values)
         if slot.is_pruned:
             removed |= slot.variable[...]
     order = jnp.argsort(removed, axis=-1, stable=True)
@@ -151,19 +155,21 @@ def _compact_kernel(conv: Conv, slots: list[_Slot], shrink: bool) -> None:
     conv.kernel_keys.set_value(reordered(keys, padding))
     conv.kernel.set_value(reordered(values, 0))
     for slot in slots:
-        if slot.variable.ndim >= values.ndim:
-            slot.variable.set_value(reordered(slot.variable[...], slot.is_pruned))
+        slot.variable.set_value(reordered(slot.variable[...], slot.is_pruned))
 
 
-def _check_slot(slot: _Slot, values: jax.Array) -> None:
+def _follows(slot: _Slot, values: jax.Array) -> bool:
+    """Whether the slot has an entry for each weight, perhaps with leading axes."""
     shape = slot.variable.shape
-    follows = shape[len(shape) - values.ndim :] == values.shape
-    # Optimizers put scalars or one element where they keep nothing for a parameter.
-    if not follows and slot.variable.size > 1:
-        raise ValueError(
-            f"optimizer keeps an array of shape {shape} for the parameter {slot.path}, whose shape is "
-            f"{values.shape}. Was it made for another model, or before nn.refill? Then create it anew."
-        )
+    if shape[max(0, len(shape) - values.ndim) :] == values.shape:
+        return True
+    # Some optimizers put a scalar or one element where they keep nothing for a parameter.
+    if slot.variable.size <= 1:
+        return False
+    raise ValueError(
+        f"optimizer keeps an array of shape {shape} for the parameter {slot.path}, whose shape is "
+        f"{values.shape}. Was it made for another model, or before nn.refill? Then create it anew."
+    )
 
 
 def _coarse_length(kept: jax.Array) -> int:

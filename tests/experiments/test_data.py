@@ -97,7 +97,9 @@ def test_load_takes_plain_and_gzipped_files(folder):
 
 def test_missing_files_are_listed(folder):
     (folder / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"t10k-labels-idx1-ubyte, .*t10k-labels-idx1-ubyte.gz"):
+    with pytest.raises(
+        FileNotFoundError, match=r"t10k-labels-idx1-ubyte, .*t10k-labels-idx1-ubyte.gz"
+    ):
         load_mnist(folder)
     with pytest.raises(FileNotFoundError, match="train-images"):
         load_mnist(folder / "nowhere")
@@ -105,7 +107,7 @@ def test_missing_files_are_listed(folder):
 
 def test_images_and_labels_must_be_as_many(folder):
     write_idx(folder / "train-labels-idx1-ubyte.gz", np.zeros(11, np.uint8))
-    with pytest.raises(ValueError, match="holds 12 images, but .*train-labels.* holds 11 labels"):
+    with pytest.raises(ValueError, match=r"holds 12 images, but .*train-labels.* holds 11 labels"):
         load_mnist(folder)
 
 
@@ -117,7 +119,7 @@ def test_images_must_be_digits(folder):
 
 def test_labels_must_be_digits(folder):
     write_idx(folder / "t10k-labels-idx1-ubyte.gz", np.full(5, 10, np.uint8))
-    with pytest.raises(ValueError, match="t10k-labels.* holds the label 10"):
+    with pytest.raises(ValueError, match=r"t10k-labels.* holds the label 10"):
         load_mnist(folder)
 
 

@@ -170,17 +170,12 @@ def cross(backend, name, case):
     check(run, x, kernel, bias, geometry, capacity, case.select, case.seed)
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
-def test_algorithms_1_and_2(backend, name):
-    """Catches a wrong key, value, count or gradient in any geometry; data is exact."""
-    cross(backend, name, draw(list(GEOMETRIES).index(name)))
-
-
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_algorithms_1_and_2_natively(native, name, number):
-    """Catches the same in more crossings, where a compilation is quick."""
-    cross(native, name, draw(100 * number + 100 + list(GEOMETRIES).index(name)))
+def test_algorithms_1_and_2(backend, name, number):
+    """Catches a wrong key, value, count or gradient in any crossing of the options; data is exact."""
+    cross(backend, name, draw(100 * number + list(GEOMETRIES).index(name)))
 
 
 # --- One shape, many contents: a single compilation for each mode ----------------------------------
@@ -385,6 +380,7 @@ def test_a_zero_cotangent_sends_nothing(backend):
     np.testing.assert_array_equal(b_bar, finite.sum((0, 2)))
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("capacity", [5, 40])
 def test_the_bias_gradient_is_a_sum_over_kept_outputs(backend, shared, capacity):
@@ -401,6 +397,7 @@ def test_the_bias_gradient_is_a_sum_over_kept_outputs(backend, shared, capacity)
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1.5e-2, "float16": 2e-3}
 
 
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("select", SELECTS)
 def test_dense_convolution(backend, select, dtype):
@@ -438,6 +435,7 @@ def test_dense_convolution(backend, select, dtype):
                 assert rank[b, oc, left].max() <= rank[b, oc, keys].min() + 2 * tolerance
 
 
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize("capacity", [10, 60])
 @pytest.mark.parametrize("name", ["2d", "2d-strided-dilated", "3d-asymmetric"])
 def test_gradients_of_dense_convolution(backend, name, capacity):
@@ -548,6 +546,7 @@ def composed(backend, capacity, select):
     return run
 
 
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("select", SELECTS)
 def test_selection_is_k_select(backend, select, dtype):

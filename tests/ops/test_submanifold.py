@@ -80,6 +80,7 @@ GEOMETRIES = {
 }
 
 
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize("dtype", samples.DTYPES)
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_loops(backend, name, dtype):

@@ -13,13 +13,13 @@
 
 namespace ilajax {
 
-// The live weights as dense rows over the output channels of a block, and for each input channel the
-// taps that have any: filters[block][ic][tap][channel of the block].
+// The live weights as dense rows over the output channels of a block, and for each input channel
+// the taps that have any: filters[block][ic][tap][channel of the block].
 struct Filters {
   int64_t block = 0, blocks = 0, in_channels = 0, taps = 0;
   float* rows = nullptr;
-  uint8_t* live = nullptr;          // [block][ic][tap]
-  int32_t* tap_offsets = nullptr;   // as TapWalk takes them
+  uint8_t* live = nullptr;         // [block][ic][tap]
+  int32_t* tap_offsets = nullptr;  // as TapWalk takes them
   bool finite = true;
 
   void Carve(Carver& carver) {
@@ -31,7 +31,9 @@ struct Filters {
   // Floats in `rows`.
   int64_t size() const { return blocks * in_channels * taps * block; }
 
-  int64_t Row(int64_t b, int64_t ic, int64_t tap) const { return (b * in_channels + ic) * taps + tap; }
+  int64_t Row(int64_t b, int64_t ic, int64_t tap) const {
+    return (b * in_channels + ic) * taps + tap;
+  }
 
   // Where a weight stands in `rows`; -1 for padding.
   int64_t Place(int64_t key, int64_t out_channels) const {
@@ -71,8 +73,27 @@ bool AllFinite(const T* values, int64_t count) {
   return finite;
 }
 
-// row += x * w. A zero factor adds nothing, not even against inf or NaN.
-inline void AddProducts(float* row, const float* w, float x, int64_t block, bool finite) {
+// Calls f.template operator()<kBlock>() with the block as a constant where it is a common one, so
+// that loops over it unroll into vectors, and with 0 for any other.
+template <typename F>
+auto DispatchBlock(int64_t block, F&& f) {
+  switch (block) {
+    case 8:
+      return f.template operator()<8>();
+    case 16:
+      return f.template operator()<16>();
+    case 32:
+      return f.template operator()<32>();
+    default:
+      return f.template operator()<0>();
+  }
+}
+
+// row += x * w over a block. A zero factor adds nothing, not even against inf or NaN.
+template <int kBlock>
+inline void AddProducts(float* __restrict__ row, const float* __restrict__ w, float x,
+                        int64_t block, bool finite) {
+  if constexpr (kBlock > 0) block = kBlock;
   if (finite) {
     for (int64_t j = 0; j < block; ++j) row[j] += x * w[j];
   } else if (x != 0.0f) {
@@ -82,16 +103,27 @@ inline void AddProducts(float* row, const float* w, float x, int64_t block, bool
   }
 }
 
+// The sum of g * w over a block, in the same order for every block constant.
+template <int kBlock>
 inline float Dot(const float* g, const float* w, int64_t block, bool finite) {
-  float sum = 0.0f;
-  for (int64_t j = 0; j < block; ++j) {
-    if (finite || (g[j] != 0.0f && w[j] != 0.0f)) sum += g[j] * w[j];
+  if constexpr (kBlock > 0) block = kBlock;
+  constexpr int kLanes = 4;
+  float lanes[kLanes] = {};
+  int64_t j = 0;
+  if (finite) {
+    for (; j + kLanes <= block; j += kLanes) {
+      for (int l = 0; l < kLanes; ++l) lanes[l] += g[j + l] * w[j + l];
+    }
   }
-  return sum;
+  for (; j < block; ++j) {
+    if (finite || (g[j] != 0.0f && w[j] != 0.0f)) lanes[j % kLanes] += g[j] * w[j];
+  }
+  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
 }
 
 // totals[group][n] = the sum over parts of sums[group][part][n], in their order.
-inline void AddParts(const float* sums, int64_t groups, int64_t parts, int64_t count, float* totals) {
+inline void AddParts(const float* sums, int64_t groups, int64_t parts, int64_t count,
+                     float* totals) {
   std::memset(totals, 0, groups * count * sizeof(float));
   for (int64_t group = 0; group < groups; ++group, totals += count) {
     for (int64_t part = 0; part < parts; ++part, sums += count) {

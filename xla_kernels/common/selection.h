@@ -1,4 +1,5 @@
-// k-selection: which entries count as the strongest, and a running selection of the best K of a stream.
+// k-selection: which entries count as the strongest, and a running selection of the best K of a
+// stream.
 
 #ifndef ILAJAX_XLA_KERNELS_COMMON_SELECTION_H_
 #define ILAJAX_XLA_KERNELS_COMMON_SELECTION_H_
@@ -42,8 +43,8 @@ ILAJAX_HOST_DEVICE inline uint32_t RankBits(float value, Select select) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// The rank of the weakest of the `capacity` strongest candidates among `count` entries, found eight bits at
-// a time from the highest: four passes, no memory.
+// The rank of the weakest of the `capacity` strongest candidates among `count` entries, found eight
+// bits at a time from the highest: four passes, no memory.
 struct RankCut {
   uint32_t threshold = 0;
   int64_t ties = 0;  // entries of just that rank to keep, those with the lowest keys
@@ -71,12 +72,13 @@ struct RankCut {
   }
 };
 
-// Keeps the `capacity` strongest of a stream of entries with ascending keys, in the order of their keys.
+// Keeps the `capacity` strongest of a stream of entries with ascending keys, in the order of their
+// keys.
 //
-// The output holds the best so far, and an overflow buffer behind it the newest. When that is full, the
-// weakest of both are cut, and one stable pass compacts. From
-// the first cut on, what does not beat that rank is dropped on sight (a tie has the higher key, and
-// loses). So an entry costs O(1 + capacity / overflow), in a space that the stream's length has no say in.
+// The output holds the best so far, and an overflow buffer behind it the newest. When that is full,
+// the weakest of both are cut, and one stable pass compacts. From the first cut on, what does not
+// beat that rank is dropped on sight (a tie has the higher key, and loses). So an entry costs O(1 +
+// capacity / overflow), in a space that the stream's length has no say in.
 //
 // With keys == nullptr only values are kept, for the further channels of a shared support.
 template <typename T>
@@ -113,9 +115,7 @@ class RunningTopK {
     if (keys_ == nullptr) return 0;
     return i < capacity_ ? keys_[i] : overflow_keys_[i - capacity_];
   }
-  T Value(int64_t i) const {
-    return i < capacity_ ? values_[i] : overflow_values_[i - capacity_];
-  }
+  T Value(int64_t i) const { return i < capacity_ ? values_[i] : overflow_values_[i - capacity_]; }
   void Put(int64_t i, int32_t key, T value) {
     if (keys_ != nullptr) (i < capacity_ ? keys_[i] : overflow_keys_[i - capacity_]) = key;
     (i < capacity_ ? values_[i] : overflow_values_[i - capacity_]) = value;
@@ -123,7 +123,8 @@ class RunningTopK {
   uint32_t Rank(int64_t i) const { return RankBits(static_cast<float>(Value(i)), select_); }
 
   void Cut() {
-    const RankCut cut(count_, capacity_, [](int64_t) { return true; }, [&](int64_t i) { return Rank(i); });
+    const RankCut cut(
+        count_, capacity_, [](int64_t) { return true; }, [&](int64_t i) { return Rank(i); });
     int64_t kept = 0, ties = cut.ties;
     for (int64_t i = 0; i < count_; ++i) {
       if (cut.Keeps(Rank(i), ties)) Put(kept++, Key(i), Value(i));
@@ -143,6 +144,9 @@ class RunningTopK {
   uint32_t threshold_ = 0;
   bool cut_ = false;
 };
+
+// What ilajax/ops/_plans.py counts for each.
+static_assert(sizeof(RunningTopK<float>) <= 96);
 
 }  // namespace ilajax
 

@@ -45,8 +45,10 @@ struct Window {
       w.dilation[a] = dilation[a];
       w.low[a] = low[a];
       w.output_shape[a] = output_shape[a];
-      for (int64_t size : {input_shape[a], window_shape[a], strides[a], dilation[a], output_shape[a]}) {
-        if (size < 1 || size > kMaxSites) return InvalidArgument("window attribute ", size, " out of range");
+      for (int64_t size :
+           {input_shape[a], window_shape[a], strides[a], dilation[a], output_shape[a]}) {
+        if (size < 1 || size > kMaxSites)
+          return InvalidArgument("window attribute ", size, " out of range");
       }
       w.taps *= window_shape[a];
       w.input_sites *= input_shape[a];
@@ -108,8 +110,8 @@ class TapWalk {
     return site;
   }
 
-  // Writes what Reach takes for each tap, [taps][kTapOffsets]: its offset along each axis, and behind
-  // them the flat one over all axes but the first.
+  // Writes what Reach takes for each tap, [taps][kTapOffsets]: its offset along each axis, and
+  // behind them the flat one over all axes but the first.
   static constexpr int kTapOffsets = kMaxRank + 1;
   static void TapOffsets(const Window& w, int32_t* offsets) {
     for (int64_t tap = 0; tap < w.taps; ++tap, offsets += kTapOffsets) {

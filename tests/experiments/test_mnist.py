@@ -1,0 +1,231 @@
+"""The MNIST experiment, run for real on a handful of digits."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments import mnist
+from experiments.activations import activation_bytes, feature_maps
+from experiments.data.idx import write_idx
+from experiments.data.mnist import load_mnist
+from experiments.training import batches
+
+ROOT = Path(__file__).parents[2]
+PRUNING = ["--pruning-threshold", "0.02", "--regularisation", "0.01"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """72 digits to train and 20 to test: nine steps of eight."""
+    folder = tmp_path_factory.mktemp("digits")
+    for part, digits, count in zip(("train", "t10k"), load_mnist(), (72, 20), strict=True):
+        write_idx(folder / f"{part}-images-idx3-ubyte", digits.images[:count])
+        write_idx(folder / f"{part}-labels-idx1-ubyte", digits.labels[:count])
+    return folder
+
+
+def arguments(digits, out, *more):
+    return ["--data-dir", str(digits), "--batch-size", "8", "--out", str(out), *PRUNING, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(digits, tmp_path_factory):
+    """Both nets after two epochs, and the folder with what the run wrote."""
+    out = tmp_path_factory.mktemp("run")
+    report = ["--report", str(out / "report.md")]
+    return mnist.main(arguments(digits, out, "--epochs", "2", *report)), out
+
+
+def bits(outcome):
+    """All variables of a net and its optimizer, as bytes."""
+    state = nnx.to_flat_state(nnx.state({"model": outcome.run.model, "opt": outcome.run.optimizer}))
+    values = ((path, variable.get_value()) for path, variable in state)
+    return {path: np.asarray(_plain(v)).tobytes() for path, v in values}
+
+
+def _plain(value):
+    import jax
+
+    return jax.random.key_data(value) if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key) else value
+
+
+def test_a_run_that_goes_on_gives_the_same_bits(finished, digits, tmp_path):
+    """The first epoch in a process of its own: that process must leave behind all that the second one needs.
+
+    It would catch lost random state, optimizer slots or warnings, and any bit that hangs on the process.
+    """
+    command = [sys.executable, "-m", "experiments.mnist"]
+    first = subprocess.run(
+        [*command, *arguments(digits, tmp_path, "--epochs", "1")],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert first.returncode == 0, first.stderr
+    resumed = mnist.main(arguments(digits, tmp_path, "--epochs", "2", "--resume"))
+    for straight, other in zip(finished[0], resumed, strict=True):
+        assert bits(straight) == bits(other)
+        timed = {"seconds", "seconds_per_step"}
+        for a, b in zip(straight.rows, other.rows, strict=True):
+            assert {k: v for k, v in a.items() if k not in timed} == {
+                k: v for k, v in b.items() if k not in timed
+            }
+
+
+def test_same_seed_same_bits_and_another_seed_other_bits(digits, tmp_path):
+    def run(name, seed):
+        more = ["--epochs", "1", "--nets", "sparse", "--seed", seed]
+        return bits(mnist.main(arguments(digits, tmp_path / name, *more))[0])
+
+    first, again, other = run("a", "3"), run("b", "3"), run("c", "4")
+    assert first == again
+    assert first != other
+
+
+def test_pruning_removes_weights_at_the_end_of_the_second_epoch(finished):
+    outcomes, _ = finished
+    by_name = {outcome.run.name: outcome for outcome in outcomes}
+    sparse = [row["live_weights"] for row in by_name["sparse"].rows]
+    assert sparse[0] == 6984
+    assert 0 < sparse[1] < 6984
+    assert by_name["sparse"].live_weights == sparse[1]
+    assert by_name["dense"].live_weights == 6984
+
+
+def test_the_table_has_a_row_for_each_epoch(finished):
+    outcomes, out = finished
+    for outcome in outcomes:
+        with (out / f"{outcome.run.name}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [row["epoch"] for row in rows] == ["1", "2"]
+        assert list(rows[0]) == mnist.COLUMNS
+        assert all(value != "" for row in rows for value in row.values())
+        for row, kept in zip(rows, outcome.rows, strict=True):
+            assert float(row["test_accuracy"]) == kept["test_accuracy"]
+            assert 0 <= float(row["density_conv3"]) <= 1
+
+
+def test_the_picture_is_written(finished):
+    from matplotlib.image import imread
+
+    height, width, _ = imread(finished[1] / "activations.png").shape
+    assert width > 2 * height > 1000
+
+
+def test_the_report_has_one_section_a_setting(finished):
+    outcomes, out = finished
+    text = (out / "report.md").read_text()
+    assert text.startswith("# MNIST\n\n## Bounds 0.095 / 0.19, seed 0, 72 digits, regularisation 0.01")
+    assert "python -m experiments.mnist --data-dir MNIST --regularisation 0.01" in text
+    assert f"{outcomes[0].test_accuracy:.2%}" in text
+    assert "| test accuracy |" in text
+    assert str(out) not in text
+
+
+def test_a_finished_run_only_reports_when_it_goes_on(finished, digits, capsys):
+    _, out = finished
+    again = mnist.main(arguments(digits, out, "--epochs", "2", "--resume", "--nets", "sparse"))
+    assert len(again[0].rows) == 2
+    assert "goes on from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--density-bound", "0.05"),
+        ("--seed", "1"),
+        ("--batch-size", "4"),
+        ("--regularisation", "0"),
+        ("--pruning-threshold", "0"),
+        ("--learning-rate", "0.1"),
+    ],
+)
+def test_resume_with_other_options_names_the_option(finished, digits, capsys, option, value):
+    with pytest.raises(SystemExit) as caught:
+        mnist.main(arguments(digits, finished[1], "--epochs", "2", "--resume", option, value))
+    assert caught.value.code == 2
+    assert f"{option} does not fit" in capsys.readouterr().err
+
+
+def test_resume_with_other_data_names_the_option(finished, capsys):
+    with pytest.raises(SystemExit):
+        mnist.main(["--out", str(finished[1]), "--resume", "--batch-size", "8", *PRUNING])
+    assert "--data-dir does not fit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--density-bound", "0", "in (0, 1]"),
+        ("--density-bound", "1.01", "in (0, 1]"),
+        ("--density-bound", "nan", "in (0, 1]"),
+        ("--regularisation", "-1", "at least 0"),
+        ("--pruning-threshold", "inf", "at least 0"),
+        ("--learning-rate", "0", "above 0"),
+        ("--epochs", "0", "at least 1"),
+        ("--epochs", "1.5", "at least 1"),
+        ("--batch-size", "x", "at least 1"),
+        ("--seed", "-1", "in [0, 2**32)"),
+        ("--nets", "none", "invalid choice"),
+        ("--batch-size", "8001", "more than the 8000 digits"),
+        ("--data-dir", "nowhere", "looked for train-images"),
+    ],
+)
+def test_a_wrong_argument_is_named_before_anything_runs(tmp_path, capsys, option, value, expected):
+    with pytest.raises(SystemExit) as caught:
+        mnist.main(["--out", str(tmp_path / "out"), option, value])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert option in error or "digits to train" in error or "folder" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_both_nets_start_from_the_same_weights():
+    dense, sparse = (mnist.make_net(0.095, dense=dense, seed=5) for dense in (True, False))
+    for a, b in zip(dense.blocks, sparse.blocks, strict=True):
+        for name in ("conv1", "conv2", "conv3"):
+            kernel = getattr(b, name).sparse_kernel.to_dense()
+            np.testing.assert_array_equal(getattr(a, name).kernel[...], kernel)
+    np.testing.assert_array_equal(dense.hidden.kernel[...], sparse.hidden.kernel[...])
+    np.testing.assert_array_equal(dense.logits.kernel[...], sparse.logits.kernel[...])
+
+
+def test_bytes_of_activations_are_those_of_the_shapes():
+    images = np.zeros((2, 28, 28), np.uint8)
+    sparse = mnist.make_net(0.095, dense=False, seed=0)
+    dense = mnist.make_net(0.095, dense=True, seed=0)
+    sites = [784] * 3 + [196] * 4
+    channels = [8] * 3 + [8] + [16] * 3
+    slots = [74] * 3 + [74] + [37] * 3
+    values = sum(c * k for c, k in zip(channels, slots, strict=True)) + 100
+    assert activation_bytes(sparse, mnist.SparseInput(100)(images)) == 2 * values * 8
+    values = sum(c * s for c, s in zip(channels, sites, strict=True)) + 784
+    assert activation_bytes(dense, mnist.dense_input(images)) == 2 * values * 4
+
+
+def test_feature_maps_lead_to_the_logits():
+    """Behind the last map stands only what a dense layer does: the maps are those of the forward pass."""
+    model = mnist.make_net(0.5, dense=True, seed=0)
+    model.eval()
+    images = mnist.dense_input(load_mnist()[1].images[:4])
+    last = feature_maps(model, images)["conv6"]
+    logits = model.logits(nnx.relu(model.hidden(last.reshape(4, -1))))
+    np.testing.assert_allclose(logits, model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_every_digit_comes_once_in_an_epoch_in_an_order_of_its_own():
+    first, second = (batches(100, 10, seed=1, epoch=epoch) for epoch in (1, 2))
+    np.testing.assert_array_equal(np.sort(first.ravel()), np.arange(100))
+    assert (first != second).any()
+    np.testing.assert_array_equal(first, batches(100, 10, seed=1, epoch=1))
+    assert (first != batches(100, 10, seed=2, epoch=1)).any()
+    assert batches(105, 10, seed=1, epoch=1).shape == (10, 10)

@@ -1,0 +1,326 @@
+"""compact: pruned weights leave storage, and nothing else changes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import ilajax
+from ilajax.nn import Conv
+from ilajax.optim import compact, density_biased_l2, excess_density, one_warning_shot_pruning
+
+X = ilajax.from_dense(jax.random.normal(jax.random.key(0), (3, 10, 1)), capacity=6)
+Y = jax.random.normal(jax.random.key(1), (3, 2))
+
+
+class Model(nnx.Module):
+    """Two filters of the same length (18), one that is never small, and a dense layer."""
+
+    def __init__(self, rngs):
+        self.first = Conv(1, 3, 3, density_bound=1.0, rngs=rngs)
+        self.twins = nnx.List([Conv(3, 2, 3, density_bound=0.5, rngs=rngs)])
+        self.other = Conv(2, 3, 3, density_bound=0.5, kernel_density=0.9, rngs=rngs)
+        self.head = nnx.Linear(30, 2, rngs=rngs)
+        self.twin = Conv(1, 6, 3, density_bound=0.3, rngs=rngs)
+
+    def __call__(self, x):
+        y = self.other(self.twins[0](self.first(x)))
+        y = ilajax.to_dense(y).reshape(3, -1)
+        return self.head(y) + ilajax.to_dense(self.twin(x)).mean()
+
+    def convs(self):
+        return {"first": self.first, "twins": self.twins[0], "other": self.other, "twin": self.twin}
+
+
+def regularised(optimizer, threshold=0.25):
+    return optax.chain(
+        density_biased_l2(0.05, offset=0.1, b1=0.1, b2=0.1, momentum=0.5),
+        optimizer,
+        one_warning_shot_pruning(threshold),
+    )
+
+
+OPTIMIZERS = {
+    "adam": optax.adam(0.01),
+    "adagrad with momentum": optax.chain(optax.adagrad(0.02), optax.trace(0.5)),
+}
+
+
+@nnx.jit
+def train_step(model, optimizer, x, y, epoch_end):
+    def loss(model):
+        return jnp.mean((model(x) - y) ** 2)
+
+    value, grads = nnx.value_and_grad(loss)(model)
+    optimizer.update(model, grads, excess_density=excess_density(model), epoch_end=epoch_end)
+    return value
+
+
+forward = nnx.jit(lambda model, x: model(x))
+jitted_compact = nnx.jit(compact)
+
+
+def train(model, optimizer, epochs=2, steps=2):
+    return [
+        float(train_step(model, optimizer, X, Y, step == steps - 1))
+        for _ in range(epochs)
+        for step in range(steps)
+    ]
+
+
+def trained(tx):
+    model = Model(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    train(model, optimizer)
+    return model, optimizer
+
+
+def pruned_of(optimizer, name):
+    """The pruning state of a filter, found by hand."""
+    tree = optimizer.opt_state[-1].pruned
+    tree = tree["twins"][0] if name == "twins" else tree[name]
+    return np.asarray(tree["kernel"][...])
+
+
+def slots_by_key(model, optimizer):
+    """Every array of the optimizer that belongs to a filter, as {path and key of the weight: value}."""
+    table = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(optimizer.opt_state):
+        text = jax.tree_util.keystr(path)
+        for name, conv in model.convs().items():
+            if f"['{name}']" in text and "['kernel']" in text:
+                keys = np.asarray(conv.kernel_keys[...]).tolist()
+                for key, value in zip(keys, np.asarray(leaf).tolist(), strict=True):
+                    if key < conv.sparse_kernel.size:
+                        table[text, key] = value
+    return table
+
+
+def assert_same_bits(a, b):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+HOW = {
+    "plain": lambda model, optimizer: compact(model, optimizer),
+    "jit": lambda model, optimizer: jitted_compact(model, optimizer),
+    "shrink": lambda model, optimizer: compact(model, optimizer, shrink=True),
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_neither_outputs_nor_training_change_by_a_bit(name, how):
+    model, optimizer = trained(regularised(OPTIMIZERS[name]))
+    kept_model, kept_optimizer = trained(regularised(OPTIMIZERS[name]))
+    pruned = {conv: pruned_of(optimizer, conv) for conv in model.convs()}
+    assert all(0 < mask.sum() < mask.size for mask in pruned.values()), "the test prunes something"
+    before = slots_by_key(model, optimizer)
+
+    HOW[how](model, optimizer)
+
+    for conv_name, conv in model.convs().items():
+        kept = kept_model.convs()[conv_name]
+        live = ~pruned[conv_name]
+        size, count = conv.sparse_kernel.size, live.sum()
+        keys, values = np.asarray(conv.kernel_keys[...]), np.asarray(conv.kernel[...])
+        assert_same_bits(keys[:count], np.asarray(kept.kernel_keys[...])[live])
+        assert_same_bits(values[:count], np.asarray(kept.kernel[...])[live])
+        assert (keys[count:] == size).all()
+        assert (values[count:] == 0).all()
+        assert_same_bits(pruned_of(optimizer, conv_name), np.arange(keys.size) >= count)
+        if how == "shrink":
+            assert count <= keys.size <= max(1, count * 1.15)
+        else:
+            assert keys.size == live.size
+    after = slots_by_key(model, optimizer)
+    assert after == {where: before[where] for where in after}
+    lost = {where for where in before if where not in after}
+    assert len({text for text, _ in lost}) == len({text for text, _ in before})
+
+    assert_same_bits(forward(model, X), forward(kept_model, X))
+    assert train(model, optimizer, epochs=3) == train(kept_model, kept_optimizer, epochs=3)
+    assert_same_bits(forward(model, X), forward(kept_model, X))
+    HOW[how](model, optimizer)
+    compact(kept_model, kept_optimizer)
+    for conv, kept in zip(model.convs().values(), kept_model.convs().values(), strict=True):
+        assert_same_bits(conv.sparse_kernel.to_dense(), kept.sparse_kernel.to_dense())
+        assert_same_bits(conv.sparse_kernel.mask(), kept.sparse_kernel.mask())
+
+
+def test_without_shrink_nothing_is_compiled_again():
+    model, optimizer = trained(regularised(OPTIMIZERS["adam"]))
+    traces = []
+
+    @nnx.jit
+    def step(model, optimizer):
+        traces.append(None)
+        grads = nnx.grad(lambda m: m(X).sum())(model)
+        optimizer.update(model, grads, excess_density=excess_density(model), epoch_end=True)
+        compact(model, optimizer)
+
+    for _ in range(4):
+        step(model, optimizer)
+    assert len(traces) == 1
+
+
+def test_twice_is_once():
+    model, optimizer = trained(regularised(OPTIMIZERS["adam"]))
+    compact(model, optimizer)
+    once = jax.tree.leaves(nnx.state((model, optimizer)))
+    compact(model, optimizer)
+    jax.tree.map(assert_same_bits, once, jax.tree.leaves(nnx.state((model, optimizer))))
+
+
+def test_all_weights_pruned_leaves_one_slot():
+    model, optimizer = trained(regularised(OPTIMIZERS["adam"], threshold=1e6))
+    compact(model, optimizer, shrink=True)
+    assert all(conv.kernel.shape == (1,) for conv in model.convs().values())
+    assert all(int(conv.sparse_kernel.count) == 0 for conv in model.convs().values())
+    train(model, optimizer)
+    assert all(float(conv.kernel[...][0]) == 0 for conv in model.convs().values())
+
+
+def test_padding_of_the_start_is_marked_as_pruned():
+    model = Model(nnx.Rngs(0))
+    size = model.first.sparse_kernel.size
+    model.first.kernel_keys[...] = jnp.array([0, 2, 3, *[size] * 6], jnp.int32)
+    model.first.kernel[...] = jnp.array([1.0, 2.0, 3.0, *[0.0] * 6])
+    optimizer = nnx.Optimizer(model, regularised(OPTIMIZERS["adam"]), wrt=nnx.Param)
+    train(model, optimizer, epochs=1)
+    assert_same_bits(model.first.kernel[...][3:], np.zeros(6))  # padding does not drift
+    compact(model, optimizer)
+    assert_same_bits(pruned_of(optimizer, "first"), np.arange(9) >= 3)
+
+
+# --- Wrappers of Optax -----------------------------------------------------------------------------------
+
+
+def kernels(params):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.DictKey("kernel") in path, params
+    )
+
+
+def labels(params):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "filters" if jax.tree_util.DictKey("kernel") in path else "rest", params
+    )
+
+
+def pruning():
+    return one_warning_shot_pruning(0.25)
+
+
+WRAPPED = {
+    "masked": lambda: optax.chain(optax.adam(0.01), optax.masked(pruning(), kernels)),
+    "nested chains": lambda: optax.chain(
+        optax.chain(optax.clip(1.0), optax.chain(optax.scale_by_rms(), optax.trace(0.9))),
+        optax.chain(optax.scale(-0.01), pruning()),
+    ),
+    "MultiSteps": lambda: optax.MultiSteps(
+        optax.chain(optax.adam(0.01), pruning()), every_k_schedule=2
+    ),
+    "inject_hyperparams": lambda: optax.chain(
+        optax.inject_hyperparams(optax.adam)(learning_rate=0.01),
+        optax.inject_hyperparams(one_warning_shot_pruning)(threshold=0.25),
+    ),
+    "partition": lambda: optax.partition(
+        {"filters": optax.chain(optax.adam(0.01), pruning()), "rest": optax.adagrad(0.01)}, labels
+    ),
+    "factored": lambda: optax.chain(optax.scale_by_factored_rms(), optax.scale(-0.01), pruning()),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_wrapped_optimizers_are_followed(wrapper):
+    model, kept_model = Model(nnx.Rngs(0)), Model(nnx.Rngs(0))
+    optimizers = [nnx.Optimizer(m, WRAPPED[wrapper](), wrt=nnx.Param) for m in (model, kept_model)]
+    grads = jax.tree.map(lambda p: jnp.cos(jnp.arange(p.size)).reshape(p.shape), nnx.state(model, nnx.Param))
+
+    def epochs(model, optimizer, grads, count):
+        update = nnx.jit(lambda m, o, g, end: o.update(m, g, epoch_end=end))
+        for _ in range(count):
+            update(model, optimizer, grads, False)
+            update(model, optimizer, grads, True)
+
+    def gradients_of(model):
+        """Each weight's own gradient, wherever it is stored."""
+        found = nnx.clone(grads)
+        for name, conv in model.convs().items():
+            own = found["twins"][0] if name == "twins" else found[name]
+            full = jnp.zeros(conv.sparse_kernel.size + 1)
+            start = Model(nnx.Rngs(0)).convs()[name].kernel_keys[...]
+            full = full.at[start].set(jnp.cos(jnp.arange(start.size))).at[-1].set(0)
+            own["kernel"] = nnx.Param(full[conv.kernel_keys[...]])
+        return found
+
+    epochs(model, optimizers[0], grads, 2)
+    epochs(kept_model, optimizers[1], grads, 2)
+    compact(model, optimizers[0], shrink=True)
+    lengths = [conv.kernel.size for conv in model.convs().values()]
+    assert lengths < [conv.kernel.size for conv in kept_model.convs().values()]
+    epochs(model, optimizers[0], gradients_of(model), 3)
+    epochs(kept_model, optimizers[1], grads, 3)
+    for conv, kept in zip(model.convs().values(), kept_model.convs().values(), strict=True):
+        # Filters with pruned weights as 0: storage differs, the network does not.
+        assert_same_bits(conv.sparse_kernel.to_dense(), kept.sparse_kernel.to_dense())
+
+
+def test_stacked_layers_shrink_to_the_longest():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def stack(rngs):
+        return Conv(1, 4, 5, density_bound=0.5, rngs=rngs)
+
+    model = stack(nnx.Rngs(0))
+    values = np.ones((3, 20), np.float32)
+    values[0, 5:] = values[1, :12] = values[2, ::2] = 0.0
+    model.kernel[...] = jnp.asarray(values)
+    optimizer = nnx.Optimizer(model, optax.chain(optax.adam(0.0), pruning()), wrt=nnx.Param)
+    for _ in range(2):
+        optimizer.update(model, nnx.state(model, nnx.Param), epoch_end=True)
+    compact(model, optimizer, shrink=True)
+    assert model.kernel.shape == (3, 10)
+    assert_same_bits(model.kernel_keys[...][0], [0, 1, 2, 3, 4, *[20] * 5])
+    assert_same_bits(model.kernel_keys[...][1], [*range(12, 20), 20, 20])
+    assert_same_bits(model.kernel_keys[...][2], range(1, 20, 2))
+
+
+# --- Bad arguments ---------------------------------------------------------------------------------------
+
+
+def test_what_it_cannot_follow_raises():
+    model = Model(nnx.Rngs(0))
+
+    def optimizer(tx):
+        return nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    with pytest.raises(TypeError, match=r"optimizer must be an nnx\.Optimizer"):
+        compact(model, optax.adam(0.1))
+    with pytest.raises(ValueError, match="no state of one_warning_shot_pruning"):
+        compact(model, optimizer(optax.adam(0.1)))
+    with pytest.raises(ValueError, match=r"optax\.flatten"):
+        compact(model, optimizer(optax.chain(optax.flatten(optax.adam(0.1)), pruning())))
+    with pytest.raises(ValueError, match="shrink=True changes shapes"):
+        nnx.jit(lambda m, o: compact(m, o, shrink=True))(model, optimizer(pruning()))
+
+
+def test_an_optimizer_of_another_model_raises():
+    model = Model(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, pruning(), wrt=nnx.Param)
+    ilajax.nn.refill(model)
+    with pytest.raises(ValueError, match=r"'other', 'kernel'.*create it anew"):
+        compact(model, optimizer)
+
+
+def test_a_half_tied_filter_raises():
+    rngs = nnx.Rngs(0)
+    pair = nnx.List([Conv(1, 2, 3, density_bound=0.5, rngs=rngs) for _ in range(2)])
+    pair[1].kernel = pair[0].kernel
+    optimizer = nnx.Optimizer(pair, pruning(), wrt=nnx.Param)
+    with pytest.raises(ValueError, match="shares its kernel"):
+        compact(pair, optimizer)
+    pair[1].kernel_keys = pair[0].kernel_keys
+    compact(pair, nnx.Optimizer(pair, pruning(), wrt=nnx.Param))
