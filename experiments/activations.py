@@ -1,5 +1,6 @@
 """What stands between the layers of a network: its feature maps, their densities and their bytes."""
 
+import functools
 from typing import Any
 
 import jax
@@ -12,9 +13,10 @@ import ilajax
 Maps = dict[str, Any]
 
 
-@nnx.jit
 def feature_maps(model: nnx.Module, x: Any) -> Maps:
     """The input, and what every convolution (with its activation) and pooling puts out.
+
+    The model stays as it is: nothing is measured, and no dropout draws.
 
     Args:
       model: an OctNet3, sparse or dense.
@@ -23,6 +25,12 @@ def feature_maps(model: nnx.Module, x: Any) -> Maps:
     Returns:
       SparseTensors, or arrays [B, *S, C], by name: "input", "conv1", ..., "pool1", ...
     """
+    return _feature_maps(*nnx.split(model), x)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _feature_maps(structure: nnx.GraphDef, state: nnx.State, x: Any) -> Maps:
+    model = nnx.merge(structure, state)
     _, captured = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)(x)
     outputs = {path[:-1]: value.get_value() for path, value in nnx.to_flat_state(captured)}
     maps = {"input": x}
@@ -65,7 +73,8 @@ def activation_bytes(model: nnx.Module, x: Any) -> int:
       model: an OctNet3, sparse or dense.
       x: what the model takes; shapes and dtypes suffice.
     """
-    maps = nnx.eval_shape(feature_maps, model, x)
+    structure, state = nnx.split(model)
+    maps = jax.eval_shape(functools.partial(_feature_maps, structure), state, x)
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(maps))
 
 

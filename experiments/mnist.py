@@ -140,10 +140,14 @@ def make_net(bound: float, *, dense: bool, seed: int) -> ilajax.models.OctNet3:
     )
 
 
-def make_optimizer(
-    model: nnx.Module, *, learning_rate: float, regularisation: float, pruning_threshold: float
-) -> nnx.Optimizer:
-    """Adagrad, between the regulariser and the pruning where they are asked for."""
+@functools.cache
+def make_transformation(
+    learning_rate: float, regularisation: float = 0.0, pruning_threshold: float = 0.0
+) -> optax.GradientTransformation:
+    """Adagrad, between the regulariser and the pruning where they are asked for.
+
+    The same arguments give the same object, so that another run reuses the compiled step.
+    """
     steps = [optax.adagrad(learning_rate)]
     if regularisation:
         regulariser = ilajax.optim.density_biased_l2(regularisation, offset=0.1, b1=0.1, b2=0.1)
@@ -151,7 +155,7 @@ def make_optimizer(
     if pruning_threshold:
         pruning = ilajax.optim.one_warning_shot_pruning(pruning_threshold)
         steps.append(optax.masked(pruning, _filters))
-    return nnx.Optimizer(model, optax.chain(*steps), wrt=nnx.Param)
+    return optax.chain(*steps)
 
 
 def _filters(parameters: Any) -> Any:
@@ -169,17 +173,14 @@ def _run(
 ) -> Run:
     dense = net == "dense"
     model = make_net(options.density_bound, dense=dense, seed=options.seed)
-    optimizer = make_optimizer(
-        model,
-        learning_rate=options.learning_rate,
-        regularisation=0 if dense else options.regularisation,
-        pruning_threshold=0 if dense else options.pruning_threshold,
-    )
+    # The dense twin is the plain baseline.
+    sparsifying = () if dense else (options.regularisation, options.pruning_threshold)
+    transformation = make_transformation(options.learning_rate, *sparsifying)
     sample = dense_input(test.images[:250])
     return Run(
         name=net,
         model=model,
-        optimizer=optimizer,
+        optimizer=nnx.Optimizer(model, transformation, wrt=nnx.Param),
         to_input=dense_input if dense else SparseInput(slots),
         densities=functools.partial(dense_densities, sample) if dense else sparse_densities,
         prunes=not dense and options.pruning_threshold > 0,

@@ -98,6 +98,7 @@ def evaluate(
     step: Callable[..., Any], images: np.ndarray, labels: np.ndarray, batch: int = 250
 ) -> tuple[float, float]:
     """Mean loss and accuracy, by an `evaluation_step` that has its model and `to_input`."""
+    batch = min(batch, len(labels))
     loss = right = 0.0
     for start in range(0, len(labels), batch):
         part = slice(start, start + batch)

@@ -10,5 +10,10 @@ CPU_SOURCES = [
 ]
 
 CUDA_SOURCES = [
+    "conv.cu",
+    "from_dense.cu",
+    "k_select.cu",
+    "pool.cu",
+    "submanifold.cu",
     "to_dense.cu",
 ]

@@ -1,10 +1,10 @@
 // to_dense on the CPU: scatter stored values into a zero-filled grid, and gather them back.
 //
-// Forward: the grid is cut into chunks, and a task fills one chunk of one segment while it is in the
-// cache: zeros, then the chunk's keys, which lie together and are found by bisection. dense is written
-// once. A task writes only inside its chunk whatever the keys are, so broken keys can lose values but
-// neither leave the buffer nor race.
-// Backward: values_bar[k] = dense_bar[keys[k]], 0 at padding.
+// Forward: the grid is cut into chunks, and a task fills one chunk of one segment while it is in
+// the cache: zeros, then the chunk's keys, which lie together and are found by bisection. dense is
+// written once. A task writes only inside its chunk whatever the keys are, so broken keys can lose
+// values but neither leave the buffer nor race. Backward: values_bar[k] = dense_bar[keys[k]], 0 at
+// padding.
 
 #include "xla_kernels/to_dense.h"
 

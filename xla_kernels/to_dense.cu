@@ -1,17 +1,16 @@
 // to_dense on the GPU: scatter stored values into a zero-filled grid, and gather them back.
 //
-// Forward: a block fills one chunk of one segment in shared memory: zeros, then the chunk's keys, which
-// lie together and are found by bisection; then the chunk is written out whole. So dense is written
-// once, coalesced, with no memset before it, and values are read once. A block writes only inside its
-// chunk whatever the keys are; of duplicate keys (a broken tensor) any one wins.
+// Forward: a block fills one chunk of one segment in shared memory: zeros, then the chunk's keys,
+// which lie together and are found by bisection; then the chunk is written out whole. So dense is
+// written once, coalesced, with no memset before it, and values are read once. A block writes only
+// inside its chunk whatever the keys are; of duplicate keys (a broken tensor) any one wins.
 // Backward: values_bar[k] = dense_bar[keys[k]], 0 at padding; one thread an entry.
-
-#include "xla_kernels/to_dense.h"
 
 #include <cstdint>
 
 #include "xla_kernels/common/cuda.h"
 #include "xla_kernels/common/ffi.h"
+#include "xla_kernels/to_dense.h"
 
 namespace ilajax {
 namespace {
@@ -39,7 +38,7 @@ __global__ void __launch_bounds__(kThreads)
     FwdKernel(ToDenseShape s, int64_t chunks, const int32_t* keys, const T* values, T* dense) {
   __shared__ T chunk[kChunk];
   __shared__ int64_t range[2];
-  for (int64_t task = blockIdx.x; task < s.batch * s.channels * chunks; task += gridDim.x) {
+  for (int64_t task = blockIdx.x; task < s.segments() * chunks; task += gridDim.x) {
     const int64_t segment = task / chunks, begin = task % chunks * kChunk;
     const int64_t end = min(begin + kChunk, s.sites);
     const int32_t* key = keys + s.KeyOffset(segment);
@@ -63,7 +62,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     BwdKernel(ToDenseShape s, const int32_t* keys, const T* dense_bar, T* values_bar) {
-  const int64_t entries = s.batch * s.channels * s.capacity;
+  const int64_t entries = s.segments() * s.capacity;
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < entries; i += stride) {
     const int64_t segment = i / s.capacity;

@@ -17,7 +17,7 @@ struct ToDenseShape {
   int64_t batch = 0, channels = 0, capacity = 0, sites = 0;
   bool shared = false;  // one support for all channels
 
-  int64_t segments() const { return batch * channels; }
+  ILAJAX_HOST_DEVICE int64_t segments() const { return batch * channels; }
 
   // Where the keys of segment b * channels + c begin.
   ILAJAX_HOST_DEVICE int64_t KeyOffset(int64_t segment) const {

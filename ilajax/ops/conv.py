@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ilajax import _ffi
 from ilajax.geometry import Padding, Window, conv_window
-from ilajax.ops import _plans
+from ilajax.ops import _plans, _plans_cuda
 from ilajax.ops.k_select import check_capacity, check_select, select_reference
 from ilajax.ops.submanifold import submanifold_conv
 from ilajax.ops.weights import at_live_weights, dense_weights, sum_products
@@ -310,9 +310,14 @@ def _backward_native(
 ):
     batch, in_channels, slots = values.shape
     out_channels = cotangent.shape[1]
-    plan = _plans.conv_backward(
-        config.window, batch, groups, in_channels, out_channels, slots, kernel_keys.size
-    )
+    if platform == "cuda":
+        plan = _plans_cuda.conv_backward(
+            config.window, batch, groups, in_channels, slots, out_channels, config.capacity
+        )
+    else:
+        plan = _plans.conv_backward(
+            config.window, batch, groups, in_channels, out_channels, slots, kernel_keys.size
+        )
     outputs = (
         jax.ShapeDtypeStruct(values.shape, values.dtype),
         jax.ShapeDtypeStruct((groups, kernel_keys.size), jnp.float32),

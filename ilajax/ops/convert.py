@@ -10,7 +10,7 @@ import numpy as np
 
 from ilajax import _ffi
 from ilajax.geometry import check_spatial_shape, sites
-from ilajax.ops import _plans
+from ilajax.ops import _plans, _plans_cuda_ops
 from ilajax.ops.k_select import Selected, check_capacity, check_select, pad_slots, select_reference
 from ilajax.sparse_tensor import VALUE_DTYPES, SparseTensor, check_sparse
 
@@ -135,7 +135,10 @@ def _from_dense(config: _Config, x: jax.Array) -> Selected:
 
     def native(platform, groups, x):
         shape = (x.shape[0], x.shape[2], config.capacity)
-        plan = _plans.from_dense(x.shape[0], x.shape[2], config.capacity, x.dtype.itemsize)
+        if platform == "cuda":
+            plan = _plans_cuda_ops.select(x.shape[0] * x.shape[2], x.shape[1])
+        else:
+            plan = _plans.from_dense(x.shape[0], x.shape[2], config.capacity, x.dtype.itemsize)
         outputs = (
             jax.ShapeDtypeStruct(shape, jnp.int32),
             jax.ShapeDtypeStruct(shape, x.dtype),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ilajax import _ffi
+from ilajax.ops import _plans_cuda_ops
 from ilajax.sparse_tensor import SparseTensor, check_sparse
 
 SELECTS = ("value", "positive", "magnitude")
@@ -139,13 +140,18 @@ def _k_select(config: _Config, keys: jax.Array, values: jax.Array) -> Selected:
 
 def _forward(config: _Config, keys: jax.Array, values: jax.Array) -> Selected:
     def native(platform, groups, keys, values):
-        shape = (*values.shape[:2], config.capacity)
-        outputs = (
+        batch, channels, slots = values.shape
+        shape = (batch, channels, config.capacity)
+        outputs = [
             jax.ShapeDtypeStruct(shape, jnp.int32),
             jax.ShapeDtypeStruct(shape, values.dtype),
-        )
+        ]
         attributes = {"sites": config.sites, "select": config.select}
-        return _ffi.call("ilajax_k_select_fwd", outputs, keys, values, **attributes)
+        if platform == "cuda":
+            plan = _plans_cuda_ops.select(batch * channels, slots)
+            outputs.append(jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8))
+            attributes |= plan.attributes
+        return _ffi.call("ilajax_k_select_fwd", outputs, keys, values, **attributes)[:2]
 
     def reference(keys, values):
         stored = (keys >= 0) & (keys < config.sites)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ilajax import _ffi
 from ilajax.geometry import Window, pool_window, ravel, unravel
-from ilajax.ops import _plans
+from ilajax.ops import _plans, _plans_cuda_ops
 from ilajax.ops.k_select import check_capacity, lookup_reference, select_reference
 from ilajax.sparse_tensor import SparseTensor, check_sparse
 
@@ -241,8 +241,14 @@ def _sites_of(cells: Window, cell: jax.Array) -> jax.Array:
 
 
 def _forward_native(config, platform, groups, keys, values):
-    batch, channels, _ = values.shape
-    plan = _plans.pool(config.cells, batch * channels, config.capacity, values.dtype.itemsize)
+    batch, channels, slots = values.shape
+    itemsize = values.dtype.itemsize
+    if platform == "cuda":
+        plan = _plans_cuda_ops.pool_forward(
+            config.cells, batch, channels, slots, config.capacity, itemsize
+        )
+    else:
+        plan = _plans.pool(config.cells, batch * channels, config.capacity, itemsize)
     outputs = (
         jax.ShapeDtypeStruct((batch, keys.shape[1], config.capacity), jnp.int32),
         jax.ShapeDtypeStruct((batch, channels, config.capacity), values.dtype),
@@ -255,12 +261,11 @@ def _forward_native(config, platform, groups, keys, values):
 
 def _backward_native(config, platform, groups, keys, values, pooled_keys, cotangent):
     batch, channels, _ = values.shape
-    plan = _plans.pool(config.cells, batch * channels, config.capacity, values.dtype.itemsize)
-    outputs = (
-        jax.ShapeDtypeStruct(values.shape, values.dtype),
-        jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8),
-    )
-    window = _ffi.window_attributes(config.cells)
-    attributes = {"mode": config.mode, **window, **plan.attributes}
+    outputs = [jax.ShapeDtypeStruct(values.shape, values.dtype)]
+    attributes = {"mode": config.mode, **_ffi.window_attributes(config.cells)}
+    if platform == "cpu":
+        plan = _plans.pool(config.cells, batch * channels, config.capacity, values.dtype.itemsize)
+        outputs.append(jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8))
+        attributes |= plan.attributes
     operands = (keys, values, pooled_keys, cotangent)
     return _ffi.call("ilajax_pool_bwd", outputs, *operands, **attributes)[:1]

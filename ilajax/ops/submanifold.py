@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ilajax import _ffi
 from ilajax.geometry import Window
-from ilajax.ops import _plans
+from ilajax.ops import _plans, _plans_cuda_ops
 from ilajax.ops.weights import at_live_weights, dense_weights, sum_products
 
 
@@ -111,7 +111,10 @@ def _at_sites(keys: jax.Array, values: jax.Array, sites: jax.Array) -> jax.Array
 
 def _forward_native(window, platform, groups, keys, values, kernel_keys, weights, bias):
     batch, in_channels, slots = values.shape
-    plan = _plans.submanifold_forward(window, batch, in_channels, bias.size, slots)
+    if platform == "cuda":
+        plan = _plans_cuda_ops.submanifold_forward(window, in_channels, bias.size)
+    else:
+        plan = _plans.submanifold_forward(window, batch, in_channels, bias.size, slots)
     outputs = (
         jax.ShapeDtypeStruct((batch, bias.size, slots), values.dtype),
         jax.ShapeDtypeStruct((batch, bias.size), jnp.int32),
@@ -125,9 +128,14 @@ def _forward_native(window, platform, groups, keys, values, kernel_keys, weights
 def _backward_native(window, platform, groups, keys, values, kernel_keys, weights, cotangent):
     batch, in_channels, slots = values.shape
     out_channels = cotangent.shape[1]
-    plan = _plans.submanifold_backward(
-        window, batch, groups, in_channels, out_channels, slots, kernel_keys.size
-    )
+    if platform == "cuda":
+        plan = _plans_cuda_ops.submanifold_backward(
+            window, batch, groups, in_channels, out_channels, slots
+        )
+    else:
+        plan = _plans.submanifold_backward(
+            window, batch, groups, in_channels, out_channels, slots, kernel_keys.size
+        )
     outputs = (
         jax.ShapeDtypeStruct(values.shape, values.dtype),
         jax.ShapeDtypeStruct((groups, kernel_keys.size), jnp.float32),

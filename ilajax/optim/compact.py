@@ -87,7 +87,7 @@ def _slots(optimizer: nnx.Optimizer) -> Iterator[_Slot]:
     for tree in _nodes(optimizer.opt_state, nnx.State):
         for path, variable in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable):
             # optax.masked puts an empty node into the variable of a parameter that it leaves out.
-            if isinstance(variable[...], optax.MaskedNode):
+            if isinstance(variable.get_value(), optax.MaskedNode):
                 continue
             yield _Slot(tuple(map(_plain_key, path)), variable, id(variable) in pruned)
     _check_no_flat_state(optimizer)

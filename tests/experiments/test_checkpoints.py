@@ -12,7 +12,9 @@ from experiments.checkpoints import Checkpoints, check_options, remove_checkpoin
 class Net(nnx.Module):
     def __init__(self, features, seed):
         rngs = nnx.Rngs(seed)
-        self.layers = nnx.List([nnx.Linear(3, features, rngs=rngs), nnx.Linear(features, 2, rngs=rngs)])
+        self.layers = nnx.List(
+            [nnx.Linear(3, features, rngs=rngs), nnx.Linear(features, 2, rngs=rngs)]
+        )
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
 
 
@@ -52,7 +54,9 @@ def test_the_newest_ones_are_kept(tmp_path):
 def test_another_shape_is_named(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, modules(4), {})
-        with pytest.raises(ValueError, match=r"layers.0.bias it holds float32\[4\], .* float32\[5\]"):
+        with pytest.raises(
+            ValueError, match=r"layers.0.bias it holds float32\[4\], .* float32\[5\]"
+        ):
             checkpoints.restore(1, modules(5))
 
 

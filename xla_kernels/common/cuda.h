@@ -26,9 +26,10 @@ inline ffi::Error CudaError(const char* what, cudaError_t status) {
   return ffi::Error::Internal(message.str());
 }
 
-// Launches `kernel` on `stream`. Nothing waits and nothing is allocated, so the launch can be captured
-// into a command buffer. Arguments are converted to the kernel's parameter types. A grid without
-// blocks is no work. More than the 48 KiB of shared memory that every kernel gets is opted into.
+// Launches `kernel` on `stream`. Nothing waits and nothing is allocated, so the launch can be
+// captured into a command buffer. Arguments are converted to the kernel's parameter types. A grid
+// without blocks is no work. More than the 48 KiB of shared memory that every kernel gets is opted
+// into.
 template <typename... Params, typename... Args>
 ffi::Error Launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
                   cudaStream_t stream, Args&&... args) {
@@ -59,7 +60,7 @@ ffi::Error Launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t share
   return CudaError("CUDA kernel launch", status);
 }
 
-// The number of blocks for `tasks` in a grid-stride loop over blocks. A grid may not exceed 2^31 - 1.
+// The grid for `tasks` in a loop that strides over blocks: a block each, within CUDA's limit.
 inline dim3 GridFor(int64_t tasks) {
   constexpr int64_t kMaxBlocks = 0x7fffffff;
   return dim3(static_cast<unsigned>(tasks < kMaxBlocks ? tasks : kMaxBlocks));

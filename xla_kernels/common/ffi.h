@@ -71,8 +71,8 @@ inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 }  // namespace ilajax
 
 // Returns from the enclosing handler if `expr`, an ffi::Error, is a failure.
-#define ILAJAX_RETURN_IF_ERROR(expr)                        \
-  do {                                                      \
+#define ILAJAX_RETURN_IF_ERROR(expr)                            \
+  do {                                                          \
     if (::xla::ffi::Error e_ = (expr); e_.failure()) return e_; \
   } while (false)
 

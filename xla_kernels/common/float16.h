@@ -1,8 +1,8 @@
 // The two 16-bit storage types. Arithmetic is always float32: these only load, store and round.
 //
 // Plain integer code, since neither _Float16 nor __bf16 is promised by the compilers we build with;
-// without branches, so that loops over it vectorise (given -fno-trapping-math). Both roundings are to nearest, ties to even, and
-// a NaN stays a NaN (quiet, its sign and upper payload bits kept).
+// without branches, so that loops over it vectorise (given -fno-trapping-math). Both roundings are
+// to nearest, ties to even, and a NaN stays a NaN (quiet, its sign and upper payload bits kept).
 
 #ifndef ILAJAX_XLA_KERNELS_COMMON_FLOAT16_H_
 #define ILAJAX_XLA_KERNELS_COMMON_FLOAT16_H_
@@ -78,8 +78,7 @@ struct Float16 {
     const uint32_t normal = a + ((127u - 15u) << 23);
     const uint32_t inf_nan = a + ((255u - 31u) << 23);
     // A subnormal m * 2^-24 is (1 + m / 1024) * 2^-14 - 2^-14, exactly.
-    const uint32_t subnormal =
-        FloatBits(BitsFloat(a + (113u << 23)) - BitsFloat(113u << 23));
+    const uint32_t subnormal = FloatBits(BitsFloat(a + (113u << 23)) - BitsFloat(113u << 23));
     uint32_t f = exponent == 0 ? subnormal : normal;
     f = exponent == 0x0f800000u ? inf_nan : f;
     return BitsFloat(sign | f);

@@ -17,13 +17,14 @@ namespace ilajax {
 
 // Calls body(task, worker) once for each task in [0, tasks), and returns when all calls have.
 //
-// Workers are numbered below `max_workers`, and one worker runs one task at a time, so each can own a
-// slice of a workspace. Which worker gets which task depends on scheduling: a result must not.
+// Workers are numbered below `max_workers`, and one worker runs one task at a time, so each can own
+// a slice of a workspace. Which worker gets which task depends on scheduling: a result must not.
 //
-// The caller is worker 0 and takes tasks off the same counter as its helpers. It waits only for tasks
-// that a running thread has already taken, never for a helper to be scheduled, so the loop cannot
-// deadlock on a pool that is full, has one thread, or is the one it is called from. A helper that
-// starts late finds the counter spent and touches nothing but the shared state, which it co-owns.
+// The caller is worker 0 and takes tasks off the same counter as its helpers. It waits only for
+// tasks that a running thread has already taken, never for a helper to be scheduled, so the loop
+// cannot deadlock on a pool that is full, has one thread, or is the one it is called from. A helper
+// that starts late finds the counter spent and touches nothing but the shared state, which it
+// co-owns.
 //
 // noexcept: a body that throws ends the process; there is nobody above an FFI handler to catch it.
 template <class F>

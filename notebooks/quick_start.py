@@ -1,0 +1,170 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Quick start
+#
+# A sparse tensor, a convolution that keeps it sparse, gradients, and a small network that learns.
+#
+# `jupytext --to notebook notebooks/quick_start.py` makes a notebook of this file; Jupyter with
+# jupytext opens it as it is.
+
+# %%
+import gzip
+from pathlib import Path
+
+import ilajax
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from flax import nnx
+
+# %% [markdown]
+# ## Data that is mostly nothing
+#
+# A handwritten digit is a line on an empty page. The repository ships 10,000 of them; any array
+# `[batch, *grid, channels]` will do, in one to four dimensions.
+
+# %%
+root = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "experiments").is_dir())
+digits = root / "experiments" / "data" / "digits"
+pixels = gzip.decompress((digits / "train-images-idx3-ubyte.gz").read_bytes())[16:]
+classes = gzip.decompress((digits / "train-labels-idx1-ubyte.gz").read_bytes())[8:]
+images = np.frombuffer(pixels, np.uint8).reshape(-1, 28, 28, 1) / np.float32(255)
+images = np.where(images < 0.2, 0, images)[:2048]
+labels = np.frombuffer(classes, np.uint8)[:2048].astype(np.int32)
+images.shape, float((images > 0).mean())
+
+# %% [markdown]
+# `from_dense` stores the non-zero pixels: for each sample and channel a list of at most `capacity`
+# keys (positions in the grid) with their values. The shape of the list is fixed, so the tensor passes
+# through `jit`, `vmap` and `scan` like any array.
+
+# %%
+x = ilajax.from_dense(images[:4], capacity=300)
+x, x.counts.ravel(), x.density.ravel()
+
+# %% [markdown]
+# Points become a sparse tensor without a dense array in between. All channels then share one support.
+
+# %%
+points = np.array([[0, 0, 0], [5, 6, 7], [5, 6, 7]])
+features = np.array([[1.0, 0.0], [2.0, 4.0], [4.0, 0.0]], np.float32)
+cloud = ilajax.from_points(
+    points, features, np.array([0, 0, 0]), spatial_shape=(64, 64, 64), batch_size=1, capacity=8
+)
+cloud, cloud.counts
+
+# %% [markdown]
+# ## Convolution, and what it does to sparsity
+#
+# Every convolution reaches a site further: the map fills in. A density bound keeps the strongest
+# responses of each channel only, which the paper calls attention. `select="positive"`, the default,
+# drops what is not above 0: the ReLU is included.
+
+# %%
+kernel = ilajax.SparseKernel.from_dense(jnp.ones((3, 3, 1, 1)) / 9)
+sites = 28 * 28
+free = bounded = x
+for _ in range(3):
+    free = ilajax.conv(free, kernel, capacity=sites).features
+    bounded, responses = ilajax.conv(bounded, kernel, capacity=ilajax.capacity(0.095, (28, 28)))
+
+panels = {"digit": x, "three convolutions": free, "with a bound of 9.5 %": bounded}
+figure, axes = plt.subplots(1, 3, figsize=(7.5, 2.8), layout="constrained")
+for axis, (title, tensor) in zip(axes, panels.items(), strict=True):
+    image = np.asarray(ilajax.to_dense(tensor))[0, ..., 0]
+    axis.imshow(np.where(image > 0, image, np.nan), cmap="magma_r")
+    axis.set_title(f"{title}: {float(tensor.density[0, 0]):.1%}", fontsize=9)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+# %% [markdown]
+# `responses` counts the candidates before the selection: more than the capacity means that it cut.
+
+# %%
+responses.ravel(), bounded.capacity
+
+# %% [markdown]
+# ## Gradients
+#
+# They flow from the kept outputs to the stored inputs and the live weights, and nowhere else
+# (equation 3 of the paper): every gradient has the shape of what it belongs to. Keys are integers, so
+# one differentiates with respect to values.
+
+
+# %%
+def energy(weights, values):
+    filters = ilajax.SparseKernel(kernel.keys, weights, kernel.shape)
+    output = ilajax.conv(x.with_values(values), filters, capacity=74).features
+    return jnp.sum(output.values**2)
+
+
+of_weights, of_values = jax.grad(energy, argnums=(0, 1))(kernel.values, x.values)
+of_weights.shape, of_values.shape
+
+# %% [markdown]
+# ## A network
+#
+# `ilajax.nn.Conv` is a Flax NNX module like any other, and mixes with Flax's own.
+
+
+# %%
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.conv1 = ilajax.nn.Conv(1, 8, (3, 3), density_bound=0.095, rngs=rngs)
+        self.conv2 = ilajax.nn.Conv(8, 16, (3, 3), density_bound=0.19, rngs=rngs)
+        self.logits = nnx.Linear(7 * 7 * 16, 10, rngs=rngs)
+
+    def __call__(self, x):
+        x = ilajax.max_pool(self.conv1(x), 2)
+        x = ilajax.to_dense(ilajax.max_pool(self.conv2(x), 2))
+        return self.logits(x.reshape(x.shape[0], -1))
+
+
+@nnx.jit
+def train_step(net, optimizer, images, labels):
+    def loss_of(net):
+        logits = net(ilajax.from_dense(images, capacity=300))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    loss, gradients = nnx.value_and_grad(loss_of)(net)
+    optimizer.update(net, gradients)
+    return loss
+
+
+net = Net(nnx.Rngs(0))
+optimizer = nnx.Optimizer(net, optax.adam(3e-3), wrt=nnx.Param)
+train_images, train_labels = images[:1792], labels[:1792]
+order = np.random.default_rng(0).permutation(4 * len(train_labels)) % len(train_labels)
+losses = [
+    float(train_step(net, optimizer, train_images[chosen], train_labels[chosen]))
+    for chosen in order.reshape(-1, 64)
+]
+losses[0], np.mean(losses[-10:])
+
+# %% [markdown]
+# The layers measured how dense their responses were, before the selection.
+
+# %%
+{name: round(float(getattr(net, name).density[...].mean()), 3) for name in ("conv1", "conv2")}
+
+# %%
+held_out = net(ilajax.from_dense(images[1792:], capacity=300))
+accuracy = float((held_out.argmax(axis=1) == labels[1792:]).mean())
+print(f"{accuracy:.1%} of {len(labels) - 1792} digits that it has not seen")
+
+# %% [markdown]
+# Next: `python -m experiments.mnist` trains the paper's network beside its dense twin, with pruning
+# and the density regulariser on request.

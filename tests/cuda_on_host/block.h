@@ -1,0 +1,27 @@
+// What the harness and its tests see of the runtime in block.cc.
+
+#ifndef ILAJAX_TESTS_CUDA_ON_HOST_BLOCK_H_
+#define ILAJAX_TESTS_CUDA_ON_HOST_BLOCK_H_
+
+#include <cstddef>
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace cuda_on_host {
+
+// In which order the threads of a block run between two barriers, and the blocks of a grid.
+enum class Order { kForward, kReverse, kRandom };
+
+struct Bytes {
+  void* data;
+  size_t size;
+};
+
+// Runs `launches` in every order, each time with other rubbish in `outputs`, and compares their bytes
+// between the runs. Returns what is wrong, or "".
+std::string RunInAllOrders(const std::function<bool()>& launches, const std::vector<Bytes>& outputs);
+
+}  // namespace cuda_on_host
+
+#endif  // ILAJAX_TESTS_CUDA_ON_HOST_BLOCK_H_

@@ -1,0 +1,93 @@
+// The CUDA handlers as CPU handlers, under the names of their targets: what XLA calls copies every buffer
+// into memory of just its size, so that AddressSanitizer sees an index beyond it, runs the handler in all
+// orders of threads, and copies the results back. An argument that a kernel writes to is an error, too.
+
+#include <cuda_runtime.h>
+#include <stdlib.h>
+
+#include <map>
+#include <memory>
+
+#include "block.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace cuda_on_host {
+namespace {
+
+struct Free {
+  void operator()(void* data) const { free(data); }
+};
+
+struct Copy {
+  XLA_FFI_Buffer* buffer;
+  void* original;
+  size_t size;
+  std::unique_ptr<void, Free> data;
+
+  explicit Copy(void* from) : buffer(static_cast<XLA_FFI_Buffer*>(from)), original(buffer->data) {
+    size = xla::ffi::ByteWidth(static_cast<xla::ffi::DataType>(buffer->dtype));
+    for (int64_t i = 0; i < buffer->rank; ++i) size *= buffer->dims[i];
+    void* own = nullptr;
+    if (posix_memalign(&own, 64, size) != 0) abort();
+    data.reset(own);
+    std::memcpy(own, original, size);
+    buffer->data = own;
+  }
+  Copy(Copy&&) = default;
+  void Restore() { buffer->data = original; }
+};
+
+XLA_FFI_Error* Failure(const XLA_FFI_Api* api, const std::string& message) {
+  XLA_FFI_Error_Create_Args args = {};
+  args.struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE;
+  args.message = message.c_str();
+  args.errc = XLA_FFI_Error_Code_INTERNAL;
+  return api->XLA_FFI_Error_Create(&args);
+}
+
+XLA_FFI_Error* Checked(const char* target, XLA_FFI_Handler* handler, XLA_FFI_CallFrame* frame) {
+  if (frame->extension_start != nullptr) return handler(frame);  // XLA asks about the handler
+  std::vector<Copy> arguments, results;
+  for (int64_t i = 0; i < frame->args.size; ++i) arguments.emplace_back(frame->args.args[i]);
+  std::vector<Bytes> all, compared;
+  for (int64_t i = 0; i < frame->rets.size; ++i) {
+    Copy copy(frame->rets.rets[i]);
+    // Of a workspace (bytes) only what the results show of it has to be the same.
+    (copy.buffer->dtype == XLA_FFI_DataType_U8 ? all : compared).push_back({copy.data.get(), copy.size});
+    results.push_back(std::move(copy));
+  }
+  XLA_FFI_Error* failure = nullptr;
+  int run = 0;
+  std::string message = RunInAllOrders(
+      [&] {
+        const int rubbish[] = {0xff, 0x5a, 0x01};
+        for (const Bytes& workspace : all) std::memset(workspace.data, rubbish[run], workspace.size);
+        ++run;
+        failure = handler(frame);
+        return failure == nullptr;
+      },
+      compared);
+  for (Copy& argument : arguments) {
+    if (message.empty() && std::memcmp(argument.data.get(), argument.original, argument.size) != 0) {
+      message = "a kernel writes to an argument";
+    }
+    argument.Restore();
+  }
+  for (Copy& result : results) {
+    std::memcpy(result.original, result.data.get(), result.size);
+    result.Restore();
+  }
+  if (failure != nullptr) return failure;
+  return message.empty() ? nullptr : Failure(frame->api, std::string(target) + ": " + message);
+}
+
+}  // namespace
+}  // namespace cuda_on_host
+
+#define TARGET_CPU(target, Handler)
+#define TARGET(target, Handler)                                              \
+  extern "C" XLA_FFI_Error* Handler(XLA_FFI_CallFrame*);                     \
+  extern "C" XLA_FFI_Error* target(XLA_FFI_CallFrame* frame) {               \
+    return cuda_on_host::Checked(#target, Handler, frame);                   \
+  }
+#include "xla_kernels/targets.def"

@@ -1,0 +1,178 @@
+"""OctNet3: table 2, and that the sparse network and its dense twin are one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import ilajax
+from ilajax.models import OctNet3
+from ilajax.models.octnet3 import TABLE_2, Architecture
+
+# Table 2 as printed: for each network its convolutions, (Cin, Cout), first sparse, then dense.
+SPARSE_2 = [(1, 8), (8, 8), (8, 8), (8, 16), (16, 16), (16, 16)]
+SPARSE_3 = [*SPARSE_2, (16, 24), (24, 24), (24, 24)]
+DENSE_1 = [(24, 32), (32, 32), (32, 32)]
+DENSE_2 = [*DENSE_1, (32, 40), (40, 40), (40, 40)]
+DENSE_3 = [*DENSE_2, (40, 48), (48, 48), (48, 48)]
+PRINTED = {
+    16: (3, SPARSE_2, [], 8**3 * 16),
+    24: (2, SPARSE_2, [], 14**2 * 16),
+    32: (3, SPARSE_3, [], 8**3 * 24),
+    64: (3, SPARSE_3, DENSE_1, 8**3 * 32),
+    128: (3, SPARSE_3, DENSE_2, 8**3 * 40),
+    256: (3, SPARSE_3, DENSE_3, 8**3 * 48),
+}
+
+
+def bounds(resolution):
+    return (0.02, 0.04, 0.08)[: len(TABLE_2[resolution].sparse)]
+
+
+@pytest.mark.parametrize("resolution", PRINTED)
+def test_layers_are_those_of_table_2(resolution):
+    rank, sparse, dense, features = PRINTED[resolution]
+    model = nnx.eval_shape(
+        lambda: OctNet3(
+            resolution, num_classes=40, density_bounds=bounds(resolution), rngs=nnx.Rngs(0)
+        )
+    )
+    convs = [conv for block in model.blocks for conv in (block.conv1, block.conv2, block.conv3)]
+    assert [(conv.in_features, conv.out_features) for conv in convs] == sparse + dense
+    assert all(conv.kernel_size == (3,) * rank for conv in convs)
+    kinds = [ilajax.nn.Conv] * len(sparse) + [nnx.Conv] * len(dense)
+    assert [type(conv) for conv in convs] == kinds
+    assert [c.density_bound for c in convs[: len(sparse)]] == list(np.repeat(bounds(resolution), 3))
+    assert model.hidden.kernel.shape == (features, 1024)
+    assert model.logits.kernel.shape == (1024, 40)
+    assert model.dropout.rate == 0.5
+
+
+def tensor_shape(grid, capacity=50):
+    return ilajax.SparseTensor(
+        jax.ShapeDtypeStruct((2, 1, capacity), jnp.int32),
+        jax.ShapeDtypeStruct((2, 1, capacity), jnp.float32),
+        grid,
+    )
+
+
+@pytest.mark.parametrize("resolution", [24, 16, 64])
+def test_shapes_fit_from_the_input_to_the_logits(resolution):
+    def run(x):
+        rngs = nnx.Rngs(0)
+        return OctNet3(resolution, num_classes=7, density_bounds=bounds(resolution), rngs=rngs)(x)
+
+    assert jax.eval_shape(run, tensor_shape(TABLE_2[resolution].input_shape)).shape == (2, 7)
+
+
+def digits(seed=0, batch=3, shape=(28, 28)):
+    """Strokes on an empty grid."""
+    lines = jax.random.bernoulli(jax.random.key(seed), 0.15, (batch, *shape, 1))
+    return lines * jax.random.uniform(jax.random.key(seed + 1), lines.shape, minval=0.2)
+
+
+def twins(resolution=24, **kwargs):
+    blocks = len(TABLE_2[resolution].sparse)
+    common = {"num_classes": 10} | kwargs
+    sparse = OctNet3(resolution, density_bounds=(1.0,) * blocks, rngs=nnx.Rngs(7), **common)
+    dense = OctNet3(resolution, dense=True, rngs=nnx.Rngs(7), **common)
+    return sparse, dense
+
+
+forward = nnx.jit(lambda model, x: model(x))
+
+
+@pytest.mark.parametrize("select", ["positive", "value", "magnitude"])
+def test_equals_its_dense_twin_at_bounds_of_one(select, monkeypatch):
+    # As 64^3 and up: two sparse blocks of different widths, a dense one, an odd grid; but small.
+    monkeypatch.setitem(TABLE_2, 8, Architecture((8, 8), (2, 3), (4,)))
+    sparse, dense = twins(8, select=select)
+    sparse.eval()
+    dense.eval()
+    x = digits(shape=(8, 8))
+    stored = ilajax.from_dense(x, capacity=64)
+    expected = forward(dense, x)
+    np.testing.assert_array_equal(forward(dense, stored), expected)
+    np.testing.assert_allclose(forward(sparse, stored), expected, atol=1e-5)
+
+
+def test_octnet3_24_equals_its_twin_and_dropout_draws_alike():
+    sparse, dense = twins()
+    x = digits()
+    stored = ilajax.from_dense(x, capacity=784)
+    # In training mode: the same dropout mask too.
+    np.testing.assert_allclose(forward(sparse, stored), forward(dense, x), atol=1e-5)
+    assert not np.array_equal(forward(dense, x), forward(dense, x))
+    dense.eval()
+    np.testing.assert_array_equal(forward(dense, x), forward(dense, x))
+
+
+def test_twins_have_the_same_parameters_at_the_same_paths():
+    sparse, dense = twins(in_features=2, dropout=0.0)
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(sparse, nnx.Param))]
+    assert paths == [path for path, _ in nnx.to_flat_state(nnx.state(dense, nnx.Param))]
+    assert ("blocks", 1, "conv2", "kernel") in paths
+    for block, twin in zip(sparse.blocks, dense.blocks, strict=True):
+        for name in ("conv1", "conv2", "conv3"):
+            kernel = getattr(block, name).sparse_kernel.to_dense()
+            np.testing.assert_array_equal(kernel, getattr(twin, name).kernel[...])
+    np.testing.assert_array_equal(sparse.hidden.kernel[...], dense.hidden.kernel[...])
+    np.testing.assert_array_equal(sparse.logits.kernel[...], dense.logits.kernel[...])
+
+
+def test_bounds_hold_layer_by_layer():
+    model = OctNet3(24, num_classes=10, density_bounds=(0.05, 0.1), rngs=nnx.Rngs(0))
+    x = ilajax.from_dense(digits(), capacity=784)
+    first = nnx.eval_shape(lambda block, x: block(x), model.blocks[0], x)
+    pooled = nnx.eval_shape(lambda pool, x: pool(x), model.pool, first)
+    second = nnx.eval_shape(lambda block, x: block(x), model.blocks[1], pooled)
+    assert (first.capacity, pooled.capacity, second.capacity) == (39, 39, 19)
+    assert pooled.spatial_shape == (14, 14)
+
+
+def test_sparse_filters_and_dtypes_reach_the_layers():
+    model = nnx.eval_shape(
+        lambda: OctNet3(
+            24,
+            num_classes=10,
+            density_bounds=[0.1, 0.2],
+            kernel_density=0.5,
+            dtype=jnp.bfloat16,
+            rngs=nnx.Rngs(0),
+        )
+    )
+    assert model.blocks[1].conv2.kernel.shape == (9 * 16 * 16 // 2,)
+    assert model.blocks[0].conv1.dtype == model.hidden.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resolution": 28}, r"resolution must be one of \(16, 24, 32, 64, 128, 256\), got 28"),
+        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"in_features": -1}, "in_features must be at least 1"),
+        ({"density_bounds": None}, "density_bounds must have one bound .* 2 sparse blocks"),
+        ({"density_bounds": 0.1}, "density_bounds must have one bound"),
+        ({"density_bounds": (0.1,)}, "density_bounds must have one bound"),
+        ({"density_bounds": (0.1, 0.0)}, r"density_bound must lie in \(0, 1\]"),
+        ({"dropout": 1.0}, r"dropout must be a rate in \[0, 1\)"),
+        ({"select": "best"}, "select"),
+        ({"dense": True, "kernel_density": 0.5}, "kernel_density needs sparse filters"),
+    ],
+)
+def test_bad_options_raise(options, message):
+    valid = {"resolution": 24, "num_classes": 10, "density_bounds": (0.1, 0.2), "rngs": nnx.Rngs(0)}
+    with pytest.raises(ValueError, match=message):
+        OctNet3(**(valid | options))
+
+
+def test_bad_inputs_raise():
+    sparse, dense = nnx.eval_shape(lambda: twins())
+    with pytest.raises(TypeError, match=r"x must be an ilajax\.SparseTensor"):
+        sparse(digits())
+    expected = r"x must have the shape \(batch, 28, 28, 1\), got \(2, 16, 16, 1\)"
+    with pytest.raises(ValueError, match=expected):
+        sparse(tensor_shape((16, 16)))
+    with pytest.raises(ValueError, match=expected):
+        dense(jnp.zeros((2, 16, 16, 1)))

@@ -1,0 +1,226 @@
+"""Garbage in keys: every native target, forward and backward, on any int32, never leaves its buffers.
+
+Without a sanitizer this catches crashes and endless loops; built with ILAJAX_SANITIZE="address;undefined"
+and run by itself it catches each stray read or write.
+
+The calls are found by tracing the public operations and then repeated with garbage in every integer
+operand, also in those that only the library fills, such as the output keys that a backward pass reads.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend import core
+
+import ilajax
+import samples
+from ilajax import _ffi
+
+
+def gradients(f, x, *weights):
+    """f's result and its gradient, so that the trace has the forward and the backward call."""
+    value, pull = jax.vjp(lambda v, *w: f(x.with_values(v), *w), x.values, *weights)
+    return value, pull(jax.tree.map(jnp.ones_like, value))
+
+
+def conv_program(seed, grid, window, cin, cout, capacity, *, shared=False, dtype="float32", **options):
+    x = samples.tensor(seed, 2, cin, grid, capacity=40, shared=shared, dtype=dtype)
+    kernel = samples.kernel(seed, window, cin, cout)
+    bias = jnp.ones(cout)
+    if capacity:
+        options["capacity"] = capacity
+
+    def f(x, weights, bias):
+        kernel_ = ilajax.SparseKernel(kernel.keys, weights, kernel.shape)
+        return ilajax.conv(x, kernel_, bias, **options).features.values
+
+    return lambda: gradients(f, x, kernel.values, bias)
+
+
+def pointwise_program(f, seed=0, grid=(9, 10), **options):
+    return lambda: gradients(
+        lambda x: jax.tree.leaves(f(x))[-1], samples.tensor(seed, 2, 3, grid, capacity=40, **options)
+    )
+
+
+PROGRAMS = {
+    "conv-1d": conv_program(0, (50,), (4,), 2, 3, 20, strides=3),
+    "conv-2d": conv_program(1, (9, 10), (3, 3), 2, 3, 20),
+    "conv-2d-shared": conv_program(2, (9, 10), (3, 3), 3, 20, 200, shared=True, select="value"),
+    "conv-2d-half": conv_program(3, (9, 10), (2, 5), 2, 5, 7, dtype="bfloat16", select="magnitude"),
+    "conv-3d": conv_program(4, (6, 5, 7), (3, 3, 3), 2, 4, 1, strides=2, kernel_dilation=2),
+    "conv-4d": conv_program(5, (3, 4, 3, 4), (2, 2, 2, 2), 1, 2, 60, padding="VALID"),
+    "conv-slabs": conv_program(6, (300, 700), (3, 3), 2, 7, 500, select="value"),
+    "conv-many-channels": conv_program(7, (9, 10), (1, 1), 40, 50, 20),
+    "submanifold-2d": conv_program(8, (9, 10), (3, 3), 2, 3, None, shared=True, support="input"),
+    "submanifold-3d": conv_program(
+        9, (40, 30, 50), (3, 3, 3), 3, 9, None, shared=True, dtype="float16", support="input"
+    ),
+    "k_select": pointwise_program(lambda x: ilajax.k_select(x, 7)),
+    "k_select-wide": pointwise_program(lambda x: ilajax.k_select(x, 90, select="magnitude")),
+    "relu": pointwise_program(ilajax.relu, shared=True, dtype="bfloat16"),
+    "max_pool": pointwise_program(lambda x: ilajax.max_pool(x, 2)),
+    "max_pool-shared": pointwise_program(lambda x: ilajax.max_pool(x, 4), shared=True),
+    "max_pool-3d": pointwise_program(lambda x: ilajax.max_pool(x, (2, 3, 1), capacity=5), 1, (5, 6, 7)),
+    "avg_pool": pointwise_program(lambda x: ilajax.avg_pool(x, 3, capacity=3), shared=True),
+    "avg_pool-slabs": pointwise_program(lambda x: ilajax.avg_pool(x, 2), 2, (400, 900)),
+    "to_dense": pointwise_program(ilajax.to_dense),
+    "to_dense-shared": pointwise_program(ilajax.to_dense, 3, (200, 300), shared=True),
+    "from_dense": lambda: jax.vjp(
+        lambda d: ilajax.from_dense(d, 9, select="value").values, jnp.ones((2, 9, 10, 3))
+    )[1](jnp.ones((2, 3, 9))),
+}
+
+
+@functools.lru_cache(maxsize=None)
+def calls(program):
+    """The FFI calls of a program, as (target, jitted call, operand types), on this platform only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ILAJAX_BACKEND", "native")
+        here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+        patch.setattr(_ffi, "_platforms_here", lambda: {here})
+        jaxpr = jax.make_jaxpr(PROGRAMS[program])()
+    return [
+        (
+            eqn.params["target_name"],
+            jax.jit(functools.partial(eqn.primitive.bind, **eqn.params)),
+            [v.aval for v in eqn.invars],
+        )
+        for eqn in equations(jaxpr.jaxpr)
+        if eqn.primitive.name == "ffi_call"
+    ]
+
+
+def equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for parameter in jax.tree.leaves(
+            eqn.params, is_leaf=lambda p: isinstance(p, core.ClosedJaxpr | core.Jaxpr)
+        ):
+            if isinstance(parameter, core.ClosedJaxpr):
+                yield from equations(parameter.jaxpr)
+            elif isinstance(parameter, core.Jaxpr):
+                yield from equations(parameter)
+
+
+LIMITS = np.iinfo(np.int32)
+
+GARBAGE = {
+    "any-int32": lambda rng, shape: rng.integers(LIMITS.min, LIMITS.max, shape, endpoint=True),
+    "sorted-any-int32": lambda rng, shape: np.sort(
+        rng.integers(LIMITS.min, LIMITS.max, shape, endpoint=True), axis=-1
+    ),
+    "near-the-grid": lambda rng, shape: rng.integers(-5, 110, shape),
+    "large": lambda rng, shape: rng.integers(0, 400_000, shape),
+    "sorted-with-duplicates": lambda rng, shape: np.sort(rng.integers(0, 95, shape), axis=-1),
+    "descending": lambda rng, shape: -np.sort(-rng.integers(0, 95, shape), axis=-1),
+    "padding-in-front": lambda rng, shape: np.roll(np.sort(rng.integers(60, 120, shape)), 9, -1),
+    "all-0": lambda rng, shape: np.zeros(shape),
+    "all-1": lambda rng, shape: np.ones(shape),
+    "all-minus-1": lambda rng, shape: np.full(shape, -1),
+    "all-max": lambda rng, shape: np.full(shape, LIMITS.max),
+    "all-min": lambda rng, shape: np.full(shape, LIMITS.min),
+    "alternating": lambda rng, shape: np.where(np.arange(shape[-1]) % 2, LIMITS.max, LIMITS.min)
+    + np.zeros(shape),
+}
+
+NATIVE = [] if not _ffi.native_platforms() else list(PROGRAMS)
+
+
+def operand(rng, aval, garbage):
+    if aval.dtype == jnp.int32:
+        keys = GARBAGE[garbage](rng, aval.shape or (1,))
+        return jnp.asarray(np.asarray(keys, np.int64).astype(np.int32).reshape(aval.shape))
+    values = rng.normal(size=aval.shape)
+    kind = rng.random(aval.shape)
+    values = np.where(kind < 0.1, np.nan, np.where(kind < 0.2, np.inf, values))
+    values = np.where(kind > 0.9, 0.0, np.where(kind > 0.8, -np.inf, values))
+    return jnp.asarray(values.astype(np.float32), aval.dtype)
+
+
+@pytest.mark.nans
+@pytest.mark.parametrize("garbage", GARBAGE)
+@pytest.mark.parametrize("program", NATIVE)
+def test_garbage_keys(program, garbage):
+    """Catches a key used as an index, a loop bound or a shift before it is checked."""
+    rng = np.random.default_rng(0)
+    for _, call, avals in calls(program):
+        jax.block_until_ready(call(*(operand(rng, aval, garbage) for aval in avals)))
+
+
+def test_no_target_is_left_out():
+    """Catches a new target that this file does not reach."""
+    here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    reached = {target for program in NATIVE for target, _, _ in calls(program)}
+    assert reached == set(_ffi._load().get(here, ()))
+
+
+@functools.lru_cache(maxsize=None)
+def network(backend):
+    """jit of a small network of all operations, and its gradients."""
+
+    @jax.jit
+    def run(x, kernel, bias):
+        def f(values, weights):
+            kernel_ = ilajax.SparseKernel(kernel.keys, weights, kernel.shape)
+            y, _ = ilajax.conv(x.with_values(values), kernel_, bias, capacity=9)
+            y = ilajax.max_pool(ilajax.k_select(y, 7), 2, capacity=5)
+            joined = ilajax.concatenate([y, ilajax.relu(ilajax.avg_pool(x.with_values(values), 2))])
+            joined = joined.map(jnp.exp)
+            return ilajax.to_dense(joined), ilajax.global_max_pool(joined)
+
+        out, pull = jax.vjp(f, x.values, kernel.values)
+        return out, pull(out)
+
+    return run
+
+
+@pytest.mark.nans
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_garbage_through_the_public_operations(backend, garbage):
+    """Catches a crash, or an output shape that depends on the keys, in all of a small network."""
+    rng = np.random.default_rng(1)
+
+    def broken(tree):
+        return jax.tree.map(lambda a: operand(rng, jax.typeof(a), garbage), tree)
+
+    (dense, pooled), (x_bar, w_bar) = network(backend)(
+        broken(samples.tensor(0)), broken(samples.kernel(0)), jnp.ones(3)
+    )
+    jax.block_until_ready(dense)
+    assert dense.shape == (2, 3, 3, 5)
+    assert pooled.shape == (2, 5)
+    assert x_bar.shape == (2, 2, 12)
+    assert w_bar.shape == (56,)
+
+
+@functools.lru_cache(maxsize=None)
+def weights_only(backend):
+    """jit of a convolution as a function of its kernel, with the weights' gradient."""
+    x = samples.tensor(1)
+
+    @jax.jit
+    def run(kernel):
+        def f(weights):
+            kernel_ = ilajax.SparseKernel(kernel.keys, weights, kernel.shape)
+            return ilajax.conv(x, kernel_, capacity=30, select="value").features.values
+
+        values, pull = jax.vjp(f, kernel.values)
+        return values, pull(jnp.ones_like(values))[0], kernel.to_dense(), kernel.mask()
+
+    return run
+
+
+@pytest.mark.nans
+@pytest.mark.parametrize("key", [-1, 54, LIMITS.max, LIMITS.min])
+def test_a_broken_weight_is_no_weight(backend, key):
+    """Catches a filter key outside the filter that counts as some weight of it, in either direction."""
+    good = samples.kernel(1, padding=1)
+    keys = np.array(good.keys)
+    keys[-1] = key
+    bad = ilajax.SparseKernel(jnp.asarray(keys), good.values.at[-1].set(1e6), good.shape)
+    want, got = weights_only(backend)(good), weights_only(backend)(bad)
+    jax.tree.map(np.testing.assert_array_equal, got, want)

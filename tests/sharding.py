@@ -1,0 +1,292 @@
+"""Checks on four devices, run by test_ffi.py in a process of its own: prints {check: error or null}."""
+
+import dataclasses
+import json
+import re
+import traceback
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ilajax
+import samples
+
+BATCH = 8
+GRID = (5, 6)
+KERNEL = samples.kernel(0, (3, 3), 2, 3)
+BIAS = jnp.array([1.0, 0.0, -1.0])
+
+
+def mesh():
+    return jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def tensor(seed=0, **options):
+    return samples.tensor(seed, BATCH, 2, GRID, **options)
+
+
+def conv(x, weights, bias, **options):
+    kernel = dataclasses.replace(KERNEL, values=weights)
+    return ilajax.conv(x, kernel, bias, **({"capacity": 7, "select": "value"} | options))
+
+
+def chain(x, weights, bias):
+    """All kinds of operation in a row, [B, C]."""
+    x, _ = conv(x, weights, bias)
+    x = ilajax.max_pool(ilajax.k_select(x, 6), 2, capacity=5)
+    x = ilajax.avg_pool(ilajax.relu(x), (1, 3))
+    x = ilajax.from_dense(ilajax.to_dense(x), 3)
+    return ilajax.global_max_pool(x) + ilajax.global_avg_pool(x)
+
+
+def total(weights, bias, x):
+    return (chain(x, weights, bias) ** 2).sum()
+
+
+def submanifold_total(weights, bias, x):
+    features, _ = conv(x, weights, bias, capacity=None, select=None, support="input")
+    return (features.values**2).sum()
+
+
+def split(x):
+    return jax.device_put(x, NamedSharding(mesh(), P("data")))
+
+
+def close(got, want):
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), got, want)
+
+
+def check_shard_map_forward():
+    """Catches shards that see another's samples."""
+    x = tensor()
+    run = jax.jit(
+        jax.shard_map(chain, mesh=mesh(), in_specs=(P("data"), P(), P()), out_specs=P("data"))
+    )
+    close(run(x, KERNEL.values, BIAS), jax.jit(chain)(x, KERNEL.values, BIAS))
+
+
+def gradients_in_shard_map(loss, x):
+    """The gradient of a mean over devices, without any pcast of the user's."""
+
+    def step(weights, bias, x):
+        def mean(weights, bias):
+            return jax.lax.psum(loss(weights, bias, x), "data")
+
+        return jax.grad(mean, (0, 1))(weights, bias)
+
+    sharded = jax.shard_map(
+        step, mesh=mesh(), in_specs=(P(), P(), P("data")), out_specs=(P(), P())
+    )
+    return jax.jit(sharded)(KERNEL.values, BIAS, x)
+
+
+def check_gradients_of_replicated_weights():
+    """Catches a weight gradient of one shard only, or a sum counted four times."""
+    x = tensor(1)
+    want = jax.jit(jax.grad(total, (0, 1)))(KERNEL.values, BIAS, x)
+    close(gradients_in_shard_map(total, x), want)
+
+
+def check_gradients_of_replicated_weights_submanifold():
+    """Catches the same under support="input"."""
+    x = tensor(2, shared=True)
+    want = jax.jit(jax.grad(submanifold_total, (0, 1)))(KERNEL.values, BIAS, x)
+    close(gradients_in_shard_map(submanifold_total, x), want)
+
+
+def check_gradient_without_psum():
+    """Catches a local loss whose gradient with respect to replicated weights is not summed over devices."""
+    x = tensor(3)
+
+    def step(weights, x):
+        return jax.grad(lambda w: total(w, BIAS, x))(weights)
+
+    got = jax.jit(
+        jax.shard_map(step, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P())
+    )(KERNEL.values, x)
+    close(got, jax.jit(jax.grad(total))(KERNEL.values, BIAS, x))
+
+
+def false_out_specs(f):
+    """Raises unless JAX refuses to return device-dependent data of f as if it were replicated."""
+    try:
+        jax.jit(jax.shard_map(f, mesh=mesh(), in_specs=P("data"), out_specs=P()))(tensor())
+    except ValueError as error:
+        assert "out_specs" in str(error), error
+    else:
+        raise AssertionError("device-dependent data left shard_map through out_specs=P()")
+
+
+def check_false_out_specs_of_conv():
+    """Catches results of a custom call that lose their varying type."""
+    false_out_specs(lambda x: conv(x, KERNEL.values, BIAS))
+
+
+def check_false_out_specs_of_k_select():
+    """Catches the same in k_select."""
+    false_out_specs(lambda x: ilajax.k_select(x, 3))
+
+
+def check_false_out_specs_of_pooling():
+    """Catches the same in pooling."""
+    false_out_specs(lambda x: (ilajax.max_pool(x, 2), ilajax.avg_pool(x, 2)))
+
+
+def check_false_out_specs_of_to_dense():
+    """Catches the same in to_dense."""
+    false_out_specs(ilajax.to_dense)
+
+
+def check_false_out_specs_of_from_dense():
+    """Catches the same in from_dense."""
+    false_out_specs(lambda x: ilajax.from_dense(x.values, 3))
+
+
+def check_false_out_specs_of_submanifold():
+    """Catches the same under support="input"."""
+
+    def f(x):
+        shared = ilajax.SparseTensor(x.keys[:, :1], x.values, x.spatial_shape)
+        return conv(shared, KERNEL.values, BIAS, capacity=None, select=None, support="input")
+
+    false_out_specs(f)
+
+
+def check_replicated_data_stays_replicated():
+    """Catches a cast to varying where nothing varies, so that a true out_specs=P() is refused."""
+    x = tensor(4)
+    run = jax.jit(jax.shard_map(chain, mesh=mesh(), in_specs=(P(), P(), P()), out_specs=P()))
+    close(run(x, KERNEL.values, BIAS), jax.jit(chain)(x, KERNEL.values, BIAS))
+
+
+def check_vmap_inside_shard_map():
+    """Catches a mapped axis and a mesh axis that get in each other's way."""
+    xs = jax.tree.map(lambda *a: jnp.stack(a), tensor(5), tensor(6))
+    f = jax.vmap(chain, (0, None, None))
+    run = jax.jit(
+        jax.shard_map(f, mesh=mesh(), in_specs=(P(None, "data"), P(), P()), out_specs=P(None, "data"))
+    )
+    close(run(xs, KERNEL.values, BIAS), jax.jit(f)(xs, KERNEL.values, BIAS))
+
+
+def no_gather(f, *arguments):
+    """f's result from a program that moves no samples between devices."""
+    compiled = jax.jit(f).lower(*arguments).compile()
+    text = compiled.as_text()
+    for collective in ("all-gather", "all-to-all", "collective-permute"):
+        found = re.findall(rf".*{collective}.*", text)
+        assert not found, f"{collective} in the compiled program: {found[0][:300]}"
+    return compiled(*arguments)
+
+
+def check_plain_jit_does_not_gather():
+    """Catches a batch that is gathered around a custom call, and results of the wrong shards."""
+    x = tensor(7)
+    got = no_gather(chain, split(x), KERNEL.values, BIAS)
+    assert got.sharding.spec == P("data") or got.sharding.spec == P("data", None), got.sharding
+    close(got, jax.jit(chain)(x, KERNEL.values, BIAS))
+
+
+def check_plain_jit_gradients():
+    """Catches weight gradients of one shard only, and a batch that is gathered for the backward pass."""
+    x = tensor(8)
+    want = jax.jit(jax.grad(total, (0, 1)))(KERNEL.values, BIAS, x)
+    close(no_gather(jax.grad(total, (0, 1)), KERNEL.values, BIAS, split(x)), want)
+
+
+def check_plain_jit_gradients_submanifold():
+    """Catches the same under support="input"."""
+    x = tensor(9, shared=True)
+    want = jax.jit(jax.grad(submanifold_total, (0, 1)))(KERNEL.values, BIAS, x)
+    close(no_gather(jax.grad(submanifold_total, (0, 1)), KERNEL.values, BIAS, split(x)), want)
+
+
+def check_plain_jit_gradients_of_values():
+    """Catches cotangents of the features that end up on another device."""
+    x = tensor(10)
+
+    def f(x):
+        return jax.grad(lambda v: total(KERNEL.values, BIAS, x.with_values(v)))(x.values)
+
+    close(no_gather(f, split(x)), jax.jit(f)(x))
+
+
+def check_plain_jit_of_vmap():
+    """Catches a mapped, sharded batch: four devices, two samples each, one by one."""
+    x = tensor(11)
+    ones = jax.tree.map(lambda a: a[:, None], x)
+    f = jax.vmap(chain, (0, None, None))
+    close(jax.jit(f)(split(ones), KERNEL.values, BIAS), jax.jit(f)(ones, KERNEL.values, BIAS))
+
+    def g(weights, x):
+        return jax.grad(lambda w: (f(x, w, BIAS) ** 2).sum())(weights)
+
+    close(jax.jit(g)(KERNEL.values, split(ones)), jax.jit(g)(KERNEL.values, ones))
+
+
+def check_unsharded_input_on_several_devices():
+    """Catches an operation that needs a mesh as soon as there are several devices."""
+    x = tensor(12)
+    close(
+        jax.jit(jax.value_and_grad(total))(KERNEL.values, BIAS, x),
+        jax.value_and_grad(total)(KERNEL.values, BIAS, x),
+    )
+
+
+def check_replicated_input_in_plain_jit():
+    """Catches samples that are counted once for each device."""
+    x = tensor(13)
+    everywhere = jax.device_put(x, NamedSharding(mesh(), P()))
+    want = jax.jit(jax.value_and_grad(total))(KERNEL.values, BIAS, x)
+    close(jax.jit(jax.value_and_grad(total))(KERNEL.values, BIAS, everywhere), want)
+
+
+def check_a_batch_that_does_not_divide():
+    """Catches a constraint on the batch where nothing is sharded."""
+    x = samples.tensor(14, 3, 2, GRID)
+    close(jax.jit(chain)(x, KERNEL.values, BIAS), chain(x, KERNEL.values, BIAS))
+
+
+def check_two_mesh_axes():
+    """Catches a batch over two mesh axes, gradients included."""
+    x = tensor(15)
+    square = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    placed = jax.device_put(x, NamedSharding(square, P(("a", "b"))))
+    want = jax.jit(jax.grad(total, (0, 1)))(KERNEL.values, BIAS, x)
+    close(no_gather(jax.grad(total, (0, 1)), KERNEL.values, BIAS, placed), want)
+    half = jax.device_put(x, NamedSharding(square, P("b")))
+    close(jax.jit(jax.grad(total, (0, 1)))(KERNEL.values, BIAS, half), want)
+
+
+def check_pmean_training_step():
+    """Catches a data-parallel step that differs from one on a single device."""
+    x = tensor(16)
+
+    def step(weights, x):
+        gradient = jax.grad(lambda w: jax.lax.pmean(total(w, BIAS, x), "data"))(weights)
+        return weights - 0.01 * gradient
+
+    sharded = jax.shard_map(step, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P())
+    got = jax.jit(sharded)(KERNEL.values, x)
+    want = KERNEL.values - 0.01 * jax.grad(total)(KERNEL.values, BIAS, x) / 4
+    close(got, want)
+
+
+def main():
+    assert jax.device_count() == 4, "run with XLA_FLAGS=--xla_force_host_platform_device_count=4"
+    results = {}
+    for name, check in list(globals().items()):
+        if name.startswith("check_"):
+            try:
+                check()
+                results[name] = None
+            except Exception:
+                results[name] = traceback.format_exc()
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

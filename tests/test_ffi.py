@@ -1,0 +1,406 @@
+"""Transformations: every operation under jit, grad, vmap, checkpoint, scan and shard_map, on each backend."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ilajax
+import samples
+from ilajax import _ffi
+
+HERE = pathlib.Path(__file__).parent
+GRID = (5, 6)
+
+# Each takes (x, kernel), and uses the kernel where it has a use for one. x has a shared support in the
+# operations that need it, and its own supports in the others.
+OPERATIONS = {
+    "conv": lambda x, k: ilajax.conv(x, k, jnp.ones(3), capacity=7, select="value").features.values,
+    "submanifold": lambda x, k: ilajax.conv(x, k, jnp.ones(3), support="input").features.values,
+    "k_select": lambda x, k: ilajax.k_select(x, 5).values,
+    "relu": lambda x, k: ilajax.relu(x).values,
+    "max_pool": lambda x, k: ilajax.max_pool(x, 2, capacity=4).values,
+    "avg_pool": lambda x, k: ilajax.avg_pool(x, 2).values,
+    "to_dense": lambda x, k: ilajax.to_dense(x),
+    "from_dense": lambda x, k: ilajax.from_dense(ilajax.to_dense(x) + 1, 9).values,
+    "global_pools": lambda x, k: ilajax.global_max_pool(x) + ilajax.global_avg_pool(x),
+}
+
+
+def data(name, seed=0):
+    """x, and the weights of a kernel whose keys are fixed."""
+    return samples.tensor(seed, shared=name == "submanifold"), samples.kernel(seed)
+
+
+def loss(name):
+    """A scalar function of (values, weights) for given keys."""
+
+    def f(values, weights, x, kernel):
+        out = OPERATIONS[name](x.with_values(values), dataclasses.replace(kernel, values=weights))
+        return (out * (1 + jnp.arange(out.size).reshape(out.shape) % 5)).sum()
+
+    return f
+
+
+def gradient(name):
+    """(x, kernel) -> cotangents of values and weights."""
+    return lambda x, kernel: jax.grad(loss(name), (0, 1))(x.values, kernel.values, x, kernel)
+
+
+def stack(trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def assert_equal(got, want):
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_the_kernels_are_here():
+    """Catches an installation that lost its extension, with which all else would test the reference only."""
+    if any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+        assert "cpu" in _ffi.native_platforms()
+    if jax.default_backend() == "gpu":
+        assert "cuda" in _ffi.native_platforms()
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_eager_is_jit(backend, name):
+    """Catches an operation that works, or gives its result, under jit only."""
+    x, kernel = data(name)
+    assert_equal(OPERATIONS[name](x, kernel), jax.jit(OPERATIONS[name])(x, kernel))
+
+
+@pytest.mark.parametrize("over", ["x", "kernel", "both"])
+@pytest.mark.parametrize("name", ["conv", "submanifold"])
+def test_vmap_of_convolutions(backend, name, over):
+    """Catches mapped axes that get mixed: samples with filters, or gradients of one item in another."""
+    xs, kernels = zip(*(data(name, seed) for seed in range(3)), strict=True)
+    axes = (0 if over != "kernel" else None, 0 if over != "x" else None)
+    chosen_xs = xs if axes[0] == 0 else [xs[0]] * 3
+    chosen_kernels = kernels if axes[1] == 0 else [kernels[0]] * 3
+
+    def both(x, kernel):
+        return OPERATIONS[name](x, kernel), gradient(name)(x, kernel)
+
+    run = jax.jit(both)
+    want = stack([run(x, k) for x, k in zip(chosen_xs, chosen_kernels, strict=True)])
+    got = jax.jit(jax.vmap(both, axes))(
+        stack(xs) if axes[0] == 0 else xs[0], stack(kernels) if axes[1] == 0 else kernels[0]
+    )
+    assert_equal(got, want)
+
+
+@pytest.mark.parametrize("name", [n for n in OPERATIONS if n not in ("conv", "submanifold")])
+def test_vmap(backend, name):
+    """Catches a mapped axis that ends up anywhere but in front."""
+    xs = [data(name, seed)[0] for seed in range(3)]
+
+    def both(x):
+        return OPERATIONS[name](x, None), jax.grad(
+            lambda v: OPERATIONS[name](x.with_values(v), None).sum()
+        )(x.values)
+
+    run = jax.jit(both)
+    assert_equal(jax.jit(jax.vmap(both))(stack(xs)), stack([run(x) for x in xs]))
+
+
+def test_vmap_over_other_axes(backend):
+    """Catches a rule that takes the mapped axis to be the first."""
+    xs = stack([data("conv", seed)[0] for seed in range(3)])
+    _, kernel = data("conv")
+    moved = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 2), xs)
+    run = lambda x: OPERATIONS["conv"](x, kernel)
+    got = jax.jit(jax.vmap(run, in_axes=2, out_axes=1))(moved)
+    assert_equal(jnp.moveaxis(got, 1, 0), jax.jit(jax.vmap(run))(xs))
+
+
+def test_nested_vmap(backend):
+    """Catches rules that do not compose: samples inside filters, and a grid of samples, with gradients."""
+    xs = [[data("conv", 2 * i + j)[0] for j in range(2)] for i in range(3)]
+    kernels = [data("conv", i)[1] for i in range(3)]
+    run = jax.jit(gradient("conv"))
+    grid = stack([stack(row) for row in xs])
+    got = jax.jit(jax.vmap(jax.vmap(gradient("conv"), (0, None)), (0, 0)))(grid, stack(kernels))
+    want = stack([stack([run(x, k) for x in row]) for row, k in zip(xs, kernels, strict=True)])
+    assert_equal(got, want)
+    one = kernels[0]
+    got = jax.jit(jax.vmap(jax.vmap(gradient("conv"), (0, None)), (0, None)))(grid, one)
+    assert_equal(got, stack([stack([run(x, one) for x in row]) for row in xs]))
+
+
+def test_vmap_over_a_cotangent_only(backend):
+    """Catches a backward rule that expects its residuals mapped, as in a Jacobian."""
+    x, kernel = data("conv")
+
+    @jax.jit
+    def jacobian(values, weights):
+        f = lambda v, w: OPERATIONS["conv"](
+            x.with_values(v), dataclasses.replace(kernel, values=w)
+        )[0].reshape(-1)
+        return jax.jacrev(f, (0, 1))(values, weights)
+
+    by_values, by_weights = jacobian(x.values, kernel.values)
+    out = OPERATIONS["conv"](x, kernel)[0].reshape(-1)
+    stored = np.asarray(out) != 0
+    # Bilinear: both Jacobians give the response back, less the bias of 1.
+    contracted = (np.asarray(by_values) * np.asarray(x.values)).sum((1, 2, 3))
+    np.testing.assert_allclose(contracted[stored], np.asarray(out)[stored] - 1, rtol=1e-5, atol=1e-5)
+    contracted = np.asarray(by_weights) @ np.asarray(kernel.values)
+    np.testing.assert_allclose(contracted[stored], np.asarray(out)[stored] - 1, rtol=1e-5, atol=1e-5)
+
+
+def test_grad_of_vmap_sums_over_the_mapped_axis(backend):
+    """Catches the gradient of an unmapped filter that comes from the last item only, or one for each."""
+    xs = stack([data("conv", seed)[0] for seed in range(4)])
+    _, kernel = data("conv")
+    f = loss("conv")
+
+    @jax.jit
+    def mapped(weights):
+        return jax.grad(
+            lambda w: jax.vmap(lambda x: f(x.values, w, x, kernel))(xs).sum()
+        )(weights)
+
+    run = jax.jit(gradient("conv"))
+    want = sum(run(jax.tree.map(lambda a, i=i: a[i], xs), kernel)[1] for i in range(4))
+    assert_equal(mapped(kernel.values), want)
+
+
+def network(weights, x, kernel):
+    """Two convolutions with pooling, of one channel count, as a scalar."""
+    kernel = dataclasses.replace(kernel, values=weights)
+    for _ in range(2):
+        x, _ = ilajax.conv(x, kernel, capacity=12, select="positive")
+    return (ilajax.global_avg_pool(ilajax.max_pool(x, 2)) ** 2).sum()
+
+
+SQUARE = samples.kernel(3, (3, 3), 2, 2, exact=False)
+
+
+def test_checkpoint(backend):
+    """Catches an operation whose recomputation gives another gradient."""
+    x = samples.tensor(3, exact=False)
+    run = jax.jit(jax.value_and_grad(network))
+    again = jax.jit(jax.value_and_grad(jax.checkpoint(network)))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-6),
+        again(SQUARE.values, x, SQUARE),
+        run(SQUARE.values, x, SQUARE),
+    )
+
+
+def test_scan(backend):
+    """Catches an operation that a loop cannot carry: layers of a network, and its gradient."""
+    x = samples.tensor(4, exact=False)
+    layers = stack([SQUARE.values, SQUARE.values * 0.5, -SQUARE.values])
+
+    def layer(x, weights):
+        kernel = dataclasses.replace(SQUARE, values=weights)
+        return ilajax.conv(x, kernel, capacity=x.capacity, select="magnitude")
+
+    def scanned(layers):
+        out, responses = jax.lax.scan(layer, x, layers)
+        return out.values.sum(), responses
+
+    def unrolled(layers):
+        out, responses = x, []
+        for weights in layers:
+            out, counts = layer(out, weights)
+            responses.append(counts)
+        return out.values.sum(), jnp.stack(responses)
+
+    got = jax.jit(jax.value_and_grad(scanned, has_aux=True))(layers)
+    want = jax.jit(jax.value_and_grad(unrolled, has_aux=True))(layers)
+    assert_equal(got[0][1], want[0][1])
+    np.testing.assert_allclose(got[0][0], want[0][0], rtol=1e-5)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-4, atol=1e-4)
+
+
+def test_cond_and_while(backend):
+    """Catches an operation that control flow cannot hold."""
+    x, kernel = data("conv")
+
+    @jax.jit
+    def run(n):
+        step = lambda _, x: ilajax.k_select(x.map(lambda v: v + 1), x.capacity)
+        looped = jax.lax.fori_loop(0, n, step, x)
+        return jax.lax.cond(n > 2, lambda: looped, lambda: x)
+
+    np.testing.assert_array_equal(run(3).values, jnp.where(x.keys < 30, x.values + 3, 0))
+    np.testing.assert_array_equal(run(1).values, x.values)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_bounded_retracing(backend, name):
+    """Catches an operation that traces again when the contents change, and not only the shapes."""
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(x, kernel):
+        return OPERATIONS[name](x, kernel)
+
+    for seed in range(4):
+        run(*data(name, seed))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_two_runs_give_the_same_bits(backend, name):
+    """Catches sums whose order depends on scheduling."""
+    x, kernel = data(name)
+    x = x.with_values(jnp.where(x.keys < 30, jax.random.normal(jax.random.key(0), x.values.shape), 0))
+    run = jax.jit(lambda x, k: (OPERATIONS[name](x, k), gradient(name)(x, k)))
+    first = run(x, kernel)
+    for _ in range(5):
+        assert_equal(run(x, kernel), first)
+
+
+# --- Workspace -------------------------------------------------------------------------------------
+
+
+def temporaries(f, *arguments):
+    """Bytes of temporary buffers, the workspace included, as XLA plans them."""
+    return jax.jit(f).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+
+def abstract(batch, channels, grid, capacity):
+    shape = (batch, channels, capacity)
+    return ilajax.SparseTensor(
+        jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32), grid
+    )
+
+
+def filters(window, cin, cout):
+    return jax.eval_shape(
+        ilajax.SparseKernel.from_dense, jax.ShapeDtypeStruct((*window, cin, cout), jnp.float32)
+    )
+
+
+@pytest.fixture
+def on_kernels(monkeypatch):
+    """The kernels of the default device; there is nothing to test where it has none."""
+    monkeypatch.setenv("ILAJAX_BACKEND", "native")
+    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    if "ilajax_conv_fwd" not in _ffi._load().get(platform, ()):
+        pytest.skip(f"no kernels on {platform}")
+    monkeypatch.setattr(_ffi, "_platforms_here", lambda: {platform})
+    return platform
+
+
+@pytest.mark.parametrize("r", [16, 64, 256])
+def test_memory_is_bounded(on_kernels, r):
+    """Catches outputs or a workspace beyond the bound: max(8 sites, 32 MiB), on a GPU 256 MiB."""
+    grid, batch, channels, capacity = (r, r, r), 32, 8, max(1, r**2)
+    x, kernel = abstract(batch, 1, grid, capacity), filters((3, 3, 3), 1, channels)
+    bound = max(8 * r**3, 256 << 20 if on_kernels == "cuda" else 32 << 20)
+
+    def forward(x, kernel):
+        return ilajax.conv(x, kernel, capacity=capacity)
+
+    compiled = jax.jit(forward).lower(x, kernel).compile().memory_analysis()
+    entries = batch * channels * capacity
+    assert compiled.output_size_in_bytes <= 8 * entries + 4 * batch * channels + 1024
+    assert compiled.temp_size_in_bytes <= bound
+
+    def backward(x, kernel, output_keys, g):
+        _, pull = jax.vjp(
+            lambda v, w: forward(
+                x.with_values(v), dataclasses.replace(kernel, values=w)
+            ).features.values,
+            x.values,
+            kernel.values,
+        )
+        return pull(g)
+
+    g = jax.ShapeDtypeStruct((batch, channels, capacity), jnp.float32)
+    # The forward pass runs too, and what it hands on are its outputs.
+    assert temporaries(backward, x, kernel, g, g) <= bound + 8 * entries + 4 * batch * channels + 1024
+
+
+def test_the_workspace_does_not_multiply_under_vmap(on_kernels):
+    """Catches a workspace for each mapped item: over samples it is that of one larger batch."""
+    grid, capacity = (64, 64, 64), 2000
+    kernel = filters((3, 3, 3), 2, 8)
+
+    def values(x, kernel):
+        return ilajax.conv(x, kernel, capacity=capacity).features.values
+
+    folded = abstract(16, 2, grid, capacity)
+    one = abstract(1, 2, grid, capacity)
+    mapped = jax.tree.map(lambda a: jax.ShapeDtypeStruct((16, *a.shape), a.dtype), one)
+    bound = temporaries(values, folded, kernel)
+    slack = 1 << 16
+    assert temporaries(jax.vmap(values, (0, None)), mapped, kernel) <= bound + slack
+    kernels = jax.tree.map(lambda a: jax.ShapeDtypeStruct((16, *a.shape), a.dtype), kernel)
+    entries = 16 * 8 * capacity
+    # Filters of their own: one after the other, in one workspace, next to the results as they come in.
+    limit = temporaries(values, one, kernel) + 12 * entries + slack
+    assert temporaries(jax.vmap(values), mapped, kernels) <= limit
+
+
+def test_layers_share_one_workspace(on_kernels):
+    """Catches a workspace for each layer: XLA reuses it along a chain."""
+    grid, capacity = (64, 64, 64), 1000
+
+    def chain(x, kernel, layers):
+        for _ in range(layers):
+            x, _ = ilajax.conv(x, kernel, capacity=capacity)
+        return x.values
+
+    x, kernel = abstract(4, 4, grid, capacity), filters((3, 3, 3), 4, 4)
+    entries = 4 * 4 * capacity
+    limit = temporaries(functools.partial(chain, layers=1), x, kernel) + 4 * 12 * entries + (1 << 16)
+    assert temporaries(functools.partial(chain, layers=6), x, kernel) <= limit
+
+
+# --- Other processes -------------------------------------------------------------------------------
+
+
+def python(*arguments, threads=None, devices=None, backend="native"):
+    """Runs a script of this folder on the CPU and returns what it printed."""
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", ILAJAX_BACKEND=backend)
+    environment.pop("XLA_FLAGS", None)
+    if devices:
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    if threads:
+        environment["NPROC"] = str(threads)  # the size of XLA's thread pool
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif("cpu" not in _ffi.native_platforms(), reason="no kernels for the CPU")
+def test_the_number_of_threads_does_not_show():
+    """Catches sums, or cuts through a problem, that depend on how many threads there are."""
+    printed = {python(HERE / "digest.py", threads=n) for n in (1, 2, 7)}
+    assert len(printed) == 1
+    assert len(json.loads(printed.pop())) > 5
+
+
+def test_several_devices(backend):
+    """Catches what goes wrong on several devices only; sharding.py says what, check by check."""
+    results = json.loads(python(HERE / "sharding.py", devices=4, backend=backend).splitlines()[-1])
+    failed = {name: error for name, error in results.items() if error}
+    assert not failed, "\n\n".join(f"{name}: {error}" for name, error in failed.items())
+    assert len(results) > 5
+
+
+def digest(tree):
+    """A hash of all bits in a tree of arrays."""
+    bits = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        bits.update(np.asarray(leaf).tobytes())
+    return bits.hexdigest()

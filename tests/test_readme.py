@@ -1,0 +1,39 @@
+"""What the README promises: its example runs and learns, its commands and links exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs_as_pasted():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", example],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    (loss,) = re.findall(r"loss ([\d.]+), [\d.]+% of the sites responded", run.stdout)
+    # Chance is log 2, 0.69.
+    assert float(loss) < 0.5
+
+
+def test_the_commands_are_targets_of_make():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    commands = re.findall(r"^make ([a-z]+)", README, re.MULTILINE)
+    assert commands == ["mnist", "test"]
+    assert set(commands) <= set(targets)
+
+
+def test_links_into_the_repository_lead_somewhere():
+    for page in (README, (ROOT / "CONTRIBUTING.md").read_text()):
+        links = re.findall(r"\]\(([^)#]+)\)", page)
+        assert links
+        for link in links:
+            assert "://" in link or (ROOT / link).exists(), link

@@ -1,0 +1,151 @@
+// The geometry of a window for kernels, and its live taps.
+
+#ifndef ILAJAX_XLA_KERNELS_COMMON_AXES_CUH_
+#define ILAJAX_XLA_KERNELS_COMMON_AXES_CUH_
+
+#include <cstdint>
+
+#include "xla_kernels/common/block.cuh"
+#include "xla_kernels/common/ffi.h"
+#include "xla_kernels/common/window.h"
+
+namespace ilajax {
+
+// A window of R axes; grids of lower rank get leading axes of one site. Positions are 32-bit and wrap:
+// a site is read only where its position along every axis is inside the grid.
+template <int R>
+struct Axes {
+  int32_t input[R], output[R], stride[R], low[R], dilation[R], window[R];
+  uint32_t input_step[R], output_step[R];
+
+  explicit Axes(const Window& w) {
+    const int pad = R - w.rank;
+    uint32_t in = 1, out = 1;
+    for (int a = R - 1; a >= 0; --a) {
+      const bool real = a >= pad;
+      input[a] = real ? static_cast<int32_t>(w.input_shape[a - pad]) : 1;
+      output[a] = real ? static_cast<int32_t>(w.output_shape[a - pad]) : 1;
+      stride[a] = real ? static_cast<int32_t>(w.strides[a - pad]) : 1;
+      low[a] = real ? static_cast<int32_t>(w.low[a - pad]) : 0;
+      dilation[a] = real ? static_cast<int32_t>(w.dilation[a - pad]) : 1;
+      window[a] = real ? static_cast<int32_t>(w.window_shape[a - pad]) : 1;
+      input_step[a] = in;
+      output_step[a] = out;
+      in *= static_cast<uint32_t>(input[a]);
+      out *= static_cast<uint32_t>(output[a]);
+    }
+  }
+
+  __device__ static void Unravel(uint32_t key, const int32_t (&shape)[R], int32_t (&position)[R]) {
+#pragma unroll
+    for (int a = R - 1; a >= 1; --a) {
+      const uint32_t size = static_cast<uint32_t>(shape[a]);
+      position[a] = static_cast<int32_t>(key % size);
+      key /= size;
+    }
+    position[0] = static_cast<int32_t>(key);
+  }
+};
+
+// The taps that have any live weight, in ascending order, in shared memory: offsets along the axes,
+// the flat offset in the input, the tap, and behind the list which channels of a group are live at it.
+template <int R>
+struct TapList {
+  int count = 0;
+  int32_t* entries = nullptr;  // [tap of the list][R + 2]
+  uint32_t* live = nullptr;    // [group][tap]: a bit for each channel of the group
+  int taps = 0;
+
+  ILAJAX_HOST_DEVICE static int64_t SharedBytes(int64_t taps, int64_t groups) {
+    return taps * (R + 2 + groups) * sizeof(int32_t);
+  }
+
+  __device__ int32_t Offset(int t, int a) const { return entries[t * (R + 2) + a]; }
+  __device__ uint32_t Flat(int t) const { return static_cast<uint32_t>(entries[t * (R + 2) + R]); }
+  __device__ int Tap(int t) const { return entries[t * (R + 2) + R + 1]; }
+  __device__ uint32_t Live(int group, int tap) const { return live[group * taps + tap]; }
+
+  // `flags` u8[channels][taps], with `step` from one channel to the next. All threads of the block call it.
+  __device__ void Fill(const Axes<R>& axes, const uint8_t* flags, int channels, int64_t step, int taps_,
+                       int32_t* shared) {
+    taps = taps_;
+    entries = shared;
+    const int groups = (channels + 31) / 32;
+    live = reinterpret_cast<uint32_t*>(shared + taps * (R + 2));
+    __shared__ int found;
+    for (int i = threadIdx.x; i < groups * taps; i += blockDim.x) live[i] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < channels * taps; i += blockDim.x) {
+      if (flags[i / taps * step + i % taps]) atomicOr(&live[i / taps / 32 * taps + i % taps], 1u << (i / taps % 32));
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+      int n = 0;
+      for (int base = 0; base < taps; base += 32) {
+        const int tap = base + threadIdx.x;
+        uint32_t any = 0;
+        for (int g = 0; g < groups && tap < taps; ++g) any |= live[g * taps + tap];
+        const unsigned all = __ballot_sync(kWarp, any != 0);
+        if (any != 0) {
+          int32_t* entry = entries + (n + __popc(all & ((1u << threadIdx.x) - 1))) * (R + 2);
+          int32_t offset[R];
+          Axes<R>::Unravel(tap, axes.window, offset);
+          uint32_t flat = 0;
+          for (int a = 0; a < R; ++a) {
+            entry[a] = offset[a] * axes.dilation[a];
+            flat += static_cast<uint32_t>(entry[a]) * axes.input_step[a];
+          }
+          entry[R] = static_cast<int32_t>(flat);
+          entry[R + 1] = tap;
+        }
+        n += __popc(all);
+      }
+      if (threadIdx.x == 0) found = n;
+    }
+    __syncthreads();
+    count = found;
+  }
+};
+
+// The filters as dense blocks f32[blocks][Cin][taps][block] with flags u8[blocks][Cin][taps] that tell
+// the taps with a live weight. One call fills one (block, input channel); a block of threads calls it.
+struct DenseFilters {
+  int block = 0, in_channels = 0, out_channels = 0, taps = 0;
+  float* weights = nullptr;
+  uint8_t* live = nullptr;
+
+  ILAJAX_HOST_DEVICE int blocks() const { return (out_channels + block - 1) / block; }
+  ILAJAX_HOST_DEVICE int64_t Row(int b, int ic) const {
+    return (int64_t{b} * in_channels + ic) * taps;
+  }
+
+  template <typename Carver>
+  void Carve(Carver& carver) {
+    weights = carver.template Take<float>(Row(blocks(), 0) * block);
+    live = carver.template Take<uint8_t>(Row(blocks(), 0));
+  }
+
+  __device__ void Fill(int b, int ic, const int32_t* keys, const float* values, int count) const {
+    float* row = weights + Row(b, ic) * block;
+    uint8_t* flag = live + Row(b, ic);
+    for (int i = threadIdx.x; i < taps * block; i += blockDim.x) row[i] = 0.0f;
+    for (int i = threadIdx.x; i < taps; i += blockDim.x) flag[i] = 0;
+    __syncthreads();
+    const int lane = threadIdx.x & 31;
+    for (int j = threadIdx.x >> 5; j < min(block, out_channels - b * block); j += blockDim.x >> 5) {
+      const int64_t begin = (int64_t{b * block + j} * in_channels + ic) * taps;
+      const int first = WarpLowerBound(keys, count, begin);
+      const int last = WarpLowerBound(keys, count, begin + taps);
+      for (int n = first + lane; n < last; n += 32) {
+        const int64_t tap = keys[n] - begin;
+        if (tap < 0 || tap >= taps) continue;
+        row[tap * block + j] = values[n];
+        flag[tap] = 1;
+      }
+    }
+  }
+};
+
+}  // namespace ilajax
+
+#endif  // ILAJAX_XLA_KERNELS_COMMON_AXES_CUH_

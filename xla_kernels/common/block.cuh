@@ -1,0 +1,64 @@
+// What the threads of a warp or a block do together: search, scan, sum. All orders are fixed.
+
+#ifndef ILAJAX_XLA_KERNELS_COMMON_BLOCK_CUH_
+#define ILAJAX_XLA_KERNELS_COMMON_BLOCK_CUH_
+
+#include <cstdint>
+
+namespace ilajax {
+
+constexpr unsigned kWarp = 0xffffffffu;
+
+// The first of `count` ascending keys that is not below `bound`, found by a whole warp: 32 probes a
+// step, so that 65536 keys take four dependent loads. Of keys in disorder some place in [0, count].
+__device__ inline int WarpLowerBound(const int32_t* keys, int count, int64_t bound) {
+  const int lane = threadIdx.x & 31;
+  int first = 0;
+  while (count > 0) {
+    const int step = (count - 1) / 32 + 1;
+    const int probe = min((lane + 1) * step, count) - 1;
+    const int passed = __popc(__ballot_sync(kWarp, keys[first + probe] < bound));
+    const int skip = min(passed * step, count);
+    count = passed == 32 ? 0 : max(min((passed + 1) * step, count) - 1 - skip, 0);
+    first += skip;
+  }
+  return first;
+}
+
+// The sum of `value` over the lower lanes of the warp.
+__device__ inline int WarpExclusiveScan(int value) {
+  const int lane = threadIdx.x & 31;
+  int sum = value;
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(kWarp, sum, step);
+    if (lane >= step) sum += other;
+  }
+  return sum - value;
+}
+
+// The sum of `value` over the lower threads of the block, and over all of them. `scratch` is shared, an
+// int for each warp; it may be used again at once.
+__device__ inline int BlockExclusiveScan(int value, int* scratch, int& total) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+  const int before = WarpExclusiveScan(value);
+  if (lane == 31) scratch[warp] = before + value;
+  __syncthreads();
+  int base = 0;
+  total = 0;
+  for (int w = 0; w < warps; ++w) {
+    if (w == warp) base = total;
+    total += scratch[w];
+  }
+  __syncthreads();
+  return base + before;
+}
+
+// The sum of `value` over the warp, the same in every lane.
+__device__ inline float WarpSum(float value) {
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(kWarp, value, step);
+  return value;
+}
+
+}  // namespace ilajax
+
+#endif  // ILAJAX_XLA_KERNELS_COMMON_BLOCK_CUH_
