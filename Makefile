@@ -20,7 +20,7 @@ help:
 	@echo "make mnist     train a sparse network and its dense twin on the digits that ship with the project"
 	@echo "make lint      ruff, mypy, clang-format    (make format repairs what can be repaired)"
 	@echo "make wheel     a wheel in dist/"
-	@echo "make sanitize  the tests of the C++ kernels under AddressSanitizer and UBSan"
+	@echo "make sanitize  the kernels on broken keys under AddressSanitizer and UBSan"
 	@echo "make bazel     the CPU extension built and smoke-tested by Bazel"
 	@echo "make clean     remove what was built, .venv too"
 
@@ -71,14 +71,14 @@ $(VENV)/.%: $(VENV)/.build $(SOURCES)
 
 SANITIZE := build/sanitize
 sanitize: $(VENV)/.test
-	$(PYTHON) -m venv --without-pip $(SANITIZE)/venv
+	$(BIN)/python -m venv --without-pip $(SANITIZE)/venv
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 	  > "$$($(SANITIZE)/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outer.pth"
 	ILAJAX_CUDA=OFF ILAJAX_SANITIZE='address;undefined' $(PIP) --python $(SANITIZE)/venv install -qq \
-	  --no-deps --no-build-isolation --force-reinstall -Cbuild-dir=$(SANITIZE)/cmake .
+	  --no-deps --no-build-isolation -Cbuild-dir=$(SANITIZE)/cmake --editable .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(SANITIZE)/venv/bin/python -m pytest $(ARGS)
+	  $(SANITIZE)/venv/bin/python -m pytest $(or $(ARGS),tests/ops/test_memory_safety.py)
 
 # ---- Bazel, offline. Debian: apt-get install bazel-bootstrap
 

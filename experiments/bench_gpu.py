@@ -82,7 +82,7 @@ def features(row: Row, seed: int) -> ilajax.SparseTensor:
                 chosen = np.sort(rng.permutation(chosen)[:slots])
             keys[b, c, : chosen.size] = chosen
     keys = keys[np.arange(row.batch) % distinct]
-    values = rng.random(keys.shape, np.float32) + np.float32(0.1) * (keys < sites)
+    values = (rng.random(keys.shape, np.float32) + np.float32(0.1)) * (keys < sites)
     return ilajax.SparseTensor(jnp.asarray(keys), jnp.asarray(values, row.dtype), row.grid)
 
 
@@ -225,6 +225,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", nargs="*", help="only rows whose name begins with one of these")
     parser.add_argument("--no-dense", action="store_true", help="time the sparse side only")
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        help="run the sparse program of one input twice, for a profiler",
+    )
     parser.add_argument("--json", type=pathlib.Path, help="where to write every figure")
     args = parser.parse_args()
     device = jax.devices()[0]
@@ -237,6 +242,13 @@ def main() -> None:
     results = []
     for row in ROWS:
         if args.rows and not any(row.name.startswith(name) for name in args.rows):
+            continue
+        if args.once:
+            program = jax.jit(sparse_program(row))
+            g = jnp.ones((row.batch, OUT_CHANNELS, row.capacity), row.dtype)
+            operands = ([features(row, 0)], kernel(row, 100), jnp.zeros(OUT_CHANNELS), g)
+            for _ in range(2):
+                jax.block_until_ready(program(*operands))
             continue
         if args.no_dense:
             row = dataclasses.replace(row, dense=False)

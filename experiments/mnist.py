@@ -72,6 +72,7 @@ def main(arguments: list[str] | None = None) -> list[Outcome]:
                 check_options(checkpoints, fixed)
             else:
                 remove_checkpoints(checkpoints)
+        options.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
@@ -283,4 +284,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; --resume goes on after the last whole epoch") from None

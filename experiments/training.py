@@ -226,5 +226,5 @@ def _line(row: Row, epochs: int, left: float) -> str:
         f"  densities {densities}"
         f"  live weights {row['live_weights']:,}"
         f"  {row['seconds_per_step'] * 1e3:.1f} ms a step"
-        f"  {minutes(row['seconds'])} an epoch, {minutes(left)} left"
+        f"  {minutes(row['seconds'])} an epoch, {minutes(left)} left for this net"
     )

@@ -22,13 +22,14 @@
 import gzip
 from pathlib import Path
 
-import ilajax
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from flax import nnx
+
+import ilajax
 
 # %% [markdown]
 # ## Data that is mostly nothing
@@ -64,7 +65,7 @@ features = np.array([[1.0, 0.0], [2.0, 4.0], [4.0, 0.0]], np.float32)
 cloud = ilajax.from_points(
     points, features, np.array([0, 0, 0]), spatial_shape=(64, 64, 64), batch_size=1, capacity=8
 )
-cloud, cloud.counts
+print(cloud, cloud.counts)
 
 # %% [markdown]
 # ## Convolution, and what it does to sparsity
@@ -112,7 +113,7 @@ def energy(weights, values):
 
 
 of_weights, of_values = jax.grad(energy, argnums=(0, 1))(kernel.values, x.values)
-of_weights.shape, of_values.shape
+print(of_weights.shape, of_values.shape)
 
 # %% [markdown]
 # ## A network

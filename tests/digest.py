@@ -36,7 +36,9 @@ def main():
     kernel = samples.kernel(0, (3, 3, 3), 4, 20, exact=False)
     bias = jnp.linspace(-1, 1, 20)
     results = {
-        select: jax.jit(lambda x, s=select: convolution(x, kernel, bias, capacity=3000, select=s))(x)
+        select: jax.jit(lambda x, s=select: convolution(x, kernel, bias, capacity=3000, select=s))(
+            x
+        )
         for select in ("value", "positive", "magnitude")
     }
     results["one-sample"] = jax.jit(

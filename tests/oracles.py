@@ -29,7 +29,11 @@ def segments(x):
     keys = np.broadcast_to(read(x.keys), values.shape)
     return [
         [
-            [(s, int(k), float(v)) for s, (k, v) in enumerate(zip(ks, vs, strict=True)) if k != sites]
+            [
+                (s, int(k), float(v))
+                for s, (k, v) in enumerate(zip(ks, vs, strict=True))
+                if k != sites
+            ]
             for ks, vs in zip(sample_keys, sample_values, strict=True)
         ]
         for sample_keys, sample_values in zip(keys, values, strict=True)
@@ -129,9 +133,7 @@ class Geometry:
 def select(keys, values, capacity, mode):
     """Indices of the `capacity` best, by ascending key. NaN first; of equal ranks the lower key."""
     rank = {"value": lambda v: v, "positive": lambda v: v, "magnitude": abs}[mode]
-    candidates = [
-        i for i, v in enumerate(values) if mode != "positive" or v > 0 or math.isnan(v)
-    ]
+    candidates = [i for i, v in enumerate(values) if mode != "positive" or v > 0 or math.isnan(v)]
 
     def order(i):
         nan = math.isnan(values[i])
@@ -295,7 +297,9 @@ def cells(x, window):
             for slot, key, value in entries:
                 position = np.unravel_index(key, x.spatial_shape)
                 cell = [int(p) // w for p, w in zip(position, window, strict=True)]
-                found.setdefault(int(np.ravel_multi_index(cell, grid)), []).append((slot, key, value))
+                found.setdefault(int(np.ravel_multi_index(cell, grid)), []).append(
+                    (slot, key, value)
+                )
             table[-1].append(found)
     return table, grid
 

@@ -2,12 +2,21 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 import ilajax
+from ilajax import _ffi
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+def platform():
+    """The platform of the default device, by the name that its kernels are registered under."""
+    here = _ffi._platforms_here()
+    default = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    return default if default in here else next(iter(here))
 
 
 def small_integers(rng, shape, *, zeros=False):
@@ -41,7 +50,9 @@ def tensor(
     values = small_integers(rng, shape, zeros=zeros) if exact else rng.normal(size=shape)
     values = np.where(keys < sites, values, 0)
     return ilajax.SparseTensor(
-        jnp.asarray(keys), jnp.asarray(values.astype(np.float32), DTYPES[dtype]), tuple(spatial_shape)
+        jnp.asarray(keys),
+        jnp.asarray(values.astype(np.float32), DTYPES[dtype]),
+        tuple(spatial_shape),
     )
 
 

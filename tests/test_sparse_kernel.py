@@ -156,7 +156,12 @@ def test_the_constructor_checks_shapes_and_dtypes(keys, values, shape, error, me
     [
         (jnp.ones((3, 1)), None, ValueError, r"\(3, 1\)"),
         (jnp.ones((3, 1, 1), int), None, TypeError, "int32"),
-        (jnp.ones((3, 1, 1)), jnp.ones((3, 1, 2), bool), ValueError, r"mask.*\(3, 1, 1\).*\(3, 1, 2\)"),
+        (
+            jnp.ones((3, 1, 1)),
+            jnp.ones((3, 1, 2), bool),
+            ValueError,
+            r"mask.*\(3, 1, 1\).*\(3, 1, 2\)",
+        ),
         (jnp.ones((3, 1, 1)), jnp.ones((3, 1, 1)), TypeError, "mask must be bool.*float32"),
     ],
 )

@@ -16,9 +16,7 @@ import samples
 
 
 def make(keys, values, grid=(2, 3)):
-    return ilajax.SparseTensor(
-        jnp.asarray(keys, jnp.int32), jnp.asarray(values, jnp.float32), grid
-    )
+    return ilajax.SparseTensor(jnp.asarray(keys, jnp.int32), jnp.asarray(values, jnp.float32), grid)
 
 
 def test_properties():
@@ -278,7 +276,9 @@ def test_from_a_foreign_bcoo():
     """Catches indices taken as sorted, unique or inside the grid where BCOO does not promise it."""
     dense = np.zeros((2, 2, 3, 4), np.float32)
     dense[0, 0, 1, 2], dense[0, 1, 2, 3], dense[1, 0, 0, 0] = 1, -2, 3
-    x = jax.jit(lambda d: ilajax.SparseTensor.from_bcoo(sparse.BCOO.fromdense(d, nse=2, n_batch=2)))(dense)
+    x = jax.jit(
+        lambda d: ilajax.SparseTensor.from_bcoo(sparse.BCOO.fromdense(d, nse=2, n_batch=2))
+    )(dense)
     oracles.assert_invariants(x)
     np.testing.assert_array_equal(oracles.dense(x), np.moveaxis(dense, 1, -1))
     indices = jnp.array([[[[4], [1], [4], [9], [5]]]], jnp.int32)

@@ -4,12 +4,12 @@
 // values, three where nothing can be cut (and these once a chunk of the batch, where the workspace is short):
 //
 //   1 PrepareKernel   the input as a site map (site_map.cuh), the filters as dense rows, zeroed counters
-//   2 TileKernel      kRespond: a block takes a tile of consecutive output sites of one item and up to 16
+//   2 TileKernel      kRespond: a block takes a tile of consecutive output sites of one item and up to 8
 //                     output channels. It dilates the map's bitmap, a word at a time, into a bitmap of the
-//                     sites in reach; their responses are summed output-stationary, taps across the lanes
-//                     for the look-ups, then output channels across the lanes for the products. Ranks go to
-//                     a histogram of their 11 highest bits in shared memory, then to that of the segment;
-//                     the last block of a segment finds the digit at which the capacity cuts.
+//                     sites in reach. Then a thread has a site and sums its responses in registers, tap by
+//                     tap and channel by channel, all threads of a warp at the same weights. Ranks go to a
+//                     histogram of their 11 highest bits in shared memory, then to that of the segment; the
+//                     last block of a segment finds the digit at which the capacity cuts.
 //   3 TileKernel      kRefine, once or twice: the next digits, among candidates that share the first.
 //   4 TileKernel      kEmit: counts what a tile keeps, adds up the tiles before it, writes in key order.
 //
@@ -73,24 +73,24 @@ struct Prepare {
 
 template <typename T>
 __global__ void __launch_bounds__(kMapThreads) PrepareKernel(Prepare<T> p) {
-  extern __shared__ uint32_t shared[];
-  int64_t task = blockIdx.x;
+  uint4* shared = DynamicShared();
+  uint32_t task = blockIdx.x;
   if (task < p.map_blocks()) {
-    const int64_t chunks = (p.map.sites + kMapChunk - 1) / kMapChunk;
+    const uint32_t chunks = static_cast<uint32_t>((p.map.sites + kMapChunk - 1) / kMapChunk);
     const int segment = static_cast<int>(task / chunks);
     BuildSiteMap(p.map, p.input, segment / p.map.groups(), segment % p.map.groups(), task % chunks,
-                 shared);
+                 reinterpret_cast<uint32_t*>(shared));
     return;
   }
-  task -= p.map_blocks();
+  task -= static_cast<uint32_t>(p.map_blocks());
   if (task < p.filter_blocks()) {
     p.filters.Fill(static_cast<int>(task / p.filters.in_channels),
                    static_cast<int>(task % p.filters.in_channels), p.kernel_keys, p.weights,
                    p.weight_count);
     return;
   }
-  task -= p.filter_blocks();
-  const int64_t begin = task * p.kZerosOfBlock;
+  task -= static_cast<uint32_t>(p.filter_blocks());
+  const int64_t begin = int64_t{task} * p.kZerosOfBlock;
   const int64_t end = min(begin + p.kZerosOfBlock, p.zero_count);
   for (int64_t i = begin + threadIdx.x; i < end; i += kMapThreads) p.zeros[i] = 0;
 }
@@ -103,12 +103,14 @@ ffi::Error LaunchPrepare(cudaStream_t stream, const Prepare<T>& p) {
 
 // --- Launches 2 and on: tiles of output sites ---------------------------------------------------------
 
-constexpr int kTileThreads = 512;
+constexpr int kTileThreads = 256;
 constexpr int kTileWarps = kTileThreads / 32;
 constexpr int kMaxTile = 8192;  // sites; as in ilajax/ops/_plans_cuda.py
 constexpr int kTilesOfRun = 64;
 constexpr int kBins = 2048;
-constexpr int kBinWords = kBins / 2 + 1;  // two counters a word; the odd one spreads channels over banks
+constexpr int kBinWords = kBins / 2 + 4;  // two counters a word; the rest spreads channels over banks
+constexpr int kBlock = 8;                 // output channels of a block
+constexpr int kSums = 3;                  // of a tile: candidates, kept above the threshold, ties
 constexpr int kLevels = 3;  // digits of a rank: 11, 11 and 10 bits
 constexpr uint32_t kNone = 0xffffffffu;  // in the pool: no candidate. A NaN's bits, which no NaN has there
 constexpr uint32_t kUncached = 0xffffffffu;
@@ -148,6 +150,7 @@ struct Forward {
   int level, low_shift;               // the digit of this pass; bits of a rank that carry nothing
   int levels;
   bool weights_in_shared;
+  int64_t table_bytes;  // of shared memory: taps, and the weights
 
   // Zeroed by launch 1.
   uint32_t* histograms;  // [item][channel][bin]
@@ -155,11 +158,12 @@ struct Forward {
   uint32_t* finished;    // [item][block of channels]
   uint32_t* tickets;     // [1]
   uint32_t* pool_used;   // [1]
-  uint32_t* run_sums;    // [item][channel][run of tiles][2]
+  uint32_t* run_sums;    // [item][channel][run of tiles][kSums]
   uint32_t* run_done;    // [item][block of channels][run]
   uint32_t* tile_done;   // [item][block][tile]
 
-  uint32_t* tile_sums;  // [item][channel][tile][2]: kept above the threshold, and at it
+  uint32_t* tile_sums;  // [item][channel][tile][kSums]
+  uint16_t* warp_sums;  // [item][block][tile][warp][channel of the block]: candidates
   uint2* tile_rows;     // [item][block][tile]: offset in the pool or kUncached, and rows
   uint32_t pool_rows;
   uint32_t* pool_keys;    // [row]
@@ -215,24 +219,24 @@ __device__ void MarkTile(const Forward& f, const Axes<R>& axes, const TapList<R>
     }
   }
   __syncthreads();
-  int64_t rows = 1;
-  for (int a = 0; a < R - 1; ++a) rows *= box_size[a];
-  const int row_words = (box_size[R - 1] + 31) / 32;
-  const int64_t words = rows * row_words;
-  for (int64_t base = (threadIdx.x >> 5) * 32; base < words; base += kTileThreads) {
+  uint32_t words = (box_size[R - 1] + 31) / 32;
+  const uint32_t row_words = max(words, 1u);
+  for (int a = 0; a < R - 1; ++a) words *= box_size[a];
+  for (uint32_t base = (threadIdx.x >> 5) * 32; base < words; base += kTileThreads) {
     // 32 sites of a row from its x on, wherever the map's words begin.
     int32_t p[R];
     uint32_t bits = 0;
-    const int64_t t = base + lane;
+    const uint32_t t = base + lane;
     if (t < words) {
-      int64_t row = t / row_words;
+      uint32_t row = t / row_words;
       const int x = static_cast<int>(t - row * row_words) * 32;
       p[R - 1] = box_low[R - 1] + x;
       uint32_t key = p[R - 1];
 #pragma unroll
       for (int a = R - 2; a >= 0; --a) {
-        p[a] = box_low[a] + static_cast<int32_t>(static_cast<uint32_t>(row) % box_size[a]);
-        row = static_cast<uint32_t>(row) / box_size[a];
+        const uint32_t size = box_size[a], above = row / size;
+        p[a] = box_low[a] + static_cast<int32_t>(row - above * size);
+        row = above;
         key += static_cast<uint32_t>(p[a]) * axes.input_step[a];
       }
       const int64_t site = int64_t{key} - f.map.begin;
@@ -253,11 +257,12 @@ __device__ void MarkTile(const Forward& f, const Axes<R>& axes, const TapList<R>
 #pragma unroll
       for (int a = 0; a < R; ++a) q[a] = __shfl_sync(kWarp, p[a], source) + axes.low[a];
       for (int k = lane; k < taps.count; k += 32) {
+        const auto tap = taps.entries[k];
         int64_t key = 0;
         bool inside = true;
 #pragma unroll
         for (int a = 0; a < R - 1; ++a) {
-          int32_t o = q[a] - taps.Offset(k, a);
+          int32_t o = q[a] - tap.offset[a];
           if (axes.stride[a] != 1) {
             inside &= o % axes.stride[a] == 0;
             o /= axes.stride[a];
@@ -266,7 +271,7 @@ __device__ void MarkTile(const Forward& f, const Axes<R>& axes, const TapList<R>
           key += int64_t{o} * axes.output_step[a];
         }
         if (!inside) continue;
-        const int x = q[R - 1] - taps.Offset(k, R - 1);
+        const int x = q[R - 1] - tap.offset[R - 1];
         const int width = axes.output[R - 1], stride = axes.stride[R - 1];
         const int64_t row_site = key - begin;  // of x = 0, counted from the tile's first
         if (stride == 1) {
@@ -297,12 +302,31 @@ __device__ void MarkTile(const Forward& f, const Axes<R>& axes, const TapList<R>
   __syncthreads();
 }
 
-// The response of an output site in lane % G's channel of the block, for 32 / G sites of a warp. Every lane
-// of the warp calls it. Summed in the order of taps, then of channels.
-template <int R, int G>
-__device__ float Respond(const Forward& f, const Axes<R>& axes, const TapList<R>& taps,
-                         const float* weights, int item, bool active, uint32_t key) {
-  const int lane = threadIdx.x & 31, sub = lane % G;
+// sums += x * weights, where a zero weight adds nothing: not even against inf or NaN.
+__device__ void AddProducts(float (&sums)[kBlock], float x, const float4* weights, bool finite) {
+  const float4 low = weights[0], high = weights[1];
+  const float w[kBlock] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  if (finite) {
+#pragma unroll
+    for (int j = 0; j < kBlock; ++j) sums[j] += x * w[j];
+  } else {
+#pragma unroll
+    for (int j = 0; j < kBlock; ++j) {
+      if (w[j] != 0.0f) sums[j] += x * w[j];
+    }
+  }
+}
+
+// The responses of a thread's output site in the channels of the block. Every thread of the warp calls it.
+// Summed in the order of input groups, taps, channels.
+//
+// With one or two input channels most of the time goes to look-ups: a thread first collects which taps
+// find anything, then goes through its own. With more, products count: all threads of the warp are at the same
+// tap and channel, and read its weights at once.
+template <int R>
+__device__ void Respond(const Forward& f, const Axes<R>& axes, const TapList<R>& taps,
+                        const float* weights, int item, bool active, uint32_t key,
+                        float (&sums)[kBlock]) {
   int32_t p[R];
   uint32_t flat = 0;
   Axes<R>::Unravel(key, axes.output, p);
@@ -312,46 +336,61 @@ __device__ float Respond(const Forward& f, const Axes<R>& axes, const TapList<R>
     flat += static_cast<uint32_t>(p[a]) * axes.input_step[a];
   }
   flat -= static_cast<uint32_t>(f.map.begin);
-  float sum = 0.0f;
-  for (int base = 0; base < taps.count; base += G) {
-    const int k = base + sub;
-    bool inside = active && k < taps.count;
-    uint32_t site = 0;
-    if (inside) {
+#pragma unroll
+  for (int j = 0; j < kBlock; ++j) sums[j] = 0.0f;
+  for (int g = 0; g < f.map.groups(); ++g) {
+    const SiteMapView map(f.map, item, g);
+    const float* group_weights = weights + int64_t{g} * kMapGroup * taps.taps * kBlock;
+    const auto is_inside = [&](const typename TapList<R>::Entry& tap) {
+      bool inside = active;
 #pragma unroll
       for (int a = 0; a < R; ++a) {
-        inside &= static_cast<uint32_t>(p[a] + taps.Offset(k, a)) < static_cast<uint32_t>(axes.input[a]);
+        inside &= static_cast<uint32_t>(p[a] + tap.offset[a]) < static_cast<uint32_t>(axes.input[a]);
       }
-      site = flat + taps.Flat(k);
-    }
-    for (int g = 0; g < f.map.groups(); ++g) {
-      const SiteMapView map(f.map, item, g);
-      uint2 row = make_uint2(0, 0);
-      if (inside) row = map.Find(site);
-      const uint32_t live = inside ? row.x & taps.Live(g, taps.Tap(k)) : 0;
-      uint32_t hits = __ballot_sync(kWarp, live != 0) >> (lane - sub);
-      if (G < 32) hits &= (1u << G % 32) - 1;
-      while (__any_sync(kWarp, hits != 0)) {
-        const int source = hits != 0 ? __ffs(hits) - 1 : 0;
-        const uint32_t mask = __shfl_sync(kWarp, row.x, source, G);
-        const uint32_t offset = __shfl_sync(kWarp, row.y, source, G);
-        uint32_t channels = __shfl_sync(kWarp, live, source, G);
-        if (hits != 0) {
-          const int tap = taps.Tap(base + source);
-          const float* weight =
-              weights + (int64_t{g * kMapGroup} * taps.taps + tap) * G + sub;
-          for (; channels != 0; channels &= channels - 1) {
-            const int c = __ffs(channels) - 1;
-            const float x = map.values[offset + __popc(mask & ((1u << c) - 1))];
-            const float w = weight[int64_t{c} * taps.taps * G];
-            if (w != 0.0f) sum += x * w;
+      return inside;
+    };
+    if (f.map.channels <= 2) {
+      for (int base = 0; base < taps.count; base += 32) {
+        uint32_t hits = 0;
+#pragma unroll 4
+        for (int k = 0; k < min(32, taps.count - base); ++k) {
+          const auto tap = taps.entries[base + k];
+          const uint32_t site = flat + tap.flat;
+          if (is_inside(tap) && site < map.sites) {
+            hits |= (map.words[site >> 5].x >> (site & 31) & 1) << k;
           }
-          hits &= hits - 1;
         }
+        for (; hits != 0; hits &= hits - 1) {
+          const auto tap = taps.entries[base + __ffs(hits) - 1];
+          const uint2 row = map.Find(flat + tap.flat);
+          const float* values = map.values + (row.y & ~kNotFinite);
+          const float4* tap_weights =
+              reinterpret_cast<const float4*>(group_weights + tap.tap * kBlock);
+          for (uint32_t rest = row.x & taps.Live(g, tap.tap); rest != 0; rest &= rest - 1) {
+            const int c = __ffs(rest) - 1;
+            AddProducts(sums, values[__popc(row.x & ((1u << c) - 1))],
+                        tap_weights + c * taps.taps * 2, !(row.y & kNotFinite));
+          }
+        }
+      }
+      continue;
+    }
+    for (int k = 0; k < taps.count; ++k) {
+      const auto tap = taps.entries[k];
+      uint2 row = make_uint2(0, 0);
+      if (is_inside(tap)) row = map.Find(flat + tap.flat);
+      const uint32_t live = taps.Live(g, tap.tap);
+      if (!__any_sync(kWarp, (row.x & live) != 0)) continue;
+      const float* values = map.values + (row.y & ~kNotFinite);
+      const float4* tap_weights = reinterpret_cast<const float4*>(group_weights + tap.tap * kBlock);
+      for (uint32_t rest = live; rest != 0; rest &= rest - 1) {
+        const int c = __ffs(rest) - 1;
+        if (!(row.x >> c & 1)) continue;
+        AddProducts(sums, values[__popc(row.x & ((1u << c) - 1))], tap_weights + c * taps.taps * 2,
+                    !(row.y & kNotFinite));
       }
     }
   }
-  return sum;
 }
 
 // Finds the next digit of a segment's threshold in its histogram, which it clears. A warp calls it.
@@ -386,47 +425,49 @@ __device__ void FindDigit(const Forward& f, int level, uint32_t* histogram, Cut*
   }
 }
 
-template <int R, int G, Pass P>
-__global__ void __launch_bounds__(kTileThreads, 2) TileKernel(Forward f, Axes<R> axes) {
-  extern __shared__ uint32_t shared[];
+template <int R, Pass P>
+__global__ void __launch_bounds__(kTileThreads, 3)
+    TileKernel(Forward f, Axes<R> axes) {
+  uint4* shared = DynamicShared();
   __shared__ int scratch[kTileWarps];
   __shared__ uint32_t draw, pool_offset;
-  __shared__ Cut cuts[G];
+  __shared__ Cut cuts[kBlock];
   __shared__ bool any_cut;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, sub = lane % G;
-  constexpr int kRowsOfWarp = 32 / G;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 
   // Tickets order the blocks of the last pass, which wait for those before them.
-  int64_t task = blockIdx.x;
+  uint32_t task = blockIdx.x;
   if (P == Pass::kEmit) {
     if (threadIdx.x == 0) draw = atomicAdd(f.tickets, 1u);
     __syncthreads();
-    task = int64_t{draw} - f.ticket_base;
+    task = draw - f.ticket_base;
   }
   const int blocks = f.filters.blocks();
-  const int tile = f.first_tile + static_cast<int>(task % f.slab_tiles);
+  const int slab_tile = static_cast<int>(task % f.slab_tiles), tile = f.first_tile + slab_tile;
   const int segment = static_cast<int>(task / f.slab_tiles);  // of items and blocks of channels
   const int item = segment / blocks, block = segment % blocks;
-  const int channels = min(G, f.out_channels - block * G);
-  const int first_channel = item * f.out_channels + block * G;
-  const int64_t begin = f.slab_begin + (task % f.slab_tiles) * f.tile;
+  const int channels = min(kBlock, f.out_channels - block * kBlock);
+  const int first_channel = item * f.out_channels + block * kBlock;
+  const int64_t begin = f.slab_begin + int64_t{slab_tile} * f.tile;
   const int64_t end = min(begin + f.tile, f.slab_end);
   if (P != Pass::kRespond) {
     if (threadIdx.x == 0) any_cut = false;
     __syncthreads();
-    if (threadIdx.x < channels) {
+    if (static_cast<int>(threadIdx.x) < channels) {
       cuts[threadIdx.x] = f.cuts[first_channel + threadIdx.x];
       if (cuts[threadIdx.x].cuts) any_cut = true;
+    } else if (threadIdx.x < kBlock) {
+      cuts[threadIdx.x] = Cut{};
     }
     __syncthreads();
     if (P == Pass::kRefine && !any_cut) return;
   }
 
-  uint32_t* bitmap = shared;
+  uint4* tables = shared;
+  uint32_t* histogram = reinterpret_cast<uint32_t*>(tables + f.table_bytes / sizeof(uint4));
+  uint32_t* bitmap = histogram + (P == Pass::kRespond ? kBlock * kBinWords : 0);
   uint32_t* word_rows = bitmap + f.tile / 32;
   uint16_t* row_sites = reinterpret_cast<uint16_t*>(word_rows + f.tile / 32);
-  uint32_t* histogram = word_rows + f.tile / 32 + f.tile / 2;
-  int32_t* tables = reinterpret_cast<int32_t*>(histogram + G * kBinWords);
 
   // The rows: sites in reach, from the pool or found again.
   uint2 stored = make_uint2(kUncached, 0);
@@ -434,22 +475,30 @@ __global__ void __launch_bounds__(kTileThreads, 2) TileKernel(Forward f, Axes<R>
   if (P != Pass::kRespond) stored = *tile_rows;
   const bool cached = P != Pass::kRespond && stored.x != kUncached;
   TapList<R> taps;
-  const float* weights = f.filters.weights + f.filters.Row(block, 0) * G;
+  const float* weights = f.filters.weights + f.filters.Row(block, 0) * kBlock;
   int rows = static_cast<int>(stored.y);
   if (!cached) {
+    if (P == Pass::kRespond) {
+      uint4* bins = reinterpret_cast<uint4*>(histogram);
+      for (int i = threadIdx.x; i < kBlock * kBinWords / 4; i += kTileThreads) {
+        bins[i] = make_uint4(0, 0, 0, 0);
+      }
+    }
     taps.Fill(axes, f.filters.live + f.filters.Row(block, 0), f.filters.in_channels, f.filters.taps,
               f.filters.taps, tables);
     if (f.weights_in_shared) {
-      const int count = f.filters.in_channels * f.filters.taps * G;
-      float* copy = reinterpret_cast<float*>(
-          tables + TapList<R>::SharedBytes(f.filters.taps, f.map.groups()) / sizeof(int32_t));
-      for (int i = threadIdx.x; i < count; i += kTileThreads) copy[i] = weights[i];
-      weights = copy;
+      const int count = f.filters.in_channels * f.filters.taps * kBlock / 4;
+      float4* copy = reinterpret_cast<float4*>(
+          tables + TapList<R>::SharedBytes(f.filters.taps, f.map.groups()) / sizeof(uint4));
+      for (int i = threadIdx.x; i < count; i += kTileThreads) {
+        copy[i] = reinterpret_cast<const float4*>(weights)[i];
+      }
+      weights = reinterpret_cast<const float*>(copy);
     }
     MarkTile(f, axes, taps, item, begin, end, bitmap);
     const int words = f.tile / 32;
     static_assert(kMaxTile / 32 <= kTileThreads, "a thread counts the sites of one word");
-    uint32_t word = threadIdx.x < words ? bitmap[threadIdx.x] : 0;
+    uint32_t word = static_cast<int>(threadIdx.x) < words ? bitmap[threadIdx.x] : 0;
     int row = BlockExclusiveScan(__popc(word), scratch, rows);
     for (; word != 0; word &= word - 1) {
       row_sites[row++] = static_cast<uint16_t>(threadIdx.x * 32 + __ffs(word) - 1);
@@ -463,61 +512,121 @@ __global__ void __launch_bounds__(kTileThreads, 2) TileKernel(Forward f, Axes<R>
     }
     *tile_rows = make_uint2(pool_offset, rows);
   }
-  if (P != Pass::kEmit) {
-    for (int i = threadIdx.x; i < G * kBinWords; i += kTileThreads) histogram[i] = 0;
-  }
   __syncthreads();
   const uint32_t at = P == Pass::kRespond ? pool_offset : stored.x;
 
-  // Calls visit(key, bits) for each row, in their order within a warp, whose rows lie together. Lanes
-  // without a row or channel get kNone.
-  const int channel = block * G + sub;
-  const float bias = sub < channels ? f.bias[channel] : 0.0f;
-  const int each = ((rows + kTileWarps - 1) / kTileWarps + kRowsOfWarp - 1) / kRowsOfWarp * kRowsOfWarp;
+  // Calls visit(key, bits) for each row; a warp's rows lie together, and its lanes have one each. Lanes
+  // without a row, and channels beyond the last, get kNone.
+  const int each = ((rows + kTileWarps - 1) / kTileWarps + 31) / 32 * 32;
   const int warp_end = min((warp + 1) * each, rows);
   const auto for_each_row = [&](auto&& visit) {
-    for (int r = warp * each; r < warp_end; r += kRowsOfWarp) {
-      const int row = r + lane / G;
+    for (int r = warp * each; r < warp_end; r += 32) {
+      const int row = r + lane;
       const bool active = row < warp_end;
-      uint32_t key = 0, bits = kNone;
+      uint32_t key = 0, bits[kBlock];
+      uint4* pool = reinterpret_cast<uint4*>(f.pool_values + int64_t{at + row} * kBlock);
       if (cached) {
+        uint4 low = make_uint4(kNone, kNone, kNone, kNone), high = low;
         if (active) {
           key = f.pool_keys[at + row];
-          bits = f.pool_values[int64_t{at + row} * G + sub];
+          low = pool[0];
+          high = pool[1];
         }
+        bits[0] = low.x, bits[1] = low.y, bits[2] = low.z, bits[3] = low.w;
+        bits[4] = high.x, bits[5] = high.y, bits[6] = high.z, bits[7] = high.w;
       } else {
         if (active) key = static_cast<uint32_t>(begin) + row_sites[row];
-        const float sum = Respond<R, G>(f, axes, taps, weights, item, active, key);
-        if (active && sub < channels && sum != 0.0f) {
-          const float value = Round(sum + bias, f.dtype);
-          if (IsCandidate(value, f.select)) bits = value != value ? 0x7fc00000u : FloatBits(value);
+        float sums[kBlock];
+        Respond<R>(f, axes, taps, weights, item, active, key, sums);
+#pragma unroll
+        for (int j = 0; j < kBlock; ++j) {
+          bits[j] = kNone;
+          if (active && j < channels && sums[j] != 0.0f) {
+            const float value = Round(sums[j] + f.bias[block * kBlock + j], f.dtype);
+            if (IsCandidate(value, f.select)) {
+              bits[j] = value != value ? 0x7fc00000u : FloatBits(value);
+            }
+          }
         }
         if (P == Pass::kRespond && active && at != kUncached) {
-          if (sub == 0) f.pool_keys[at + row] = key;
-          f.pool_values[int64_t{at + row} * G + sub] = bits;
+          f.pool_keys[at + row] = key;
+          pool[0] = make_uint4(bits[0], bits[1], bits[2], bits[3]);
+          pool[1] = make_uint4(bits[4], bits[5], bits[6], bits[7]);
         }
       }
       visit(key, bits);
     }
   };
+  // What a tile has of a channel goes to the sums of the tile, and of its run.
+  const int run = tile / kTilesOfRun;
+  const auto publish = [&](int c, int which, uint32_t sum) {
+    f.tile_sums[(int64_t{first_channel + c} * f.tiles + tile) * kSums + which] = sum;
+    uint32_t* total = &f.run_sums[(int64_t{first_channel + c} * f.runs() + run) * kSums + which];
+    if (sum != 0) atomicAdd(total, sum);
+  };
 
   if constexpr (P != Pass::kEmit) {
     const int shift = LevelShift(f.level), upper = shift + LevelBits(f.level);
-    const Cut cut = P == Pass::kRefine ? cuts[sub < channels ? sub : 0] : Cut{};
-    for_each_row([&](uint32_t, uint32_t bits) {
-      if (bits == kNone || (P == Pass::kRefine && !cut.cuts)) return;
-      const uint32_t rank = Rank(bits, f);
-      if (P == Pass::kRefine && (rank ^ cut.threshold) >> upper != 0) return;
-      const uint32_t bin = rank >> shift & (kBins - 1) & ((1u << LevelBits(f.level)) - 1);
-      atomicAdd(&histogram[sub * kBinWords + (bin >> 1)], 1u << (16 * (bin & 1)));
-    });
-    __syncthreads();
+    const uint32_t bin_mask = (1u << LevelBits(f.level)) - 1;
     uint32_t* totals = f.histograms + int64_t{first_channel} * kBins;
-    for (int i = threadIdx.x; i < channels * (kBins / 2); i += kTileThreads) {
-      const int c = i / (kBins / 2), w = i % (kBins / 2);
-      const uint32_t two = histogram[c * kBinWords + w];
-      if (two & 0xffff) atomicAdd(&totals[c * kBins + 2 * w], two & 0xffff);
-      if (two >> 16) atomicAdd(&totals[c * kBins + 2 * w + 1], two >> 16);
+    if constexpr (P == Pass::kRespond) {
+      __shared__ uint32_t sums[kTileWarps][kBlock];
+      uint32_t counts[kBlock] = {};
+      for_each_row([&](uint32_t, const uint32_t (&bits)[kBlock]) {
+#pragma unroll
+        for (int j = 0; j < kBlock; ++j) {
+          if (bits[j] == kNone) continue;
+          ++counts[j];
+          const uint32_t bin = Rank(bits[j], f) >> shift;
+          atomicAdd(&histogram[j * kBinWords + (bin >> 1)], 1u << (16 * (bin & 1)));
+        }
+      });
+#pragma unroll
+      for (int j = 0; j < kBlock; ++j) {
+        for (int step = 16; step > 0; step /= 2) counts[j] += __shfl_xor_sync(kWarp, counts[j], step);
+        if (lane == j) sums[warp][j] = counts[j];
+      }
+      __syncthreads();
+      if (threadIdx.x < kTileWarps * kBlock) {
+        f.warp_sums[(int64_t{segment} * f.tiles + tile) * kTileWarps * kBlock + threadIdx.x] =
+            static_cast<uint16_t>(sums[threadIdx.x / kBlock][threadIdx.x % kBlock]);
+      }
+      if (static_cast<int>(threadIdx.x) < channels) {
+        uint32_t sum = 0;
+        for (int w = 0; w < kTileWarps; ++w) sum += sums[w][threadIdx.x];
+        publish(threadIdx.x, 0, sum);
+      }
+      for (int i = threadIdx.x; i < channels * (kBins / 8); i += kTileThreads) {
+        const int c = i / (kBins / 8), w = i % (kBins / 8) * 4;
+        const uint4 eight = *reinterpret_cast<const uint4*>(&histogram[c * kBinWords + w]);
+        const uint32_t two[4] = {eight.x, eight.y, eight.z, eight.w};
+        uint32_t* total = &totals[c * kBins + 2 * w];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (two[j] & 0xffff) atomicAdd(&total[2 * j], two[j] & 0xffff);
+          if (two[j] >> 16) atomicAdd(&total[2 * j + 1], two[j] >> 16);
+        }
+      }
+    } else {
+      // Few candidates share all higher digits, or many that are equal: then one of them adds for all.
+      for_each_row([&](uint32_t, const uint32_t (&bits)[kBlock]) {
+#pragma unroll
+        for (int j = 0; j < kBlock; ++j) {
+          const uint32_t rank = Rank(bits[j], f);
+          const bool in = bits[j] != kNone && cuts[j].cuts && (rank ^ cuts[j].threshold) >> upper == 0;
+          const uint32_t all = __ballot_sync(kWarp, in);
+          if (all == 0) continue;
+          const uint32_t bin = rank >> shift & bin_mask;
+          const int leader = __ffs(all) - 1;
+          const uint32_t common = __shfl_sync(kWarp, bin, leader);
+          const uint32_t same = __ballot_sync(kWarp, in && bin == common);
+          if (lane == leader) {
+            atomicAdd(&totals[j * kBins + bin], static_cast<uint32_t>(__popc(same)));
+          } else if (in && !(same >> lane & 1)) {
+            atomicAdd(&totals[j * kBins + bin], 1u);
+          }
+        }
+      });
     }
     // The last block of the segment to get here finds the digits.
     __threadfence();
@@ -535,104 +644,126 @@ __global__ void __launch_bounds__(kTileThreads, 2) TileKernel(Forward f, Axes<R>
     return;
   }
 
-  // kEmit. How many rows each warp keeps, by channel: above the threshold, and at it.
-  const Cut cut = cuts[sub < channels ? sub : 0];
-  uint32_t* warp_sums = histogram;  // [warp][channel][2], then the sums before the warp
-  uint32_t* before = histogram + kTileWarps * G * 2;  // [channel][2]
-  const uint32_t same_channel = (G == 32 ? 1u : 0xffffffffu / ((1ull << G % 32) - 1)) << sub;
+  // kEmit. What each warp keeps, by channel: above the threshold, and ties. Where nothing is cut the first
+  // pass has counted.
+  __shared__ uint32_t warp_sums[2][kTileWarps][kBlock];  // then the sums before the warp
+  __shared__ uint32_t before[2][kBlock];
   const uint32_t lower_lanes = (1u << lane) - 1;
-  const auto is_above = [&](uint32_t bits) {
-    return bits != kNone && (!cut.cuts || Rank(bits, f) > cut.threshold);
+  const auto is_above = [&](uint32_t bits, int j) {
+    return bits != kNone && (!cuts[j].cuts || Rank(bits, f) > cuts[j].threshold);
   };
-  const auto is_tie = [&](uint32_t bits) {
-    return bits != kNone && cut.cuts && Rank(bits, f) == cut.threshold;
+  const auto is_tie = [&](uint32_t bits, int j) {
+    return bits != kNone && cuts[j].cuts && Rank(bits, f) == cuts[j].threshold;
   };
-  uint32_t above = 0, ties = 0;
-  for_each_row([&](uint32_t, uint32_t bits) {
-    above += __popc(__ballot_sync(kWarp, is_above(bits)) & same_channel);
-    if (any_cut) ties += __popc(__ballot_sync(kWarp, is_tie(bits)) & same_channel);
-  });
-  if (lane < G) {
-    warp_sums[(warp * G + sub) * 2] = above;
-    warp_sums[(warp * G + sub) * 2 + 1] = ties;
+  if (any_cut) {
+    uint32_t counts[kBlock] = {};  // two numbers in one: at most 32 * 8192 / 256 rows
+    for_each_row([&](uint32_t, const uint32_t (&bits)[kBlock]) {
+#pragma unroll
+      for (int j = 0; j < kBlock; ++j) {
+        counts[j] += (is_above(bits[j], j) ? 1u : 0u) + (is_tie(bits[j], j) ? 0x10000u : 0u);
+      }
+    });
+#pragma unroll
+    for (int j = 0; j < kBlock; ++j) {
+      for (int step = 16; step > 0; step /= 2) counts[j] += __shfl_xor_sync(kWarp, counts[j], step);
+      if (lane == j) {
+        warp_sums[0][warp][j] = counts[j] & 0xffff;
+        warp_sums[1][warp][j] = counts[j] >> 16;
+      }
+    }
+  } else if (threadIdx.x < kTileWarps * kBlock) {
+    warp_sums[0][threadIdx.x / kBlock][threadIdx.x % kBlock] =
+        f.warp_sums[(int64_t{segment} * f.tiles + tile) * kTileWarps * kBlock + threadIdx.x];
+    warp_sums[1][threadIdx.x / kBlock][threadIdx.x % kBlock] = 0;
   }
   __syncthreads();
-  // Publish the tile's sums; those of a run of tiles add up.
-  const int run = tile / kTilesOfRun;
-  if (threadIdx.x < 2 * G) {
+  if (threadIdx.x < 2 * kBlock) {
+    const int which = threadIdx.x / kBlock, c = threadIdx.x % kBlock;
     uint32_t sum = 0;
     for (int w = 0; w < kTileWarps; ++w) {
-      const uint32_t own = warp_sums[w * G * 2 + threadIdx.x];
-      warp_sums[w * G * 2 + threadIdx.x] = sum;
+      const uint32_t own = warp_sums[which][w][c];
+      warp_sums[which][w][c] = sum;
       sum += own;
     }
-    before[threadIdx.x] = 0;
-    const int c = threadIdx.x / 2, which = threadIdx.x % 2;
-    if (c < channels) {
-      f.tile_sums[(int64_t{first_channel + c} * f.tiles + tile) * 2 + which] = sum;
-      if (sum) atomicAdd(&f.run_sums[(int64_t{first_channel + c} * f.runs() + run) * 2 + which], sum);
+    before[which][c] = 0;
+    if (any_cut && c < channels) {
+      publish(c, 1 + which, sum);
+      __threadfence();
     }
-    __threadfence();
   }
   __syncthreads();
   uint32_t* tile_done = f.tile_done + int64_t{segment} * f.tiles;
   uint32_t* run_done = f.run_done + int64_t{segment} * f.runs();
-  if (threadIdx.x == 0) {
+  if (any_cut && threadIdx.x == 0) {
     atomicExch(&tile_done[tile], 1u);
     atomicAdd(&run_done[run], 1u);
   }
   // Add up what lies before: whole runs, then the tiles of this one.
-  for (int i = threadIdx.x; i < run + tile % kTilesOfRun; i += kTileThreads) {
-    const bool whole = i < run;
-    const int t = run * kTilesOfRun + i - run;
-    const uint32_t* flag = whole ? &run_done[i] : &tile_done[t];
-    while (LoadFresh(flag) < (whole ? kTilesOfRun : 1u)) {
-    }
-    __threadfence();
-    for (int c = 0; c < channels; ++c) {
-      const uint32_t* sums = whole ? f.run_sums + (int64_t{first_channel + c} * f.runs() + i) * 2
-                                   : f.tile_sums + (int64_t{first_channel + c} * f.tiles + t) * 2;
-      const uint32_t a = LoadFresh(sums), b = LoadFresh(sums + 1);
-      if (a) atomicAdd(&before[c * 2], a);
-      if (b) atomicAdd(&before[c * 2 + 1], b);
+  for (int i = threadIdx.x; i < (run + tile % kTilesOfRun) * kBlock; i += kTileThreads) {
+    const int c = i % kBlock, n = i / kBlock;
+    if (c >= channels) continue;
+    const bool whole = n < run;
+    const int t = run * kTilesOfRun + n - run;
+    const uint32_t* sums = whole ? f.run_sums + (int64_t{first_channel + c} * f.runs() + n) * kSums
+                                 : f.tile_sums + (int64_t{first_channel + c} * f.tiles + t) * kSums;
+    if (any_cut) {
+      const uint32_t* flag = whole ? &run_done[n] : &tile_done[t];
+      while (LoadFresh(flag) < (whole ? kTilesOfRun : 1u)) {
+      }
+      __threadfence();
+      const uint32_t above = LoadFresh(sums + 1), ties = LoadFresh(sums + 2);
+      if (above) atomicAdd(&before[0][c], above);
+      if (ties) atomicAdd(&before[1][c], ties);
+    } else if (sums[0] != 0) {
+      atomicAdd(&before[0][c], sums[0]);
     }
   }
   __syncthreads();
 
-  const int64_t out_segment = int64_t{f.first_item + item} * f.out_channels + channel;
-  int32_t* out_keys = f.out_keys + out_segment * f.capacity;
-  above = before[sub * 2] + warp_sums[(warp * G + sub) * 2];
-  ties = before[sub * 2 + 1] + warp_sums[(warp * G + sub) * 2 + 1];
-  const uint32_t most = cut.cuts ? static_cast<uint32_t>(cut.ties) : 0;
-  for_each_row([&](uint32_t key, uint32_t bits) {
-    const bool is_kept = is_above(bits);
-    const uint32_t kept = __ballot_sync(kWarp, is_kept) & same_channel;
-    uint32_t tied = 0;
-    bool is_tied = false;
-    if (any_cut) {
-      is_tied = is_tie(bits);
-      tied = __ballot_sync(kWarp, is_tied) & same_channel;
+  const int64_t out_segment = int64_t{f.first_item + item} * f.out_channels + block * kBlock;
+  uint32_t above[kBlock];
+#pragma unroll
+  for (int j = 0; j < kBlock; ++j) above[j] = before[0][j] + warp_sums[0][warp][j];
+  // Ties are few, so their count stays in shared memory.
+  if (lane < kBlock) warp_sums[1][warp][lane] += before[1][lane];
+  __syncwarp();
+  for_each_row([&](uint32_t key, const uint32_t (&bits)[kBlock]) {
+#pragma unroll
+    for (int j = 0; j < kBlock; ++j) {
+      const bool is_kept = is_above(bits[j], j);
+      const uint32_t kept = __ballot_sync(kWarp, is_kept);
+      uint32_t slot = above[j] + __popc(kept & lower_lanes);
+      bool emits = is_kept;
+      above[j] += __popc(kept);
+      if (any_cut) {
+        const bool is_tied = is_tie(bits[j], j);
+        const uint32_t tied = __ballot_sync(kWarp, is_tied), most = cuts[j].ties;
+        const uint32_t ties = warp_sums[1][warp][j], my_ties = ties + __popc(tied & lower_lanes);
+        slot += min(my_ties, most);
+        emits |= is_tied && my_ties < most;
+        if (tied != 0) {
+          __syncwarp();
+          if (lane == 0) warp_sums[1][warp][j] = ties + __popc(tied);
+          __syncwarp();
+        }
+      }
+      if (emits && slot < static_cast<uint32_t>(f.capacity)) {
+        const int64_t i = (out_segment + j) * f.capacity + slot;
+        f.out_keys[i] = static_cast<int32_t>(key);
+        Store(f.out_values, i, BitsFloat(bits[j]), f.dtype);
+      }
     }
-    const uint32_t my_above = above + __popc(kept & lower_lanes);
-    const uint32_t my_ties = ties + __popc(tied & lower_lanes);
-    const uint32_t slot = my_above + min(my_ties, most);
-    if ((is_kept || (is_tied && my_ties < most)) && slot < static_cast<uint32_t>(f.capacity)) {
-      out_keys[slot] = static_cast<int32_t>(key);
-      Store(f.out_values, out_segment * f.capacity + slot, BitsFloat(bits), f.dtype);
-    }
-    above += __popc(kept);
-    ties += __popc(tied);
   });
 
   // Padding: each tile fills its share of the slots behind the kept ones.
-  const int64_t share_begin = int64_t{f.capacity} * tile / f.tiles;
-  const int64_t share_end = int64_t{f.capacity} * (tile + 1) / f.tiles;
+  const int share = f.capacity / f.tiles, rest = f.capacity % f.tiles;
+  const int share_begin = share * tile + min(tile, rest);
+  const int share_end = share_begin + share + (tile < rest ? 1 : 0);
   for (int c = 0; c < channels; ++c) {
-    const int64_t s = int64_t{f.first_item + item} * f.out_channels + block * G + c;
-    const int64_t from = max(share_begin, int64_t{cuts[c].candidates});
-    for (int64_t i = from + threadIdx.x; i < share_end; i += kTileThreads) {
-      f.out_keys[s * f.capacity + i] = static_cast<int32_t>(f.output_sites);
-      Store(f.out_values, s * f.capacity + i, 0.0f, f.dtype);
+    const int from = max(share_begin, cuts[c].candidates);
+    for (int i = from + threadIdx.x; i < share_end; i += kTileThreads) {
+      f.out_keys[(out_segment + c) * f.capacity + i] = static_cast<int32_t>(f.output_sites);
+      Store(f.out_values, (out_segment + c) * f.capacity + i, 0.0f, f.dtype);
     }
   }
 }
@@ -652,37 +783,34 @@ int64_t CarveForward(Carver& carver, const ForwardPlan& plan, Forward& f) {
   f.finished = carver.Take<uint32_t>(items * blocks);
   f.tickets = carver.Take<uint32_t>(1);
   f.pool_used = carver.Take<uint32_t>(1);
-  f.run_sums = carver.Take<uint32_t>(items * channels * f.runs() * 2);
+  f.run_sums = carver.Take<uint32_t>(items * channels * f.runs() * kSums);
   f.run_done = carver.Take<uint32_t>(items * blocks * f.runs());
   f.tile_done = carver.Take<uint32_t>(items * blocks * f.tiles);
   const int64_t zero_words = (carver.used() - zeros) / sizeof(uint32_t);
-  f.tile_sums = carver.Take<uint32_t>(items * channels * f.tiles * 2);
+  f.tile_sums = carver.Take<uint32_t>(items * channels * f.tiles * kSums);
+  f.warp_sums = carver.Take<uint16_t>(items * blocks * f.tiles * kTileWarps * kBlock);
   f.tile_rows = carver.Take<uint2>(items * blocks * f.tiles);
   f.pool_keys = carver.Take<uint32_t>(plan.pool_rows);
   f.pool_values = carver.Take<uint32_t>(plan.pool_rows * f.filters.block);
   return zero_words;
 }
 
-template <int R, int G, Pass P>
+template <int R, Pass P>
 ffi::Error LaunchTiles(cudaStream_t stream, Forward f, const Window& w) {
-  int64_t bytes = f.tile / 32 * 8 + f.tile * 2 + G * kBinWords * 4 +
-                  TapList<R>::SharedBytes(w.taps, f.map.groups());
+  f.table_bytes = TapList<R>::SharedBytes(w.taps, f.map.groups());
+  const int64_t weight_bytes = f.filters.Row(1, 0) * kBlock * sizeof(float);
+  f.weights_in_shared = weight_bytes <= 32 * 1024;
+  if (f.weights_in_shared) f.table_bytes += weight_bytes;
+  const int64_t bytes = f.table_bytes + (P == Pass::kRespond ? kBlock * kBinWords * 4 : 0) +
+                        f.tile / 32 * 8 + f.tile * 2;
   if (bytes > kMaxShared) return InvalidArgument("conv: a window of ", w.taps, " taps is too large");
-  const int64_t weight_bytes = int64_t{f.filters.in_channels} * w.taps * G * sizeof(float);
-  f.weights_in_shared = bytes + weight_bytes <= std::max<int64_t>(bytes, 72 * 1024);
-  if (f.weights_in_shared) bytes += weight_bytes;
   const int64_t blocks = int64_t{f.items} * f.filters.blocks() * f.slab_tiles;
-  return Launch(TileKernel<R, G, P>, GridFor(blocks), kTileThreads, bytes, stream, f, Axes<R>(w));
+  return Launch(TileKernel<R, P>, GridFor(blocks), kTileThreads, bytes, stream, f, Axes<R>(w));
 }
 
 template <Pass P>
 ffi::Error LaunchTiles(cudaStream_t stream, const Forward& f, const Window& w) {
-  if (w.rank <= 3) {
-    return f.filters.block == 8 ? LaunchTiles<3, 8, P>(stream, f, w)
-                                : LaunchTiles<3, 16, P>(stream, f, w);
-  }
-  return f.filters.block == 8 ? LaunchTiles<kMaxRank, 8, P>(stream, f, w)
-                              : LaunchTiles<kMaxRank, 16, P>(stream, f, w);
+  return w.rank <= 3 ? LaunchTiles<3, P>(stream, f, w) : LaunchTiles<kMaxRank, P>(stream, f, w);
 }
 
 // The slab of input sites that output rows [begin, end) read.
@@ -737,7 +865,7 @@ ffi::Error ConvFwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::Any
   const int64_t slabs = CeilDiv(w.output_shape[0], plan.slab_rows);
 
   Forward f = {};
-  f.filters.block = s.out_channels <= 8 ? 8 : 16;
+  f.filters.block = kBlock;
   f.filters.in_channels = static_cast<int>(s.in_channels);
   f.filters.out_channels = static_cast<int>(s.out_channels);
   f.filters.taps = static_cast<int>(w.taps);
@@ -830,7 +958,6 @@ constexpr int kGradientWarps = kGradientThreads / 32;
 constexpr int kEntries = 2;                              // of a thread
 constexpr int kStrip = kGradientThreads * kEntries;      // entries that a block takes at a time
 constexpr int kBiasStrip = 8192;                         // as in ilajax/ops/_plans_cuda.py
-constexpr int kGradientBlock = 8;                        // output channels in registers
 constexpr int64_t kMaxSums = 96 * 1024;                  // bytes of sums in shared memory, as there
 
 struct Backward {
@@ -855,11 +982,11 @@ struct Backward {
   float* bias_sums;  // [item][channel][strip]
 
   ILAJAX_HOST_DEVICE int copies() const { return sums_in_shared ? 1 : kGradientWarps; }
-  ILAJAX_HOST_DEVICE int width() const { return filters.blocks() * kGradientBlock; }
-  ILAJAX_HOST_DEVICE int64_t all_parts() const { return int64_t{batch} / span * parts; }
+  ILAJAX_HOST_DEVICE int width() const { return filters.blocks() * kBlock; }
+  ILAJAX_HOST_DEVICE int64_t all_parts() const { return int64_t{batch / span} * parts; }
   ILAJAX_HOST_DEVICE int bias_strips() const { return (capacity + kBiasStrip - 1) / kBiasStrip; }
   ILAJAX_HOST_DEVICE int64_t gradient_blocks() const {
-    return int64_t{items} / span * parts * filters.in_channels;
+    return int64_t{items / span} * parts * filters.in_channels;
   }
   ILAJAX_HOST_DEVICE int64_t bias_blocks() const {
     return slab > 0 ? 0 : int64_t{items} * filters.out_channels * bias_strips();
@@ -884,7 +1011,7 @@ __device__ float WarpSum8(float (&v)[8]) {
 
 // The sum of a strip of a channel's kept cotangents.
 template <typename T>
-__device__ void SumBias(const Backward& b, const T* cotangent, int64_t task) {
+__device__ void SumBias(const Backward& b, const T* cotangent, uint32_t task) {
   __shared__ float warp_sums[kGradientWarps];
   const int64_t segment = int64_t{b.first_item} * b.filters.out_channels + task / b.bias_strips();
   const int begin = static_cast<int>(task % b.bias_strips()) * kBiasStrip;
@@ -906,37 +1033,38 @@ __device__ void SumBias(const Backward& b, const T* cotangent, int64_t task) {
 }
 
 template <typename T, int R>
-__global__ void __launch_bounds__(kGradientThreads)
+__global__ void __launch_bounds__(kGradientThreads, 5)
     GradientKernel(Backward b, Axes<R> axes, const T* values, const T* cotangent, T* values_bar) {
-  extern __shared__ uint32_t shared[];
-  const int64_t task = blockIdx.x;
-  if (task >= b.gradient_blocks()) return SumBias(b, cotangent, task - b.gradient_blocks());
+  uint4* shared = DynamicShared();
+  const uint32_t task = blockIdx.x;
+  if (task >= b.gradient_blocks()) {
+    return SumBias(b, cotangent, task - static_cast<uint32_t>(b.gradient_blocks()));
+  }
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int ic = static_cast<int>(task % b.filters.in_channels);
-  const int64_t part = task / b.filters.in_channels;  // of the chunk
+  const int part = static_cast<int>(task / b.filters.in_channels);  // of the chunk
   const int blocks = b.filters.blocks(), width = b.width();
   TapList<R> taps;
   taps.Fill(axes, b.filters.live + b.filters.Row(0, ic), blocks, b.filters.Row(1, 0), b.filters.taps,
-            reinterpret_cast<int32_t*>(shared));
+            shared);
 
   // The sums of the weights, a copy for each warp.
   const int sum_count = b.filters.taps * width;
-  const int64_t all_part = int64_t{b.first_item} / b.span * b.parts + part;
+  const int64_t all_part = int64_t{b.first_item / b.span} * b.parts + part;
   float* out = b.sums + ((b.slab * b.all_parts() + all_part) * b.filters.in_channels + ic) * b.copies() *
                             int64_t{sum_count};
   float* sums = b.sums_in_shared
-                    ? reinterpret_cast<float*>(
-                          shared + TapList<R>::SharedBytes(b.filters.taps, (blocks + 31) / 32) / 4)
+                    ? reinterpret_cast<float*>(shared + TapList<R>::SharedBytes(b.filters.taps, (blocks + 31) / 32) / sizeof(uint4))
                     : out;
   for (int i = threadIdx.x; i < sum_count * kGradientWarps; i += kGradientThreads) sums[i] = 0.0f;
   __syncthreads();
   float* own = sums + int64_t{warp} * sum_count;
 
   const int strips = (b.slots + kStrip - 1) / kStrip;
-  const int piece = static_cast<int>(part % b.parts);
-  const int first_strip = static_cast<int>(int64_t{strips} * piece / b.parts);
-  const int last_strip = static_cast<int>(int64_t{strips} * (piece + 1) / b.parts);
-  const int first_item = static_cast<int>(part / b.parts) * b.span;
+  const int piece = part % b.parts, share = strips / b.parts, rest = strips % b.parts;
+  const int first_strip = share * piece + min(piece, rest);
+  const int last_strip = first_strip + share + (piece < rest ? 1 : 0);
+  const int first_item = part / b.parts * b.span;
   for (int item = first_item; item < first_item + b.span; ++item) {
     const int64_t batch_item = int64_t{b.first_item} + item;
     const int64_t segment = (batch_item * b.filters.in_channels + ic) * b.slots;
@@ -961,6 +1089,7 @@ __global__ void __launch_bounds__(kGradientThreads)
       }
       if (!__any_sync(kWarp, any)) continue;
       for (int k = 0; k < taps.count; ++k) {
+        const auto entry = taps.entries[k];
         uint32_t site[kEntries];
 #pragma unroll
         for (int e = 0; e < kEntries; ++e) {
@@ -968,7 +1097,7 @@ __global__ void __launch_bounds__(kGradientThreads)
           uint32_t key = 0;
 #pragma unroll
           for (int a = 0; a < R; ++a) {
-            int32_t o = p[e][a] + axes.low[a] - taps.Offset(k, a);
+            int32_t o = p[e][a] + axes.low[a] - entry.offset[a];
             if (axes.stride[a] != 1) {
               inside &= o % axes.stride[a] == 0;
               o /= axes.stride[a];
@@ -978,7 +1107,7 @@ __global__ void __launch_bounds__(kGradientThreads)
           }
           site[e] = inside ? key - static_cast<uint32_t>(b.map.begin) : 0xffffffffu;
         }
-        const int tap = taps.Tap(k);
+        const int tap = entry.tap;
         for (int g = 0; g < b.map.groups(); ++g) {
           const SiteMapView map(b.map, item, g);
           uint2 row[kEntries];
@@ -989,13 +1118,13 @@ __global__ void __launch_bounds__(kGradientThreads)
             reached |= row[e].x;
           }
           if (!__any_sync(kWarp, reached != 0)) continue;
-          const int group_blocks = (b.map.group_channels(g) + 7) / kGradientBlock;
+          const int group_blocks = (b.map.group_channels(g) + 7) / kBlock;
           for (int j = 0; j < group_blocks; ++j) {
-            const int block = g * (kMapGroup / kGradientBlock) + j;
+            const int block = g * (kMapGroup / kBlock) + j;
             if (!(taps.Live(block / 32, tap) >> (block % 32) & 1)) continue;
             if (!__any_sync(kWarp, (reached >> (8 * j) & 0xff) != 0)) continue;
             const float4* weight = reinterpret_cast<const float4*>(
-                b.filters.weights + (b.filters.Row(block, ic) + tap) * kGradientBlock);
+                b.filters.weights + (b.filters.Row(block, ic) + tap) * kBlock);
             const float4 low = weight[0], high = weight[1];
             const float w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
             float w_bar[8] = {};
@@ -1004,19 +1133,30 @@ __global__ void __launch_bounds__(kGradientThreads)
               const uint32_t mask = row[e].x >> (8 * j) & 0xff;
               if (mask == 0) continue;
               const float* cotangents =
-                  map.values + row[e].y + __popc(row[e].x & ((1u << (8 * j)) - 1));
+                  map.values + (row[e].y & ~kNotFinite) + __popc(row[e].x & ((1u << (8 * j)) - 1));
+              const bool plain = x[e] != 0.0f && !(row[e].y & kNotFinite);
+              if (plain) {
 #pragma unroll
-              for (int c = 0; c < 8; ++c) {
-                if (!(mask >> c & 1)) continue;
-                const float g_out = *cotangents++;
-                if (w[c] != 0.0f) x_bar[e] += g_out * w[c];
-                if (x[e] != 0.0f) w_bar[c] += g_out * x[e];
+                for (int c = 0; c < kBlock; ++c) {
+                  if (!(mask >> c & 1)) continue;
+                  const float g_out = *cotangents++;
+                  x_bar[e] += g_out * w[c];
+                  w_bar[c] += g_out * x[e];
+                }
+              } else {  // a zero factor adds nothing
+#pragma unroll
+                for (int c = 0; c < kBlock; ++c) {
+                  if (!(mask >> c & 1)) continue;
+                  const float g_out = *cotangents++;
+                  if (w[c] != 0.0f) x_bar[e] += g_out * w[c];
+                  if (x[e] != 0.0f) w_bar[c] += g_out * x[e];
+                }
               }
             }
             const float sum = WarpSum8(w_bar);
             if (lane % 4 == 0) {
               const int c = lane / 4;
-              own[tap * width + block * kGradientBlock + c] += sum;
+              own[tap * width + block * kBlock + c] += sum;
             }
           }
         }
@@ -1121,7 +1261,7 @@ ffi::Error ConvBwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::Any
   chunk_items = std::min(chunk_items, std::max<int64_t>(s.batch, span));
 
   Backward b = {};
-  b.filters.block = kGradientBlock;
+  b.filters.block = kBlock;
   b.filters.in_channels = static_cast<int>(s.in_channels);
   b.filters.out_channels = static_cast<int>(s.out_channels);
   b.filters.taps = static_cast<int>(w.taps);

@@ -2,9 +2,10 @@
 //
 //   x T[B, sites, C] -> keys s32[B, C, K], values T[B, C, K], workspace
 //
-// common/cuda_select.cuh over the sites of each (sample, channel), which stand C apart: the channels of one
-// chunk go to neighbouring blocks, so that x comes out of the L2 cache for all but the first. x is read once
-// for each pass: twice where nothing can be cut, else up to six times. Its gradient is to_dense.
+// common/cuda_select.cuh over the sites of each (sample, channel), which stand C apart: the
+// channels of one chunk go to neighbouring blocks, so that x comes out of the L2 cache for all but
+// the first. x is read once for each pass: twice where nothing can be cut, else up to six times.
+// Its gradient is to_dense.
 
 #include <cstdint>
 
@@ -36,8 +37,8 @@ ffi::Error FromDenseFwdImpl(cudaStream_t stream, ffi::AnyBuffer x,
   ILAJAX_RETURN_IF_ERROR(
       CheckWorkspace("from_dense", *workspace, SelectWorkspace(batch * channels, sites, chunk)));
   return DispatchFloat(x.element_type(), [&]<typename T>() {
-    const Entries<T> entries = {nullptr, Data<T>(x), batch * channels, channels,
-                                sites,   sites,      select};
+    const Entries<T> entries = {nullptr, Data<T>(x), batch * channels, channels, sites,
+                                sites,   select};
     return LaunchSelect(stream, entries, chunk, workspace->untyped_data(), keys->typed_data(),
                         Data<T>(*values), capacity);
   });

@@ -1,11 +1,12 @@
 // k-selection of stored entries on the GPU, and its gradient.
 //
-//   keys s32[B, C, K], values T[B, C, K] -> kept_keys s32[B, C, K'], kept_values T[B, C, K'], workspace
+//   keys s32[B, C, K], values T[B, C, K] -> kept_keys s32[B, C, K'], kept_values T[B, C, K'],
+//   workspace
 //
-// Forward: common/cuda_select.cuh, a radix select and ordered emission; a block for each segment, or for
-// each chunk of long ones.
-// Backward: one thread an entry finds its key among the kept ones by bisection. Keys and cotangents are read
-// once, values_bar is written once; the kept keys of a segment stay in the caches.
+// Forward: common/cuda_select.cuh, a radix select and ordered emission; a block for each segment,
+// or for each chunk of long ones. Backward: one thread an entry finds its key among the kept ones
+// by bisection. Keys and cotangents are read once, values_bar is written once; the kept keys of a
+// segment stay in the caches.
 
 #include <cstdint>
 
@@ -112,7 +113,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(KSelectBwd, ilajax::KSelectBwdImpl,
                                   .Ctx<ilajax::Stream>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // keys
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // kept_keys
-                                  .Arg<xla::ffi::AnyBuffer>()              // cotangent of kept_values
-                                  .Ret<xla::ffi::AnyBuffer>()              // values_bar
+                                  .Arg<xla::ffi::AnyBuffer>()  // cotangent of kept_values
+                                  .Ret<xla::ffi::AnyBuffer>()  // values_bar
                                   .Attr<int64_t>("sites"),
                               {xla::ffi::Traits::kCmdBufferCompatible});

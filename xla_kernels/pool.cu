@@ -1,18 +1,19 @@
 // Pooling over non-overlapping cells on the GPU, and its gradient.
 //
-//   keys s32[B, C or 1, K], values T[B, C, K] -> pooled_keys s32[B, C or 1, K'], pooled T[B, C, K'], workspace
+//   keys s32[B, C or 1, K], values T[B, C, K] -> pooled_keys s32[B, C or 1, K'], pooled T[B, C,
+//   K'], workspace
 //
-// Forward: the cells of a segment are cut into slabs, each a block's. A slab's entries lie in a contiguous
-// range of keys, found by bisection, and mark their cells in a bitmap in shared memory. One launch counts the
-// cells in use; the next finds the bitmap again, ranks its bits, which are in the order of the output, and
-// one thread a cell gathers the cell's entries, in the order of their keys. So sums are repeatable, without
-// float atomics, and there is no grid-sized buffer. Where K' cuts, the cells go to the workspace and
-// k-selection (common/cuda_select.cuh) follows, for as many segments at a time as fit.
-// Backward: max: one thread a kept cell finds its largest entry again and hands it the cotangent. avg: one
-// thread an entry finds its cell among the kept ones.
+// Forward: the cells of a segment are cut into slabs, each a block's. A slab's entries lie in a
+// contiguous range of keys, found by bisection, and mark their cells in a bitmap in shared memory.
+// One launch counts the cells in use; the next finds the bitmap again, ranks its bits, which are in
+// the order of the output, and one thread a cell gathers the cell's entries, in the order of their
+// keys. So sums are repeatable, without float atomics, and there is no grid-sized buffer. Where K'
+// cuts, the cells go to the workspace and k-selection (common/cuda_select.cuh) follows, for as many
+// segments at a time as fit. Backward: max: one thread a kept cell finds its largest entry again
+// and hands it the cotangent. avg: one thread an entry finds its cell among the kept ones.
 //
-// Traffic: the keys are read about twice for a slab that is a run of rows, and once more with the values by
-// the gather, whose bisections stay in the caches.
+// Traffic: the keys are read about twice for a slab that is a run of rows, and once more with the
+// values by the gather, whose bisections stay in the caches.
 
 #include <cstdint>
 
@@ -100,8 +101,8 @@ __device__ float SitesOf(const Window& w, uint32_t cell) {
   return static_cast<float>(sites);
 }
 
-// Calls f(slot) for the stored entries of a cell, in the order of their keys. The cell is a set of runs of
-// consecutive keys; each is found by a bisection that starts where the one before ended.
+// Calls f(slot) for the stored entries of a cell, in the order of their keys. The cell is a set of
+// runs of consecutive keys; each is found by a bisection that starts where the one before ended.
 template <typename F>
 __device__ void ForCell(const Window& w, uint32_t cell, const int32_t* keys, int64_t slots, F&& f) {
   // A run goes along `axis`, over the trailing axes which the cell spans whole.
@@ -143,8 +144,8 @@ __device__ void ForCell(const Window& w, uint32_t cell, const int32_t* keys, int
   }
 }
 
-// The largest entry of a cell: NaN beats numbers, and nothing beats NaN; of equal values the first stays.
-// -1 if there is none.
+// The largest entry of a cell: NaN beats numbers, and nothing beats NaN; of equal values the first
+// stays. -1 if there is none.
 template <typename T>
 __device__ int64_t LargestOf(const Window& w, uint32_t cell, const int32_t* keys, const T* values,
                              int64_t slots) {
@@ -168,7 +169,8 @@ struct Bitmap {
 };
 
 // Marks the cells of a slab; by all threads of a block.
-__device__ void MarkCells(const PoolShape& s, const int32_t* keys, int64_t first_cell, Bitmap& bitmap) {
+__device__ void MarkCells(const PoolShape& s, const int32_t* keys, int64_t first_cell,
+                          Bitmap& bitmap) {
   for (int i = threadIdx.x; i < kSlabWords; i += kThreads) bitmap.words[i] = 0;
   __syncthreads();
   const int64_t cells = min(kSlab, s.w.output_sites - first_cell);
@@ -238,8 +240,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Writes the cells of `count` segments from `first` in the order of their keys, `capacity` slots for each.
-// With a shared support the first channel writes the keys.
+// Writes the cells of `count` segments from `first` in the order of their keys, `capacity` slots
+// for each. With a shared support the first channel writes the keys.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     PoolKernel(PoolShape s, int64_t first, int64_t count, const int32_t* keys, const T* values,
@@ -333,8 +335,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The workspace for `count` segments at a time: counts of their slabs, and where the selection cuts their
-// cells and what it needs itself.
+// The workspace for `count` segments at a time: counts of their slabs, and where the selection cuts
+// their cells and what it needs itself.
 template <typename T>
 struct PoolWorkspace {
   int32_t* counts;
@@ -368,7 +370,8 @@ ffi::Error PoolFwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::Any
     return InvalidArgument("pool: the plan has an entry below 1");
   }
   return DispatchFloat(values.element_type(), [&]<typename T>() -> ffi::Error {
-    // With a shared support nothing is cut but for one channel, which is as good as keys of its own.
+    // With a shared support nothing is cut but for one channel, which is as good as keys of its
+    // own.
     if (!s.Cuts()) segments_at_once = s.segments();
     const PoolWorkspace<T> own(Carver(workspace->untyped_data()), s, segments_at_once, chunk);
     ILAJAX_RETURN_IF_ERROR(CheckWorkspace("pool", *workspace, own.bytes));
@@ -389,7 +392,7 @@ ffi::Error PoolFwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::Any
           Launch(CountKernel, grid, kThreads, 0, stream, s, first, count, key, own.counts));
       ILAJAX_RETURN_IF_ERROR(Launch(PoolKernel<T>, grid, kThreads, 0, stream, s, first, count, key,
                                     value, own.counts, s.most_cells(), own.keys, own.values));
-      const Entries<T> cells = {own.keys,       own.values,       count,          1,
+      const Entries<T> cells = {own.keys,       own.values,       count,         1,
                                 s.most_cells(), s.w.output_sites, Select::kValue};
       ILAJAX_RETURN_IF_ERROR(LaunchSelect(stream, cells, chunk, own.select,
                                           pooled_keys->typed_data() + first * s.capacity,

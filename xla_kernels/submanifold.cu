@@ -1,18 +1,17 @@
 // Submanifold convolution on the GPU, and its gradient: responses at the input's own sites.
 //
-// Forward: one thread a site, with a tile of output channels in its registers. For each tap it finds the
-// neighbour by bisection (a neighbour's slot is no further away than its key, so that a step along the last
-// axis costs one probe), then adds the neighbour's inputs times rows of weights, which all threads of a warp
-// read at the same address. No shared memory, no barriers.
-// Backward: values_bar is the same with mirrored taps and a transposed filter. weights_bar: a block takes a
-// (run of sites, tap, 16 x 16 channels) and keeps a pair of channels in each thread; the runs are a fixed
-// number, whose sums are added in order. So nothing depends on scheduling.
+// Forward: one thread a site, with a tile of output channels in its registers. For each tap it
+// finds the neighbour by bisection (a neighbour's slot is no further away than its key, so that a
+// step along the last axis costs one probe), then adds the neighbour's inputs times rows of
+// weights, which all threads of a warp read at the same address. No shared memory, no barriers.
+// Backward: values_bar is the same with mirrored taps and a transposed filter. weights_bar: a block
+// takes a (run of sites, tap, 16 x 16 channels) and keeps a pair of channels in each thread; the
+// runs are a fixed number, whose sums are added in order. So nothing depends on scheduling.
 //
-// The filter stands in the workspace as dense rows, for a block of channels at a time where it is large.
-// Traffic: neighbours' values once for each tap with live weights and tile of 32 channels, mostly from the
-// caches, since neighbours of consecutive sites lie together; features are written once, coalesced.
-
-#include "xla_kernels/submanifold.h"
+// The filter stands in the workspace as dense rows, for a block of channels at a time where it is
+// large. Traffic: neighbours' values once for each tap with live weights and tile of 32 channels,
+// mostly from the caches, since neighbours of consecutive sites lie together; features are written
+// once, coalesced.
 
 #include <cstdint>
 
@@ -21,6 +20,7 @@
 #include "xla_kernels/common/ffi.h"
 #include "xla_kernels/common/window.h"
 #include "xla_kernels/common/workspace.h"
+#include "xla_kernels/submanifold.h"
 
 namespace ilajax {
 namespace {
@@ -32,7 +32,8 @@ constexpr int kNarrowTile = 8;  // and where no more are needed
 constexpr int kPairs = 16;      // weights_bar: a block has kPairs x kPairs channels,
 constexpr int kStep = 32;       // and takes so many sites at a time
 
-// A dense filter of `block` columns, which are output channels from `first`; transposed: input channels.
+// A dense filter of `block` columns, which are output channels from `first`; transposed: input
+// channels.
 //   rows f32[tap][row][block], live u8[tap][row][tile]
 struct Filter {
   float* rows;
@@ -47,7 +48,9 @@ struct Filter {
     const int64_t all = transposed ? in_channels : out_channels;
     return all - first < block ? all - first : block;
   }
-  __host__ __device__ int64_t tile() const { return columns() <= kNarrowTile ? kNarrowTile : kTile; }
+  __host__ __device__ int64_t tile() const {
+    return columns() <= kNarrowTile ? kNarrowTile : kTile;
+  }
   __host__ __device__ int64_t tiles() const { return (columns() + tile() - 1) / tile(); }
 
   __device__ int64_t Row(int64_t tap, int64_t row) const { return tap * row_channels() + row; }
@@ -88,8 +91,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // The slot of the site at the tap's offset from slot i, or at minus that; -1 if there is none.
-__device__ int64_t Neighbour(const Window& w, const int32_t* keys, int64_t slots, int64_t i, int64_t tap,
-                             bool mirrored) {
+__device__ int64_t Neighbour(const Window& w, const int32_t* keys, int64_t slots, int64_t i,
+                             int64_t tap, bool mirrored) {
   const int32_t own = keys[i];
   if (own < 0 || own >= w.input_sites) return -1;
   uint32_t place = static_cast<uint32_t>(own), rest = static_cast<uint32_t>(tap);
@@ -127,8 +130,8 @@ __device__ void AddProducts(float x, const float* weights, float (&sums)[kColumn
   }
 }
 
-// One direction of the convolution: from `in` T[items, rows of the filter, slots] to a block of the channels
-// of `out` T[items, out_channels, slots].
+// One direction of the convolution: from `in` T[items, rows of the filter, slots] to a block of the
+// channels of `out` T[items, out_channels, slots].
 template <typename T>
 struct Apply {
   Window w;
@@ -214,8 +217,8 @@ __global__ void __launch_bounds__(kPairs* kPairs) WeightSumsKernel(WeightSums<T>
     for (int64_t unit = part * units / a.parts; unit < (part + 1) * units / a.parts; ++unit) {
       const int64_t item = group * a.items + unit / chunks, i = unit % chunks * kStep + lane;
       if (threadIdx.x < kStep) {
-        neighbours[lane] = i < a.slots ? Neighbour(a.w, a.keys + item * a.slots, a.slots, i, tap, false)
-                                       : -1;
+        neighbours[lane] =
+            i < a.slots ? Neighbour(a.w, a.keys + item * a.slots, a.slots, i, tap, false) : -1;
       }
       __syncthreads();
       const int64_t slot = neighbours[lane];
@@ -244,10 +247,11 @@ __global__ void __launch_bounds__(kPairs* kPairs) WeightSumsKernel(WeightSums<T>
 
 // weights_bar[group][n] for the live weights of the block: the sum over the parts, in their order.
 __global__ void __launch_bounds__(kThreads)
-    GatherKernel(Filter f, int64_t groups, int64_t parts, int64_t weights, const int32_t* kernel_keys,
-                 const float* sums, float* weights_bar) {
+    GatherKernel(Filter f, int64_t groups, int64_t parts, int64_t weights,
+                 const int32_t* kernel_keys, const float* sums, float* weights_bar) {
   const int64_t stride = int64_t{gridDim.x} * kThreads;
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < groups * weights; i += stride) {
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < groups * weights;
+       i += stride) {
     int64_t tap = 0, ic = 0, oc = f.first;
     const bool stored = Decode(f, kernel_keys[i % weights], tap, ic, oc);
     if (oc < f.first || oc >= f.first + f.columns()) continue;
@@ -289,7 +293,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // Makes the filter of the block of columns from `first`.
 ffi::Error Fill(cudaStream_t stream, const SubmanifoldShape& s, const Filter& f,
-                const int32_t* kernel_keys, const float* weights, int64_t count, int32_t* responses) {
+                const int32_t* kernel_keys, const float* weights, int64_t count,
+                int32_t* responses) {
   const int64_t cells = f.taps * f.row_channels() * f.block;
   ILAJAX_RETURN_IF_ERROR(Launch(ZeroKernel, GridFor(CeilDiv(cells, kThreads)), kThreads, 0, stream,
                                 f, count, responses));
@@ -315,9 +320,10 @@ Filter CarveFilter(Carver& carver, const Window& w, const SubmanifoldShape& s, i
   return f;
 }
 
-ffi::Error SubmanifoldFwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::AnyBuffer values,
-                              ffi::Buffer<ffi::S32> kernel_keys, ffi::Buffer<ffi::F32> weights,
-                              ffi::Buffer<ffi::F32> bias, ffi::Result<ffi::AnyBuffer> features,
+ffi::Error SubmanifoldFwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys,
+                              ffi::AnyBuffer values, ffi::Buffer<ffi::S32> kernel_keys,
+                              ffi::Buffer<ffi::F32> weights, ffi::Buffer<ffi::F32> bias,
+                              ffi::Result<ffi::AnyBuffer> features,
                               ffi::Result<ffi::Buffer<ffi::S32>> responses,
                               ffi::Result<ffi::Buffer<ffi::U8>> workspace, Span input_shape,
                               Span window_shape, Span strides, Span dilation, Span low,
@@ -358,15 +364,13 @@ ffi::Error SubmanifoldFwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, f
   });
 }
 
-ffi::Error SubmanifoldBwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::AnyBuffer values,
-                              ffi::Buffer<ffi::S32> kernel_keys, ffi::Buffer<ffi::F32> weights,
-                              ffi::AnyBuffer cotangent, ffi::Result<ffi::AnyBuffer> values_bar,
-                              ffi::Result<ffi::Buffer<ffi::F32>> weights_bar,
-                              ffi::Result<ffi::Buffer<ffi::F32>> bias_bar,
-                              ffi::Result<ffi::Buffer<ffi::U8>> workspace, Span input_shape,
-                              Span window_shape, Span strides, Span dilation, Span low,
-                              Span output_shape, int64_t in_block, int64_t out_block,
-                              int64_t parts) {
+ffi::Error SubmanifoldBwdImpl(
+    cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::AnyBuffer values,
+    ffi::Buffer<ffi::S32> kernel_keys, ffi::Buffer<ffi::F32> weights, ffi::AnyBuffer cotangent,
+    ffi::Result<ffi::AnyBuffer> values_bar, ffi::Result<ffi::Buffer<ffi::F32>> weights_bar,
+    ffi::Result<ffi::Buffer<ffi::F32>> bias_bar, ffi::Result<ffi::Buffer<ffi::U8>> workspace,
+    Span input_shape, Span window_shape, Span strides, Span dilation, Span low, Span output_shape,
+    int64_t in_block, int64_t out_block, int64_t parts) {
   Window w;
   SubmanifoldShape s;
   ILAJAX_RETURN_IF_ERROR(
@@ -378,16 +382,13 @@ ffi::Error SubmanifoldBwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, f
   if (values_bar->element_type() != values.element_type()) {
     return InvalidArgument("submanifold: values and values_bar have different dtypes");
   }
-  const int64_t groups =
-      weights_bar->dimensions().size() == 2 ? weights_bar->dimensions()[0] : 0;
+  const int64_t groups = weights_bar->dimensions().size() == 2 ? weights_bar->dimensions()[0] : 0;
   if (groups < 1 || s.batch % groups != 0) {
     return InvalidArgument("submanifold: a batch of ", s.batch, " does not hold ", groups,
                            " groups");
   }
-  ILAJAX_RETURN_IF_ERROR(
-      CheckShape("submanifold: weights_bar", *weights_bar, {groups, s.weights}));
-  ILAJAX_RETURN_IF_ERROR(
-      CheckShape("submanifold: bias_bar", *bias_bar, {groups, s.out_channels}));
+  ILAJAX_RETURN_IF_ERROR(CheckShape("submanifold: weights_bar", *weights_bar, {groups, s.weights}));
+  ILAJAX_RETURN_IF_ERROR(CheckShape("submanifold: bias_bar", *bias_bar, {groups, s.out_channels}));
   if (in_block < kTile || in_block % kTile != 0 || out_block < 1 || parts < 1) {
     return InvalidArgument("submanifold: the plan is out of range");
   }
@@ -399,8 +400,8 @@ ffi::Error SubmanifoldBwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, f
   ILAJAX_RETURN_IF_ERROR(CheckWorkspace("submanifold", *workspace, sums_carver.used()));
   return DispatchFloat(values.element_type(), [&]<typename T>() -> ffi::Error {
     for (f.first = 0; f.first < s.in_channels; f.first += in_block) {
-      ILAJAX_RETURN_IF_ERROR(Fill(stream, s, f, kernel_keys.typed_data(), weights.typed_data(), 0,
-                                  nullptr));
+      ILAJAX_RETURN_IF_ERROR(
+          Fill(stream, s, f, kernel_keys.typed_data(), weights.typed_data(), 0, nullptr));
       const Apply<T> apply = {w,
                               f,
                               s.batch,

@@ -10,14 +10,15 @@ from ilajax.ops._plans import Plan
 
 _BUDGET = 256 << 20
 _GROUP = 32  # channels of a site map's mask
+_BLOCK = 8  # output channels of a block
 _MAX_TILE = 8192  # output sites of a block
 _MIN_TILE = 512
+_TILE_WARPS = 8
 _BLOCKS = 528  # blocks that fill a large GPU: 4 for each of 132 multiprocessors
 _BINS = 2048
 _TILES_OF_RUN = 64
 _STRIP = 256  # stored entries of a block of the gradient kernel
 _BIAS_STRIP = 8192
-_GRADIENT_BLOCK = 8
 _GRADIENT_WARPS = 4
 _MAX_SUMS = 96 << 10
 
@@ -33,13 +34,12 @@ def conv_forward(
     """Blocks are (item, block of output channels, tile of output sites)."""
     most = budget(window)
     batch = max(batch, 1)
-    block = 8 if out_channels <= 8 else 16
-    blocks = _ceil(out_channels, block)
+    blocks = _ceil(out_channels, _BLOCK)
     all_rows, row = window.output_shape[0], _row(window.output_shape)
     tile = _MAX_TILE
     while tile > _MIN_TILE and batch * blocks * _ceil(window.output_sites, tile) < _BLOCKS:
         tile //= 2
-    filters = _filters(window, in_channels, out_channels, block)
+    filters = _filters(window, in_channels, out_channels)
 
     def size(items: int, rows: int, pool: int) -> int:
         slabs = _ceil(all_rows, rows)
@@ -54,13 +54,14 @@ def conv_forward(
                 items * blocks,
                 1,
                 1,
-                items * out_channels * runs * 2,
+                items * out_channels * runs * 3,
                 items * blocks * runs,
                 items * blocks * tiles,
-                items * out_channels * tiles * 2,
+                items * out_channels * tiles * 3,
+                items * blocks * tiles * _TILE_WARPS * _BLOCK // 2,
                 items * blocks * tiles * 2,
                 pool,
-                pool * block,
+                pool * _BLOCK,
             )
         )
 
@@ -74,7 +75,7 @@ def conv_forward(
         items = _ceil(batch, _ceil(batch, items))  # chunks of one size
     # No site is out of reach of more entries than there are.
     sites = min(window.output_sites, in_channels * slots * window.taps)
-    room = (most - size(items, rows, 0) - 256) // (4 + 4 * block)
+    room = (most - size(items, rows, 0) - 256) // (4 + 4 * _BLOCK)
     pool = max(0, min(items * blocks * sites, room, 2**31 - 1))
     attributes = {"chunk_items": items, "slab_rows": rows, "tile": tile, "pool_rows": pool}
     return Plan(size(items, rows, pool), attributes)
@@ -93,12 +94,12 @@ def conv_backward(
     most = budget(window)
     batch = max(batch, groups)
     group_items = batch // groups
-    width = _ceil(out_channels, _GRADIENT_BLOCK) * _GRADIENT_BLOCK
+    width = _ceil(out_channels, _BLOCK) * _BLOCK
     row_sums = window.taps * width * 4
     copies = 1 if row_sums * _GRADIENT_WARPS <= _MAX_SUMS else _GRADIENT_WARPS
     part_bytes = in_channels * copies * row_sums
     all_rows = window.input_shape[0]
-    filters = _filters(window, in_channels, out_channels, _GRADIENT_BLOCK)
+    filters = _filters(window, in_channels, out_channels)
     bias = _align(4 * batch * out_channels * _ceil(capacity, _BIAS_STRIP))
     sums = max(most // 8, part_bytes)
 
@@ -141,9 +142,9 @@ def _site_map(items: int, channels: int, slots: int, sites: int) -> int:
     return _align(words * 8) + _align(items * channels * slots * 8) + _align(items * channels * slots * 4)
 
 
-def _filters(window: Window, in_channels: int, out_channels: int, block: int) -> int:
-    rows = _ceil(out_channels, block) * in_channels * window.taps
-    return _align(rows * block * 4) + _align(rows)
+def _filters(window: Window, in_channels: int, out_channels: int) -> int:
+    rows = _ceil(out_channels, _BLOCK) * in_channels * window.taps
+    return _align(rows * _BLOCK * 4) + _align(rows)
 
 
 def _reads(window: Window, rows: int) -> int:

@@ -280,14 +280,17 @@ def _dense_planes(keys: jax.Array, values: jax.Array, sites: int) -> jax.Array:
 
 def _forward_native(config, platform, groups, keys, values, kernel_keys, weights, bias):
     shape = (values.shape[0], bias.size, config.capacity)
-    plan = _plans.conv_forward(
-        config.window,
-        values.shape[0],
-        values.shape[1],
-        bias.size,
-        config.capacity,
-        values.dtype.itemsize,
-    )
+    if platform == "cuda":
+        plan = _plans_cuda.conv_forward(config.window, *values.shape, bias.size, config.capacity)
+    else:
+        plan = _plans.conv_forward(
+            config.window,
+            values.shape[0],
+            values.shape[1],
+            bias.size,
+            config.capacity,
+            values.dtype.itemsize,
+        )
     outputs = (
         jax.ShapeDtypeStruct(shape, jnp.int32),
         jax.ShapeDtypeStruct(shape, values.dtype),

@@ -356,7 +356,8 @@ def concatenate(tensors: Sequence[SparseTensor]) -> SparseTensor:
                     f"{getattr(x, name)} in tensors[{i}]."
                 )
     if all(x.shared and x.keys is head.keys for x in tensors):
-        return head.with_values(jnp.concatenate([x.values for x in tensors], axis=1))
+        values = [pad_slots(x, x.capacity).values for x in tensors]
+        return head.with_values(jnp.concatenate(values, axis=1))
     slots = max(x.capacity for x in tensors)
     padded = [pad_slots(x.unshare(), slots) for x in tensors]
     return SparseTensor(

@@ -75,8 +75,10 @@ def check_select(select: str) -> None:
 def pad_slots(x: SparseTensor, capacity: int) -> SparseTensor:
     """The same tensor with padding appended up to `capacity` slots, which must not be fewer."""
     pad = [(0, 0), (0, 0), (0, capacity - x.capacity)]
+    # The mask keeps cotangents at x's own padding from going through.
+    values = jnp.where(x.keys < x.sites, x.values, 0)
     return SparseTensor(
-        jnp.pad(x.keys, pad, constant_values=x.sites), jnp.pad(x.values, pad), x.spatial_shape
+        jnp.pad(x.keys, pad, constant_values=x.sites), jnp.pad(values, pad), x.spatial_shape
     )
 
 

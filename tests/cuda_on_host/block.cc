@@ -38,12 +38,13 @@ struct Fiber {
   void* fake_stack = nullptr;  // AddressSanitizer's
   uint3 index;
   State state = State::kDone;
-  uint32_t mask = 0;          // lanes it waits for
-  const char* file = "";      // the barrier it waits at
+  uint32_t mask = 0;      // lanes it waits for
+  const char* file = "";  // the barrier it waits at
   int line = 0;
 };
 
-// A warp's exchange: what its lanes hand over, in turns, since nobody is more than one exchange ahead.
+// A warp's exchange: what its lanes hand over, in turns, since nobody is more than one exchange
+// ahead.
 struct Warp {
   uint64_t values[2][32];
   int turn[32];
@@ -105,8 +106,7 @@ void Start(Fiber& fiber, unsigned rank) {
   fiber.context.uc_stack.ss_size = kStack;
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, Main, 0);
-  fiber.index = {rank % blockDim.x, rank / blockDim.x % blockDim.y,
-                 rank / blockDim.x / blockDim.y};
+  fiber.index = {rank % blockDim.x, rank / blockDim.x % blockDim.y, rank / blockDim.x / blockDim.y};
   fiber.state = State::kReady;
   fiber.fake_stack = nullptr;
 }
@@ -174,7 +174,8 @@ void RunBlock() {
   }
 }
 
-// The kernels that ran, for the test that all did: written when the process ends, as offsets in this library.
+// The kernels that ran, for the test that all did: written when the process ends, as offsets in
+// this library.
 struct Executed {
   std::set<const void*> kernels;
   ~Executed() {
@@ -184,8 +185,9 @@ struct Executed {
     FILE* file = std::fopen(path, "a");
     if (file == nullptr) return;
     for (const void* kernel : kernels) {
-      std::fprintf(file, "%zx\n", static_cast<size_t>(static_cast<const char*>(kernel) -
-                                                      static_cast<const char*>(info.dli_fbase)));
+      std::fprintf(file, "%zx\n",
+                   static_cast<size_t>(static_cast<const char*>(kernel) -
+                                       static_cast<const char*>(info.dli_fbase)));
     }
     std::fclose(file);
   }
@@ -251,7 +253,8 @@ cudaError_t Run(const cudaLaunchConfig_t& config, const void* kernel,
   blockDim = block;
   threads = static_cast<unsigned>(count);
   body = &thread;
-  shared = std::vector<char>(config.dynamicSmemBytes);  // of that size: AddressSanitizer watches its end
+  shared =
+      std::vector<char>(config.dynamicSmemBytes);  // of that size: AddressSanitizer watches its end
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   for (uint64_t i = 0; i < blocks && error.empty(); ++i) {
     const uint64_t rank = order == Order::kForward ? i : blocks - 1 - i;
@@ -262,14 +265,16 @@ cudaError_t Run(const cudaLaunchConfig_t& config, const void* kernel,
   return error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
-std::string RunInAllOrders(const std::function<bool()>& launches, const std::vector<Bytes>& outputs) {
+std::string RunInAllOrders(const std::function<bool()>& launches,
+                           const std::vector<Bytes>& outputs) {
   std::lock_guard<std::recursive_mutex> lock(mutex);
   std::vector<std::vector<char>> first;
   const struct {
     Order order;
     const char* name;
     int rubbish;
-  } runs[] = {{Order::kForward, "forward", 0xa5}, {Order::kReverse, "reverse", 0xff},
+  } runs[] = {{Order::kForward, "forward", 0xa5},
+              {Order::kReverse, "reverse", 0xff},
               {Order::kRandom, "random", 0x3c}};
   for (const auto& run : runs) {
     order = run.order;

@@ -18,9 +18,10 @@ struct Bytes {
   size_t size;
 };
 
-// Runs `launches` in every order, each time with other rubbish in `outputs`, and compares their bytes
-// between the runs. Returns what is wrong, or "".
-std::string RunInAllOrders(const std::function<bool()>& launches, const std::vector<Bytes>& outputs);
+// Runs `launches` in every order, each time with other rubbish in `outputs`, and compares their
+// bytes between the runs. Returns what is wrong, or "".
+std::string RunInAllOrders(const std::function<bool()>& launches,
+                           const std::vector<Bytes>& outputs);
 
 }  // namespace cuda_on_host
 

@@ -1,6 +1,6 @@
-// Stands in for CUDA's <cuda_runtime.h>, so that the .cu files compile with a host compiler and run on the
-// CPU, a block at a time, its threads as fibers. See README.md. Only what the kernels use is here: a missing
-// name is a compile error, to be added next to its like.
+// Stands in for CUDA's <cuda_runtime.h>, so that the .cu files compile with a host compiler and run
+// on the CPU, a block at a time, its threads as fibers. See README.md. Only what the kernels use is
+// here: a missing name is a compile error, to be added next to its like.
 
 #ifndef ILAJAX_TESTS_CUDA_ON_HOST_CUDA_RUNTIME_H_
 #define ILAJAX_TESTS_CUDA_ON_HOST_CUDA_RUNTIME_H_
@@ -42,7 +42,8 @@ extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
-// ---- Barriers. Each knows the line it was called from: all threads that meet must come from one line.
+// ---- Barriers. Each knows the line it was called from: all threads that meet must come from one
+// line.
 
 namespace cuda_on_host {
 
@@ -74,7 +75,8 @@ T Unpack(uint64_t bits) {
   return value;
 }
 
-// The value of lane `source` within a group of `width` lanes, own where that is not in the mask's warp.
+// The value of lane `source` within a group of `width` lanes, own where that is not in the mask's
+// warp.
 template <typename T>
 T Shuffle(uint32_t mask, T value, int source, bool inside, const char* file, int line) {
   const uint64_t* values = Exchange(mask, Pack(value), file, line);
@@ -117,7 +119,8 @@ T __shfl_sync(uint32_t mask, T value, int source, int width = 32, ILAJAX_HERE) {
 template <typename T>
 T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int width = 32, ILAJAX_HERE) {
   const int lane = cuda_on_host::Lane(), source = lane - static_cast<int>(delta);
-  return cuda_on_host::Shuffle(mask, value, source & 31, source >= (lane & ~(width - 1)), file, line);
+  return cuda_on_host::Shuffle(mask, value, source & 31, source >= (lane & ~(width - 1)), file,
+                               line);
 }
 template <typename T>
 T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32, ILAJAX_HERE) {
@@ -183,8 +186,8 @@ inline int __syncthreads_and(int predicate, ILAJAX_HERE) {
   return __syncthreads_count(!predicate, file, line) == 0;
 }
 
-// ---- Atomics: fibers switch at barriers only. Sums of floats depend on the order of threads, so there are
-// none of them.
+// ---- Atomics: fibers switch at barriers only. Sums of floats depend on the order of threads, so
+// there are none of them.
 
 template <typename T, typename F>
 T cuda_on_host_atomic(T* address, F&& f) {
@@ -193,16 +196,16 @@ T cuda_on_host_atomic(T* address, F&& f) {
   *address = f(old);
   return old;
 }
-#define ILAJAX_ATOMIC(name, expression)                                                  \
-  template <typename T>                                                                  \
-  T name(T* address, std::type_identity_t<T> value) {                                    \
+#define ILAJAX_ATOMIC(name, expression)                                                     \
+  template <typename T>                                                                     \
+  T name(T* address, std::type_identity_t<T> value) {                                       \
     return cuda_on_host_atomic(address, [&](T old) { return static_cast<T>(expression); }); \
   }
 ILAJAX_ATOMIC(atomicAdd, old + value)
 ILAJAX_ATOMIC(atomicSub, old - value)
 ILAJAX_ATOMIC(atomicMin, old < value ? old : value)
 ILAJAX_ATOMIC(atomicMax, old > value ? old : value)
-ILAJAX_ATOMIC(atomicAnd, old & value)
+ILAJAX_ATOMIC(atomicAnd, old& value)
 ILAJAX_ATOMIC(atomicOr, old | value)
 ILAJAX_ATOMIC(atomicXor, old ^ value)
 ILAJAX_ATOMIC(atomicExch, (static_cast<void>(old), value))
@@ -216,8 +219,8 @@ inline void __threadfence_block() {}
 
 // ---- Arithmetic.
 
-#define ILAJAX_MIN_MAX(T)                               \
-  inline T min(T a, T b) { return b < a ? b : a; }      \
+#define ILAJAX_MIN_MAX(T)                          \
+  inline T min(T a, T b) { return b < a ? b : a; } \
   inline T max(T a, T b) { return a < b ? b : a; }
 ILAJAX_MIN_MAX(int)
 ILAJAX_MIN_MAX(unsigned)
@@ -241,14 +244,10 @@ T __ldg(const T* address) {
   return *address;
 }
 
-#define ILAJAX_VECTORS(T, name)                                                                   \
-  struct alignas(2 * sizeof(T)) name##2 {                                                         \
-    T x, y;                                                                                       \
-  };                                                                                              \
-  struct alignas(4 * sizeof(T)) name##4 {                                                         \
-    T x, y, z, w;                                                                                 \
-  };                                                                                              \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                      \
+#define ILAJAX_VECTORS(T, name)                              \
+  struct alignas(2 * sizeof(T)) name##2 { T x, y; };         \
+  struct alignas(4 * sizeof(T)) name##4 { T x, y, z, w; };   \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; } \
   inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 ILAJAX_VECTORS(float, float)
 ILAJAX_VECTORS(int, int)
@@ -278,8 +277,8 @@ cudaError_t Run(const cudaLaunchConfig_t& config, const void* kernel,
 
 }  // namespace cuda_on_host
 
-// CUDA passes a kernel's arguments without their types. The host needs those, and takes them from what
-// Launch() in xla_kernels/common/cuda.h calls them.
+// CUDA passes a kernel's arguments without their types. The host needs those, and takes them from
+// what Launch() in xla_kernels/common/cuda.h calls them.
 #define cudaLaunchKernelExC(config, function, pointers) \
   cuda_on_host::Run(*(config), function, [&] {          \
     (void)pointers;                                     \
@@ -290,7 +289,8 @@ cudaError_t Run(const cudaLaunchConfig_t& config, const void* kernel,
 template <>
 struct xla::ffi::CtxDecoding<xla::ffi::PlatformStream<cudaStream_t>> {
   using Type = cudaStream_t;
-  static std::optional<Type> Decode(const XLA_FFI_Api*, XLA_FFI_ExecutionContext*, DiagnosticEngine&) {
+  static std::optional<Type> Decode(const XLA_FFI_Api*, XLA_FFI_ExecutionContext*,
+                                    DiagnosticEngine&) {
     return nullptr;
   }
 };

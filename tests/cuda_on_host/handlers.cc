@@ -1,6 +1,7 @@
-// The CUDA handlers as CPU handlers, under the names of their targets: what XLA calls copies every buffer
-// into memory of just its size, so that AddressSanitizer sees an index beyond it, runs the handler in all
-// orders of threads, and copies the results back. An argument that a kernel writes to is an error, too.
+// The CUDA handlers as CPU handlers, under the names of their targets: what XLA calls copies every
+// buffer into memory of just its size, so that AddressSanitizer sees an index beyond it, runs the
+// handler in all orders of threads, and copies the results back. An argument that a kernel writes
+// to is an error, too.
 
 #include <cuda_runtime.h>
 #include <stdlib.h>
@@ -53,7 +54,8 @@ XLA_FFI_Error* Checked(const char* target, XLA_FFI_Handler* handler, XLA_FFI_Cal
   for (int64_t i = 0; i < frame->rets.size; ++i) {
     Copy copy(frame->rets.rets[i]);
     // Of a workspace (bytes) only what the results show of it has to be the same.
-    (copy.buffer->dtype == XLA_FFI_DataType_U8 ? all : compared).push_back({copy.data.get(), copy.size});
+    (copy.buffer->dtype == XLA_FFI_DataType_U8 ? all : compared)
+        .push_back({copy.data.get(), copy.size});
     results.push_back(std::move(copy));
   }
   XLA_FFI_Error* failure = nullptr;
@@ -61,14 +63,16 @@ XLA_FFI_Error* Checked(const char* target, XLA_FFI_Handler* handler, XLA_FFI_Cal
   std::string message = RunInAllOrders(
       [&] {
         const int rubbish[] = {0xff, 0x5a, 0x01};
-        for (const Bytes& workspace : all) std::memset(workspace.data, rubbish[run], workspace.size);
+        for (const Bytes& workspace : all)
+          std::memset(workspace.data, rubbish[run], workspace.size);
         ++run;
         failure = handler(frame);
         return failure == nullptr;
       },
       compared);
   for (Copy& argument : arguments) {
-    if (message.empty() && std::memcmp(argument.data.get(), argument.original, argument.size) != 0) {
+    if (message.empty() &&
+        std::memcmp(argument.data.get(), argument.original, argument.size) != 0) {
       message = "a kernel writes to an argument";
     }
     argument.Restore();
@@ -85,9 +89,9 @@ XLA_FFI_Error* Checked(const char* target, XLA_FFI_Handler* handler, XLA_FFI_Cal
 }  // namespace cuda_on_host
 
 #define TARGET_CPU(target, Handler)
-#define TARGET(target, Handler)                                              \
-  extern "C" XLA_FFI_Error* Handler(XLA_FFI_CallFrame*);                     \
-  extern "C" XLA_FFI_Error* target(XLA_FFI_CallFrame* frame) {               \
-    return cuda_on_host::Checked(#target, Handler, frame);                   \
+#define TARGET(target, Handler)                                                \
+  extern "C" __attribute__((weak)) XLA_FFI_Error* Handler(XLA_FFI_CallFrame*); \
+  extern "C" XLA_FFI_Error* target(XLA_FFI_CallFrame* frame) {                 \
+    return cuda_on_host::Checked(#target, Handler, frame);                     \
   }
 #include "xla_kernels/targets.def"

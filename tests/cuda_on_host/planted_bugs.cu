@@ -1,0 +1,91 @@
+// Kernels with one bug each, and the same without it: shows that the harness sees what it is for.
+//
+//   planted_bugs NAME    prints what the harness reports, or "nothing wrong"
+
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <cstring>
+
+#include "block.h"
+
+namespace {
+
+constexpr int kThreads = 64;
+
+enum class Bug {
+  kNone,
+  kMissingSyncthreads,
+  kMissingSyncwarp,
+  kSharedIndex,
+  kSharedPointer,
+  kDynamicSharedIndex,
+  kGlobalIndex,
+  kDivergentBlock,
+  kDivergentWarp,
+  kMissingThread,
+};
+
+const struct {
+  const char* name;
+  Bug bug;
+} kBugs[] = {
+    {"none", Bug::kNone},
+    {"missing_syncthreads", Bug::kMissingSyncthreads},
+    {"missing_syncwarp", Bug::kMissingSyncwarp},
+    {"shared_index", Bug::kSharedIndex},
+    {"shared_pointer", Bug::kSharedPointer},
+    {"dynamic_shared_index", Bug::kDynamicSharedIndex},
+    {"global_index", Bug::kGlobalIndex},
+    {"divergent_block", Bug::kDivergentBlock},
+    {"divergent_warp", Bug::kDivergentWarp},
+    {"missing_thread", Bug::kMissingThread},
+};
+
+// out[i] = in[kThreads - 1 - i], through shared memory, plus what a warp and a block agree on.
+__global__ void __launch_bounds__(kThreads) Reverse(Bug bug, const int* in, int* out) {
+  __shared__ int shared[kThreads];
+  extern __shared__ int dynamic[];
+  const int i = threadIdx.x, lane = i % 32;
+  const int beyond = i == 5 ? kThreads : i;
+  if (bug == Bug::kMissingThread && i == 7) return;
+  shared[bug == Bug::kSharedIndex ? beyond : i] = in[i];
+  if (bug == Bug::kSharedPointer) *(&shared[0] + beyond) = in[i];
+  if (bug != Bug::kMissingSyncthreads) __syncthreads();
+  const int other = shared[kThreads - 1 - i];
+  dynamic[bug == Bug::kDynamicSharedIndex ? beyond : i] = other;
+  if (bug == Bug::kDivergentWarp && lane < 3) __syncwarp();
+  if (bug != Bug::kMissingSyncwarp) __syncwarp();
+  const int neighbour = dynamic[i ^ 1];
+  if (bug == Bug::kDivergentBlock && i >= 32) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+  const int sum = other + neighbour + __shfl_xor_sync(~0u, lane, 1);
+  out[bug == Bug::kGlobalIndex ? beyond : i] = sum;
+}
+
+bool LaunchReverse(Bug bug, const int* in, int* out) {
+  cudaLaunchConfig_t launch = {};
+  launch.blockDim = dim3(kThreads);
+  launch.dynamicSmemBytes = kThreads * sizeof(int);
+  return cuda_on_host::Run(launch, reinterpret_cast<const void*>(Reverse),
+                           [&] { Reverse(bug, in, out); }) == cudaSuccess;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  for (const auto& planted : kBugs) {
+    if (argc != 2 || std::strcmp(argv[1], planted.name) != 0) continue;
+    std::vector<int> in(kThreads), out(kThreads);
+    for (int i = 0; i < kThreads; ++i) in[i] = i * i;
+    const std::string report = cuda_on_host::RunInAllOrders(
+        [&] { return LaunchReverse(planted.bug, in.data(), out.data()); },
+        {{out.data(), out.size() * sizeof(int)}});
+    std::puts(report.empty() ? "nothing wrong" : report.c_str());
+    return 0;
+  }
+  return 2;
+}

@@ -6,11 +6,14 @@ JAX then sees the handlers of build/cuda_on_host/kernels.so as those of its CPU 
 them as for "cuda". Run it as tests/test_cuda_on_host.py does, with libasan preloaded.
 """
 
+import collections
 import ctypes
+import os
 import re
 import types
 
 import jax
+import pytest
 
 from cuda_on_host import build
 from ilajax import _ffi
@@ -20,12 +23,15 @@ from ilajax.ops import _plans_cuda_ops
 def registrations() -> dict[str, object]:
     """FFI target name -> capsule of its handler, for all targets that have a CUDA kernel."""
     library = ctypes.CDLL(str(build.LIBRARY))
-    targets = re.findall(r"^TARGET\((\w+), ", (build.KERNELS / "targets.def").read_text(), re.M)
-    return {target: jax.ffi.pycapsule(getattr(library, target)) for target in targets}
+    listed = (build.KERNELS / "targets.def").read_text()
+    return {
+        target: jax.ffi.pycapsule(getattr(library, target))
+        for target, handler in re.findall(r"^TARGET\((\w+), (\w+)\)", listed, re.M)
+        if hasattr(library, handler)
+    }
 
 
 def pytest_configure(config):
-    build.build()
     module = types.SimpleNamespace(registrations=registrations)
     _ffi._PLATFORMS = (("cpu", "cuda", "cuda_on_host"),)
     _ffi.importlib = types.SimpleNamespace(import_module=lambda name: module)
@@ -35,8 +41,21 @@ def pytest_configure(config):
     _plans_cuda_ops._SELECT_CHUNK = 4
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    # The reference needs no test here.
-    kept = [item for item in items if "reference" not in item.keywords and "[reference" not in item.name]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    """Leaves out the reference, and of the rest all but every n-th case of each test function."""
+    every = int(os.environ.get("CUDA_ON_HOST_EVERY", "1"))
+    seen: collections.Counter[str] = collections.Counter()
+    kept, dropped = [], []
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        keep = parameters.get("backend") == "native"
+        # Too slow here, and the cases above reach the same kernels.
+        keep &= item.get_closest_marker("hypothesis") is None and "larger" not in item.name
+        if keep:
+            function = item.nodeid.partition("[")[0]
+            keep = seen[function] % every == 0
+            seen[function] += 1
+        (kept if keep else dropped).append(item)
     items[:] = kept
+    config.hook.pytest_deselected(items=dropped)

@@ -8,13 +8,13 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import drawn
 import ilajax
 from ilajax.nn import Conv, Density, KernelKeys, iter_convs
 
 
 def grid(seed=0, shape=(2, 6, 5, 2), density=0.5):
-    key, mask = jax.random.split(jax.random.key(seed))
-    return jax.random.normal(key, shape) * jax.random.bernoulli(mask, density, shape)
+    return drawn.normal(seed, shape, density=density)
 
 
 def sparse(seed=0, shape=(2, 6, 5, 2), density=0.5):
@@ -23,7 +23,7 @@ def sparse(seed=0, shape=(2, 6, 5, 2), density=0.5):
 
 
 def layer(seed=0, **kwargs):
-    kwargs = {"density_bound": 0.25} | kwargs
+    kwargs = {"density_bound": 0.25, "kernel_init": drawn.kernel_init} | kwargs
     return Conv(2, 3, (3, 3), rngs=nnx.Rngs(seed), **kwargs)
 
 
@@ -42,7 +42,7 @@ def layer(seed=0, **kwargs):
     ids=str,
 )
 def test_is_conv_with_its_weights_and_the_bounds_capacity(options):
-    x, module = sparse(), layer(bias_init=nnx.initializers.normal(), **options)
+    x, module = sparse(), layer(bias_init=drawn.kernel_init, **options)
     features = module(x)
     geometric = {k: v for k, v in options.items() if k not in ("use_bias",)}
     bias = None if module.bias is None else module.bias[...]
@@ -76,7 +76,7 @@ def test_submanifold_keeps_the_support_and_has_no_bound():
         batch_size=1,
         capacity=4,
     )
-    module = Conv(2, 3, (3, 3), support="input", rngs=nnx.Rngs(0))
+    module = Conv(2, 3, (3, 3), support="input", kernel_init=drawn.kernel_init, rngs=nnx.Rngs(0))
     y = module(x)
     np.testing.assert_array_equal(y.keys, x.keys)
     assert y.shared
@@ -87,13 +87,21 @@ def test_submanifold_keeps_the_support_and_has_no_bound():
 @pytest.mark.parametrize("rank", [1, 3, 4])
 def test_any_number_of_axes(rank):
     x = sparse(shape=(1, *(3,) * rank, 1))
-    module = Conv(1, 2, (2,) * rank, density_bound=0.5, rngs=nnx.Rngs(0))
+    module = Conv(
+        1, 2, (2,) * rank, density_bound=0.5, kernel_init=drawn.kernel_init, rngs=nnx.Rngs(0)
+    )
     y = nnx.eval_shape(lambda m, x: m(x), module, x)
     assert y.shape == (1, *(3,) * rank, 2)
 
 
 def test_an_integer_kernel_size_is_one_dimensional():
-    assert Conv(1, 2, 5, density_bound=0.5, rngs=nnx.Rngs(0)).kernel_shape == (5, 1, 2)
+    assert Conv(
+        1, 2, 5, density_bound=0.5, kernel_init=drawn.kernel_init, rngs=nnx.Rngs(0)
+    ).kernel_shape == (
+        5,
+        1,
+        2,
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,9 +117,16 @@ def test_dtypes_mean_what_they_mean_in_flax(param_dtype, dtype, expected):
     module = layer(param_dtype=param_dtype, dtype=dtype)
     assert module.kernel.dtype == module.bias.dtype == param_dtype
     assert module(sparse()).dtype == expected
-    assert nnx.Conv(2, 3, (3, 3), param_dtype=param_dtype, dtype=dtype, rngs=nnx.Rngs(0))(
-        grid()
-    ).dtype == jnp.dtype(expected)
+    flax = nnx.Conv(
+        2,
+        3,
+        (3, 3),
+        param_dtype=param_dtype,
+        dtype=dtype,
+        kernel_init=drawn.kernel_init,
+        rngs=nnx.Rngs(0),
+    )
+    assert nnx.eval_shape(lambda m, x: m(x), flax, grid()).dtype == expected
     grads = nnx.grad(lambda m: m(sparse()).values.astype(jnp.float32).sum())(module)
     assert grads.kernel.dtype == param_dtype
 
@@ -122,11 +137,13 @@ def test_dtypes_mean_what_they_mean_in_flax(param_dtype, dtype, expected):
 @settings(max_examples=12, deadline=None)
 @given(density=st.floats(0.01, 1.0), seed=st.integers(0, 9))
 def test_kernel_density_keeps_exactly_that_many_of_the_full_filters_weights(density, seed):
-    normal = nnx.initializers.normal()
-    part = Conv(
-        2, 2, 3, density_bound=1.0, kernel_density=density, bias_init=normal, rngs=nnx.Rngs(seed)
-    )
-    full = Conv(2, 2, 3, density_bound=1.0, bias_init=normal, rngs=nnx.Rngs(seed))
+    options = {
+        "density_bound": 1.0,
+        "kernel_init": drawn.kernel_init,
+        "bias_init": drawn.kernel_init,
+    }
+    part = Conv(2, 2, 3, kernel_density=density, rngs=nnx.Rngs(seed), **options)
+    full = Conv(2, 2, 3, rngs=nnx.Rngs(seed), **options)
     assert part.kernel.shape == part.kernel_keys.shape == (max(1, round(density * 12)),)
     keys = np.asarray(part.kernel_keys[...])
     assert (np.diff(keys) > 0).all()
@@ -136,7 +153,8 @@ def test_kernel_density_keeps_exactly_that_many_of_the_full_filters_weights(dens
 
 def test_subsets_differ_between_layers_and_every_weight_has_its_turn():
     rngs = nnx.Rngs(0)
-    made = [Conv(1, 1, 8, density_bound=1.0, kernel_density=0.25, rngs=rngs) for _ in range(40)]
+    options = {"density_bound": 1.0, "kernel_density": 0.25, "kernel_init": drawn.kernel_init}
+    made = [Conv(1, 1, 8, rngs=rngs, **options) for _ in range(40)]
     subsets = {tuple(np.asarray(m.kernel_keys[...]).tolist()) for m in made}
     assert len(subsets) > 10
     assert {key for subset in subsets for key in subset} == set(range(8))
@@ -168,7 +186,12 @@ TRANSFORMED = {
     "jit of grad": nnx.jit(nnx.grad(loss)),
     "remat": nnx.grad(nnx.remat(loss)),
     "scan over steps": nnx.jit(
-        nnx.scan(lambda m, x: (m, loss(m, x)), in_axes=(nnx.Carry, None), out_axes=(nnx.Carry, 0), length=3)
+        nnx.scan(
+            lambda m, x: (m, loss(m, x)),
+            in_axes=(nnx.Carry, None),
+            out_axes=(nnx.Carry, 0),
+            length=3,
+        )
     ),
 }
 
@@ -202,7 +225,8 @@ def test_layers_stacked_by_vmap_run_in_a_scan_and_measure_each():
     @nnx.split_rngs(splits=4)
     @nnx.vmap(in_axes=(0,), out_axes=0)
     def stack(rngs):
-        return Conv(2, 2, (3, 3), density_bound=0.5, kernel_density=0.5, rngs=rngs)
+        options = {"density_bound": 0.5, "kernel_density": 0.5, "rngs": rngs}
+        return Conv(2, 2, (3, 3), kernel_init=nnx.initializers.ones, **options)
 
     @nnx.jit
     @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
@@ -235,12 +259,20 @@ def test_variables_have_their_types_and_survive_split_and_merge():
 def test_composes_in_sequential_with_functions_and_dense_layers():
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(
-        Conv(2, 4, (3, 3), density_bound=0.5, select="value", rngs=rngs),
+        Conv(
+            2,
+            4,
+            (3, 3),
+            density_bound=0.5,
+            select="value",
+            kernel_init=drawn.kernel_init,
+            rngs=rngs,
+        ),
         ilajax.relu,
         ilajax.nn.MaxPool(2),
         ilajax.to_dense,
         lambda x: x.reshape(x.shape[0], -1),
-        nnx.Linear(3 * 3 * 4, 5, rngs=rngs),
+        nnx.Linear(3 * 3 * 4, 5, kernel_init=drawn.kernel_init, rngs=rngs),
     )
     assert nnx.jit(lambda m, x: m(x))(model, sparse()).shape == (2, 5)
     assert [path for path, _ in iter_convs(model)] == [("layers", 0)]

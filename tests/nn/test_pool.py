@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import drawn
 import ilajax
 from ilajax.nn import AvgPool, MaxPool
 
@@ -13,8 +14,7 @@ PAIRS = [(MaxPool, ilajax.max_pool), (AvgPool, ilajax.avg_pool)]
 
 
 def sparse():
-    x = jax.random.normal(jax.random.key(0), (2, 6, 5, 3))
-    return ilajax.from_dense(x, capacity=10)
+    return ilajax.from_dense(drawn.normal(0, (2, 6, 5, 3)), capacity=10)
 
 
 @pytest.mark.parametrize(("module", "operation"), PAIRS)

@@ -1,23 +1,23 @@
 """nn.refill: removed weights come back at 0 and can be trained."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import drawn
 import ilajax
 from ilajax.nn import Conv, refill
 
 
 def test_fills_every_filter_without_changing_the_output():
-    rngs = nnx.Rngs(0)
+    options = {"density_bound": 1.0, "kernel_init": drawn.kernel_init, "rngs": nnx.Rngs(0)}
     model = nnx.Sequential(
-        Conv(1, 2, 3, density_bound=1.0, kernel_density=0.5, rngs=rngs),
-        Conv(2, 2, 3, density_bound=1.0, kernel_density=0.3, rngs=rngs),
-        nnx.Linear(2, 2, rngs=rngs),
+        Conv(1, 2, 3, kernel_density=0.5, **options),
+        Conv(2, 2, 3, kernel_density=0.3, **options),
+        nnx.Linear(2, 2, kernel_init=drawn.kernel_init, rngs=nnx.Rngs(0)),
     )
     sparse_part = nnx.Sequential(*model.layers[:2])
-    x = ilajax.from_dense(jax.random.normal(jax.random.key(0), (1, 9, 1)), capacity=9)
+    x = ilajax.from_dense(drawn.normal(0, (1, 9, 1)), capacity=9)
     before, filters = sparse_part(x), [c.sparse_kernel.to_dense() for c in sparse_part.layers]
     refill(model)
     for conv, filter_before in zip(sparse_part.layers, filters, strict=True):
@@ -30,7 +30,8 @@ def test_fills_every_filter_without_changing_the_output():
 
 
 def test_refilled_weights_get_gradients():
-    model = Conv(1, 1, 3, density_bound=1.0, kernel_density=0.3, use_bias=False, rngs=nnx.Rngs(1))
+    options = {"density_bound": 1.0, "kernel_init": drawn.kernel_init, "rngs": nnx.Rngs(1)}
+    model = Conv(1, 1, 3, kernel_density=0.3, use_bias=False, **options)
     model.kernel[...] = jnp.ones(1)
     refill(model)
     x = ilajax.from_dense(jnp.ones((1, 9, 1)), capacity=9)
@@ -42,7 +43,8 @@ def test_stacked_layers():
     @nnx.split_rngs(splits=3)
     @nnx.vmap(in_axes=(0,), out_axes=0)
     def stack(rngs):
-        return Conv(1, 2, 3, density_bound=1.0, kernel_density=0.5, rngs=rngs)
+        options = {"density_bound": 1.0, "kernel_density": 0.5, "rngs": rngs}
+        return Conv(1, 2, 3, kernel_init=nnx.initializers.ones, **options)
 
     stacked = stack(nnx.Rngs(0))
     keys, values = np.asarray(stacked.kernel_keys[...]), np.asarray(stacked.kernel[...])

@@ -36,8 +36,16 @@ def points(coordinates=((0, 0),), features=((1.0,),), batch_index=(0,), **option
 CASES = {
     # conv
     "conv-dense-x": (conv(DENSE), TypeError, "x must be.*SparseTensor.*got"),
-    "conv-dense-kernel": (conv(kernel=jnp.ones((3, 3, 2, 3))), TypeError, "kernel.*SparseKernel.*got"),
-    "conv-channels": (conv(samples.tensor(0, channels=5)), ValueError, "kernel.*2 channels.*x has 5"),
+    "conv-dense-kernel": (
+        conv(kernel=jnp.ones((3, 3, 2, 3))),
+        TypeError,
+        "kernel.*SparseKernel.*got",
+    ),
+    "conv-channels": (
+        conv(samples.tensor(0, channels=5)),
+        ValueError,
+        "kernel.*2 channels.*x has 5",
+    ),
     "conv-rank": (conv(kernel=samples.kernel(0, (3,))), ValueError, r"kernel.*\(3,\).*x.*\(5, 6\)"),
     "conv-bias-shape": (conv(bias=jnp.zeros(2)), ValueError, r"bias.*\(3,\).*\(2,\)"),
     "conv-bias-scalar": (conv(bias=jnp.zeros(())), ValueError, r"bias.*\(3,\).*\(\)"),
@@ -47,7 +55,11 @@ CASES = {
     "conv-capacity-0": (conv(capacity=0), ValueError, "capacity.*at least 1.*0"),
     "conv-capacity-negative": (conv(capacity=-3), ValueError, "capacity.*-3"),
     "conv-capacity-float": (conv(capacity=0.1), TypeError, "capacity.*0.1"),
-    "conv-select": (conv(select="largest"), ValueError, "select.*value.*positive.*magnitude.*largest"),
+    "conv-select": (
+        conv(select="largest"),
+        ValueError,
+        "select.*value.*positive.*magnitude.*largest",
+    ),
     "conv-support": (conv(support="same"), ValueError, "support.*dilate.*input.*same"),
     "conv-strides": (conv(strides=0), ValueError, "strides.*0"),
     "conv-strides-rank": (conv(strides=(1, 1, 1)), ValueError, r"strides.*2.*\(1, 1, 1\)"),
@@ -99,7 +111,11 @@ CASES = {
     "to_dense-dense": (lambda: ilajax.to_dense(DENSE), TypeError, "x must be.*SparseTensor"),
     "from_dense-sparse": (lambda: ilajax.from_dense(X, 3), (TypeError, ValueError), "x must"),
     "from_dense-list": (lambda: ilajax.from_dense([[[1.0]]], 3), TypeError, "x must.*list"),
-    "from_dense-rank": (lambda: ilajax.from_dense(jnp.ones((2, 3)), 3), ValueError, r"x must.*\(2, 3\)"),
+    "from_dense-rank": (
+        lambda: ilajax.from_dense(jnp.ones((2, 3)), 3),
+        ValueError,
+        r"x must.*\(2, 3\)",
+    ),
     "from_dense-dtype": (
         lambda: ilajax.from_dense(DENSE.astype(int), 3),
         TypeError,
@@ -111,12 +127,20 @@ CASES = {
         "x must be float32.*float64",
     ),
     "from_dense-capacity": (lambda: ilajax.from_dense(DENSE, 0), ValueError, "capacity.*0"),
-    "from_dense-select": (lambda: ilajax.from_dense(DENSE, 1, select="abs"), ValueError, "select.*abs"),
+    "from_dense-select": (
+        lambda: ilajax.from_dense(DENSE, 1, select="abs"),
+        ValueError,
+        "select.*abs",
+    ),
     "from_dense-empty": (lambda: ilajax.from_dense(jnp.ones((1, 0, 2, 1)), 1), ValueError, "0"),
     "points-rank": (points(coordinates=((0, 0, 0),)), ValueError, r"coordinates.*2.*\(1, 3\)"),
     "points-floats": (points(coordinates=((0.0, 0.0),)), TypeError, "coordinates.*float"),
     "points-features": (points(features=(1.0,)), ValueError, r"features.*\(1,\)"),
-    "points-features-length": (points(features=((1.0,), (2.0,))), ValueError, r"features.*1.*\(2, 1\)"),
+    "points-features-length": (
+        points(features=((1.0,), (2.0,))),
+        ValueError,
+        r"features.*1.*\(2, 1\)",
+    ),
     "points-batch_index": (points(batch_index=(0, 0)), ValueError, r"batch_index.*1.*\(2,\)"),
     "points-batch_index-dtype": (points(batch_index=(0.0,)), TypeError, "batch_index.*float"),
     "points-grid": (points(spatial_shape=(4, 0)), ValueError, r"spatial_shape.*\(4, 0\)"),

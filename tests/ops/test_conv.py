@@ -80,7 +80,7 @@ def draw(seed):
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def program(backend, capacity, select, geometry=("SAME", 1, 1)):
     """jit of conv and its gradients: (x, kernel, bias, g) -> keys, values, responses, gradients."""
     padding, strides, dilation = geometry
@@ -213,14 +213,14 @@ CONTENTS = {
     "full-grid": (full(), weights(ALL)),
     "empty-kernel": (SOME, weights({})),
     "one-weight": (SOME, weights({31: 2})),
-    "only-the-last-channel": (SOME, weights({k: 1 for k in range(36, 54)})),
+    "only-the-last-channel": (SOME, weights(dict.fromkeys(range(36, 54), 1))),
     "one-input-channel": (SOME, weights({k: 1 for k in ALL if k % 18 < 9})),
     "stored-zeros": (entries({3: 0, 4: 0}, {3: 1}, {0: 0}, {}), weights(ALL)),
     "live-zeros": (SOME, weights({k: 0 if k % 2 else 1 for k in ALL})),
     "ties": (full(1), weights(ALL)),
-    "all-tied": (entries({9: 1}, {}, {20: 1}, {}), weights({k: 1 for k in ALL})),
+    "all-tied": (entries({9: 1}, {}, {20: 1}, {}), weights(dict.fromkeys(ALL, 1))),
     "magnitude-ties": (entries({9: 1}, {}, {20: -1}, {}), weights({k: (-1) ** k for k in ALL})),
-    "negative": (full(-1), weights({k: 1 for k in ALL})),
+    "negative": (full(-1), weights(dict.fromkeys(ALL, 1))),
     "cancellation": (entries({8: 1, 9: 1}, {8: -1}, {}, {}), weights(CENTRE)),
 }
 
@@ -406,15 +406,21 @@ def test_dense_convolution(backend, select, dtype):
     kernel = samples.kernel(8, (3, 3), 3, 4, dtype=dtype, exact=False)
     geometry = oracles.Geometry((8, 9), (3, 3))
     bias = jnp.asarray([0.5, -0.5, 0.1, 0.0], samples.DTYPES[dtype])
-    features, responses, _ = program(backend, 20, select)(x, kernel, bias, jnp.zeros((2, 4, 20), x.dtype))
+    features, responses, _ = program(backend, 20, select)(
+        x, kernel, bias, jnp.zeros((2, 4, 20), x.dtype)
+    )
     oracles.assert_invariants(features, capacity=20)
     exact = oracles.on_cpu(
-        lambda x, w: oracles.dense_conv(x, w, geometry), oracles.dense(x), oracles.dense_kernel(kernel)
+        lambda x, w: oracles.dense_conv(x, w, geometry),
+        oracles.dense(x),
+        oracles.dense_kernel(kernel),
     )
     tolerance = TOLERANCE[dtype] * np.abs(exact).max()
     # A site that no entry reaches is 0 in both; all others are far from 0 on random data.
     live = np.abs(exact) > 1e-6
-    dense = np.moveaxis(np.where(live, exact + np.asarray(bias, np.float32), 0), -1, 1).reshape(2, 4, -1)
+    dense = np.moveaxis(np.where(live, exact + np.asarray(bias, np.float32), 0), -1, 1).reshape(
+        2, 4, -1
+    )
     live = np.moveaxis(live, -1, 1).reshape(2, 4, -1)
     if select == "positive":
         assert (np.abs(np.asarray(responses) - (live & (dense > 0)).sum(-1)) <= 1).all()
@@ -429,7 +435,9 @@ def test_dense_convolution(backend, select, dtype):
             assert keys.size == min(20, int(responses[b, oc]))
             assert live[b, oc, keys].all()
             got = oracles.read(features.values[b, oc, : keys.size])
-            np.testing.assert_allclose(got, dense[b, oc, keys], rtol=TOLERANCE[dtype], atol=tolerance)
+            np.testing.assert_allclose(
+                got, dense[b, oc, keys], rtol=TOLERANCE[dtype], atol=tolerance
+            )
             left = np.setdiff1d(np.flatnonzero(live[b, oc]), keys)
             if left.size and keys.size == 20:
                 assert rank[b, oc, left].max() <= rank[b, oc, keys].min() + 2 * tolerance
@@ -533,7 +541,7 @@ def test_overflow_to_infinity_in_float16(backend):
 # --- Properties ------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def composed(backend, capacity, select):
     """conv cut to the capacity, and conv with room for all, then k_select."""
 
@@ -572,9 +580,7 @@ def test_invariants(backend, select):
     run = program(backend, 8, select)
 
     @settings(max_examples=20, deadline=None, database=None, derandomize=True)
-    @given(
-        st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1), st.booleans(), st.booleans()
-    )
+    @given(st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1), st.booleans(), st.booleans())
     def holds(seed, density, kernel_density, exact, zeros):
         x = samples.tensor(seed, density=density, exact=exact, zeros=zeros)
         kernel = samples.kernel(seed, density=kernel_density, padding=0, exact=exact, zeros=zeros)
@@ -613,4 +619,6 @@ def test_a_larger_problem(backend, select):
     x = samples.tensor(13, 3, 2, grid, capacity=400, density=0.12)
     kernel = samples.kernel(13, (3, 3), 2, 5, density=0.5)
     geometry = oracles.Geometry(grid, (3, 3))
-    check(program(backend, 300, select), x, kernel, samples.integers(13, (5,)), geometry, 300, select)
+    check(
+        program(backend, 300, select), x, kernel, samples.integers(13, (5,)), geometry, 300, select
+    )

@@ -66,7 +66,7 @@ def test_to_dense_of_many_chunks(backend):
 # --- from_dense ------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def program(backend, capacity, select):
     """jit of from_dense and its gradient."""
 
@@ -362,7 +362,9 @@ def test_gradients_of_from_points(reduce):
 
     @jax.jit
     def gradient(features):
-        values = lambda f: from_points(coordinates, f, batch_index, reduce=reduce).values
+        def values(f):
+            return from_points(coordinates, f, batch_index, reduce=reduce).values
+
         return jax.vjp(values, features)[1](g)[0]
 
     want = np.zeros_like(features)
@@ -392,7 +394,7 @@ def test_any_points(seed, reduce):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def traced(reduce):
     return jax.jit(functools.partial(from_points, reduce=reduce))
 

@@ -17,7 +17,7 @@ SELECTS = ("value", "positive", "magnitude")
 NAN, INF = np.nan, np.inf
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def program(backend, capacity, select):
     """jit of k_select and its gradient."""
 

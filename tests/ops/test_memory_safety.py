@@ -26,7 +26,9 @@ def gradients(f, x, *weights):
     return value, pull(jax.tree.map(jnp.ones_like, value))
 
 
-def conv_program(seed, grid, window, cin, cout, capacity, *, shared=False, dtype="float32", **options):
+def conv_program(
+    seed, grid, window, cin, cout, capacity, *, shared=False, dtype="float32", **options
+):
     x = samples.tensor(seed, 2, cin, grid, capacity=40, shared=shared, dtype=dtype)
     kernel = samples.kernel(seed, window, cin, cout)
     bias = jnp.ones(cout)
@@ -42,7 +44,8 @@ def conv_program(seed, grid, window, cin, cout, capacity, *, shared=False, dtype
 
 def pointwise_program(f, seed=0, grid=(9, 10), **options):
     return lambda: gradients(
-        lambda x: jax.tree.leaves(f(x))[-1], samples.tensor(seed, 2, 3, grid, capacity=40, **options)
+        lambda x: jax.tree.leaves(f(x))[-1],
+        samples.tensor(seed, 2, 3, grid, capacity=40, **options),
     )
 
 
@@ -64,7 +67,9 @@ PROGRAMS = {
     "relu": pointwise_program(ilajax.relu, shared=True, dtype="bfloat16"),
     "max_pool": pointwise_program(lambda x: ilajax.max_pool(x, 2)),
     "max_pool-shared": pointwise_program(lambda x: ilajax.max_pool(x, 4), shared=True),
-    "max_pool-3d": pointwise_program(lambda x: ilajax.max_pool(x, (2, 3, 1), capacity=5), 1, (5, 6, 7)),
+    "max_pool-3d": pointwise_program(
+        lambda x: ilajax.max_pool(x, (2, 3, 1), capacity=5), 1, (5, 6, 7)
+    ),
     "avg_pool": pointwise_program(lambda x: ilajax.avg_pool(x, 3, capacity=3), shared=True),
     "avg_pool-slabs": pointwise_program(lambda x: ilajax.avg_pool(x, 2), 2, (400, 900)),
     "to_dense": pointwise_program(ilajax.to_dense),
@@ -75,13 +80,13 @@ PROGRAMS = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def calls(program):
     """The FFI calls of a program, as (target, jitted call, operand types), on this platform only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ILAJAX_BACKEND", "native")
-        here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-        patch.setattr(_ffi, "_platforms_here", lambda: {here})
+        here = {samples.platform()}
+        patch.setattr(_ffi, "_platforms_here", lambda: here)
         jaxpr = jax.make_jaxpr(PROGRAMS[program])()
     return [
         (
@@ -123,8 +128,9 @@ GARBAGE = {
     "all-minus-1": lambda rng, shape: np.full(shape, -1),
     "all-max": lambda rng, shape: np.full(shape, LIMITS.max),
     "all-min": lambda rng, shape: np.full(shape, LIMITS.min),
-    "alternating": lambda rng, shape: np.where(np.arange(shape[-1]) % 2, LIMITS.max, LIMITS.min)
-    + np.zeros(shape),
+    "alternating": lambda rng, shape: (
+        np.where(np.arange(shape[-1]) % 2, LIMITS.max, LIMITS.min) + np.zeros(shape)
+    ),
 }
 
 NATIVE = [] if not _ffi.native_platforms() else list(PROGRAMS)
@@ -153,12 +159,11 @@ def test_garbage_keys(program, garbage):
 
 def test_no_target_is_left_out():
     """Catches a new target that this file does not reach."""
-    here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     reached = {target for program in NATIVE for target, _, _ in calls(program)}
-    assert reached == set(_ffi._load().get(here, ()))
+    assert reached == set(_ffi._load().get(samples.platform(), ()))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def network(backend):
     """jit of a small network of all operations, and its gradients."""
 
@@ -197,7 +202,7 @@ def test_garbage_through_the_public_operations(backend, garbage):
     assert w_bar.shape == (56,)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def weights_only(backend):
     """jit of a convolution as a function of its kernel, with the weights' gradient."""
     x = samples.tensor(1)

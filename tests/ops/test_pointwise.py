@@ -12,7 +12,7 @@ import oracles
 import samples
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def program(backend):
     """jit of relu and its gradient."""
 

@@ -17,7 +17,7 @@ import samples
 NAN, INF = np.nan, np.inf
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def program(backend, kind, window, capacity):
     """jit of a pooling and its gradient; the cotangent is a function of the output's shape."""
     pool = {"max": ilajax.max_pool, "avg": ilajax.avg_pool}[kind]
@@ -127,7 +127,7 @@ def test_contents(backend, contents, kind):
 def test_nan_is_propagated(backend, kind):
     """Catches a maximum that drops NaN, or a selection that cuts it."""
     first = {0: 5.0, 1: NAN, 2: INF, 20: 1.0, 29: NAN}
-    second = {k: 3.0 for k in range(30)} | {29: NAN}
+    second = dict.fromkeys(range(30), 3.0) | {29: NAN}
     third = {3: INF, 8: NAN, 9: NAN}
     x = samples.from_entries((5, 6), [[first, second], [third, {}]], 30)
     values = np.array(x.values)
@@ -157,7 +157,7 @@ def test_cotangents_at_padding_are_ignored(backend, kind):
 
     @jax.jit
     def gradients(x):
-        y, pull = jax.vjp(lambda v: pool(x.with_values(v), 2).values, x.values)
+        _, pull = jax.vjp(lambda v: pool(x.with_values(v), 2).values, x.values)
         stored = pool(x, 2).keys < 9
         return pull(jnp.where(stored, 1.0, 0.0))[0], pull(jnp.where(stored, 1.0, jnp.nan))[0]
 

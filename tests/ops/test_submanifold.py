@@ -16,7 +16,7 @@ import oracles
 import samples
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def program(backend, dilation=1):
     """jit of the convolution and its gradients."""
 
@@ -56,8 +56,8 @@ def check(backend, x, kernel, bias, dilation=1, seed=0):
     at_sites = np.take_along_axis(buffers, np.where(stored, x.keys, 0), axis=2)
     np.testing.assert_array_equal(responses, ((at_sites != 0) & stored).sum(axis=2))
     keys = np.broadcast_to(x.keys, g.shape)
-    want = oracles.conv_backward(x, kernel, geometry, keys, g)
-    for got, want, primal in zip(gradients, want, (x.values, kernel.values, bias), strict=True):
+    bars = oracles.conv_backward(x, kernel, geometry, keys, g)
+    for got, want, primal in zip(gradients, bars, (x.values, kernel.values, bias), strict=True):
         assert got.dtype == primal.dtype
         oracles.assert_close(got, np.asarray(want, np.float32).astype(got.dtype))
 
@@ -166,7 +166,10 @@ def test_padding_changes_nothing(backend):
         kernel.shape,
     )
     got, got_responses, got_bars = program(backend)(
-        samples.with_padding(x, 6), wide, bias, jnp.pad(g, [(0, 0), (0, 0), (0, 6)], constant_values=9)
+        samples.with_padding(x, 6),
+        wide,
+        bias,
+        jnp.pad(g, [(0, 0), (0, 0), (0, 6)], constant_values=9),
     )
     np.testing.assert_array_equal(got.values[..., :12], want.values)
     np.testing.assert_array_equal(got.values[..., 12:], 0)

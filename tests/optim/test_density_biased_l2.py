@@ -37,7 +37,9 @@ def floats(bound):
 
 
 def vectors(steps, size, bound=1.0):
-    return st.lists(st.lists(floats(bound), min_size=size, max_size=size), min_size=steps, max_size=steps)
+    return st.lists(
+        st.lists(floats(bound), min_size=size, max_size=size), min_size=steps, max_size=steps
+    )
 
 
 @jax.jit
@@ -74,7 +76,9 @@ def test_is_the_gradient_of_the_regulariser():
     b = jnp.array([equation_4(x, **HYPER) for x in e.tolist()])
     tx = density_biased_l2(0.7, **HYPER)
     updates, _ = tx.update(jnp.zeros(3), tx.init(w), w, excess_density=e)
-    np.testing.assert_allclose(updates, jax.grad(lambda w: 0.7 / 2 * jnp.sum((w + b) ** 2))(w), rtol=1e-6)
+    np.testing.assert_allclose(
+        updates, jax.grad(lambda w: 0.7 / 2 * jnp.sum((w + b) ** 2))(w), rtol=1e-6
+    )
 
 
 def test_at_the_bound_itself_there_is_no_bias_and_no_offset():
@@ -85,7 +89,10 @@ def test_at_the_bound_itself_there_is_no_bias_and_no_offset():
 
 # --- Trees -----------------------------------------------------------------------------------------------
 
-PARAMS = {"conv": {"kernel": jnp.ones(4), "bias": jnp.ones(2)}, "dense": {"kernel": jnp.ones((2, 3))}}
+PARAMS = {
+    "conv": {"kernel": jnp.ones(4), "bias": jnp.ones(2)},
+    "dense": {"kernel": jnp.ones((2, 3))},
+}
 ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
 
 
@@ -168,7 +175,9 @@ def test_updates_that_lack_something_raise():
         tx.update(ZEROS, state, PARAMS)
     with pytest.raises(ValueError, match=r"no leaf for the parameter \['dense'\]\['kernel'\]"):
         tx.update(ZEROS, state, PARAMS, excess_density={"conv": None})
-    with pytest.raises(ValueError, match=r"\['kernel'\] must broadcast .* \(4,\), got shape \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"\['kernel'\] must broadcast .* \(4,\), got shape \(3,\)"
+    ):
         tx.update(
             ZEROS,
             state,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import drawn
 import ilajax
 from ilajax.nn import Conv
 from ilajax.optim import excess_density
@@ -14,10 +15,28 @@ class Model(nnx.Module):
     """Sparse layers in every kind of container, and dense ones."""
 
     def __init__(self, rngs):
-        self.first = Conv(1, 2, 3, density_bound=0.5, kernel_density=0.5, rngs=rngs)
-        self.more = nnx.List([Conv(2, 3, 3, density_bound=0.25, use_bias=False, rngs=rngs)])
-        self.named = nnx.Dict(a=nnx.Sequential(Conv(3, 2, 1, density_bound=1.0, rngs=rngs)))
-        self.submanifold = Conv(1, 2, 3, support="input", rngs=rngs)
+        self.first = Conv(
+            1, 2, 3, density_bound=0.5, kernel_density=0.5, kernel_init=drawn.kernel_init, rngs=rngs
+        )
+        self.more = nnx.List(
+            [
+                Conv(
+                    2,
+                    3,
+                    3,
+                    density_bound=0.25,
+                    use_bias=False,
+                    kernel_init=drawn.kernel_init,
+                    rngs=rngs,
+                )
+            ]
+        )
+        self.named = nnx.Dict(
+            a=nnx.Sequential(
+                Conv(3, 2, 1, density_bound=1.0, kernel_init=drawn.kernel_init, rngs=rngs)
+            )
+        )
+        self.submanifold = Conv(1, 2, 3, support="input", kernel_init=drawn.kernel_init, rngs=rngs)
         self.head = nnx.Linear(2, 2, rngs=rngs)
 
 
@@ -33,7 +52,9 @@ def oracle(conv):
     rows = []
     for key in np.asarray(conv.kernel_keys[...]).tolist():
         channel = key // (cin * taps)
-        rows.append(float(conv.density[...][channel]) - conv.density_bound if channel < cout else 0.0)
+        rows.append(
+            float(conv.density[...][channel]) - conv.density_bound if channel < cout else 0.0
+        )
     return rows
 
 
@@ -43,13 +64,17 @@ def test_each_weight_gets_its_output_channels_excess():
     for seed, conv in enumerate(convs):
         set_density(conv, seed)
     excess = excess_density(model)
-    for path, conv in zip((("first",), ("more", 0), ("named", "a", "layers", 0)), convs, strict=True):
+    for path, conv in zip(
+        (("first",), ("more", 0), ("named", "a", "layers", 0)), convs, strict=True
+    ):
         found = excess
         for key in path:
             found = found[key]
         np.testing.assert_allclose(found["kernel"], oracle(conv), atol=1e-7)
         if conv.bias is not None:
-            np.testing.assert_allclose(found["bias"], conv.density[...] - conv.density_bound, atol=1e-7)
+            np.testing.assert_allclose(
+                found["bias"], conv.density[...] - conv.density_bound, atol=1e-7
+            )
     for layer in ("submanifold", "head"):
         assert dict(excess[layer]) == {"kernel": None, "bias": None}
 
@@ -69,16 +94,14 @@ def test_the_tree_is_that_of_the_parameters():
 
 
 def test_padding_has_no_excess():
-    model = Conv(1, 2, 3, density_bound=0.5, rngs=nnx.Rngs(0))
+    model = Conv(1, 2, 3, density_bound=0.5, kernel_init=drawn.kernel_init, rngs=nnx.Rngs(0))
     model.kernel_keys[...] = jnp.array([0, 1, 4, 6, 6, 6], jnp.int32)
     model.density[...] = jnp.array([0.75, 0.0])
-    np.testing.assert_array_equal(
-        excess_density(model)["kernel"], [0.25, 0.25, -0.5, 0, 0, 0]
-    )
+    np.testing.assert_array_equal(excess_density(model)["kernel"], [0.25, 0.25, -0.5, 0, 0, 0])
 
 
 def test_before_the_first_call_all_capacity_is_unused():
-    model = Conv(1, 2, 3, density_bound=0.5, rngs=nnx.Rngs(0))
+    model = Conv(1, 2, 3, density_bound=0.5, kernel_init=drawn.kernel_init, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(excess_density(model)["bias"], [-0.5, -0.5])
     model(ilajax.from_dense(jnp.ones((1, 8, 1)), capacity=8))
     assert (np.asarray(excess_density(model)["bias"]) != -0.5).any()
@@ -94,7 +117,7 @@ def test_stacked_layers():
     @nnx.split_rngs(splits=3)
     @nnx.vmap(in_axes=(0,), out_axes=0)
     def stack(rngs):
-        return Conv(1, 2, 3, density_bound=0.5, rngs=rngs)
+        return Conv(1, 2, 3, density_bound=0.5, kernel_init=nnx.initializers.ones, rngs=rngs)
 
     stacked = stack(nnx.Rngs(0))
     stacked.density[...] = jnp.arange(6.0).reshape(3, 2)

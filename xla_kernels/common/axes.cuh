@@ -47,36 +47,40 @@ struct Axes {
   }
 };
 
-// The taps that have any live weight, in ascending order, in shared memory: offsets along the axes,
-// the flat offset in the input, the tap, and behind the list which channels of a group are live at it.
+// The taps that have any live weight, in ascending order, in shared memory: offsets along the axes, the
+// flat offset in the input, the tap; and for each of all taps the channels of a group live at it.
 template <int R>
 struct TapList {
+  struct alignas(16) Entry {
+    int32_t offset[R];
+    uint32_t flat;
+    int32_t tap;
+  };
   int count = 0;
-  int32_t* entries = nullptr;  // [tap of the list][R + 2]
-  uint32_t* live = nullptr;    // [group][tap]: a bit for each channel of the group
   int taps = 0;
+  Entry* entries = nullptr;
+  uint32_t* live = nullptr;  // [group][tap]: a bit for each channel of the group
 
   ILAJAX_HOST_DEVICE static int64_t SharedBytes(int64_t taps, int64_t groups) {
-    return taps * (R + 2 + groups) * sizeof(int32_t);
+    return taps * sizeof(Entry) + (taps * groups + 3) / 4 * 16;
   }
 
-  __device__ int32_t Offset(int t, int a) const { return entries[t * (R + 2) + a]; }
-  __device__ uint32_t Flat(int t) const { return static_cast<uint32_t>(entries[t * (R + 2) + R]); }
-  __device__ int Tap(int t) const { return entries[t * (R + 2) + R + 1]; }
   __device__ uint32_t Live(int group, int tap) const { return live[group * taps + tap]; }
 
-  // `flags` u8[channels][taps], with `step` from one channel to the next. All threads of the block call it.
-  __device__ void Fill(const Axes<R>& axes, const uint8_t* flags, int channels, int64_t step, int taps_,
-                       int32_t* shared) {
-    taps = taps_;
-    entries = shared;
-    const int groups = (channels + 31) / 32;
-    live = reinterpret_cast<uint32_t*>(shared + taps * (R + 2));
+  // `flags` u8[channels][taps], with `step` from one channel to the next. `shared` is aligned to 16 bytes.
+  // All threads of the block call it.
+  __device__ void Fill(const Axes<R>& axes, const uint8_t* flags, int channels, int64_t step,
+                       int all_taps, void* shared) {
+    taps = all_taps;
+    entries = static_cast<Entry*>(shared);
+    live = reinterpret_cast<uint32_t*>(entries + taps);
     __shared__ int found;
+    const int groups = (channels + 31) / 32;
     for (int i = threadIdx.x; i < groups * taps; i += blockDim.x) live[i] = 0;
     __syncthreads();
     for (int i = threadIdx.x; i < channels * taps; i += blockDim.x) {
-      if (flags[i / taps * step + i % taps]) atomicOr(&live[i / taps / 32 * taps + i % taps], 1u << (i / taps % 32));
+      const int channel = i / taps, tap = i - channel * taps;
+      if (flags[channel * step + tap]) atomicOr(&live[channel / 32 * taps + tap], 1u << (channel % 32));
     }
     __syncthreads();
     if (threadIdx.x < 32) {
@@ -87,16 +91,14 @@ struct TapList {
         for (int g = 0; g < groups && tap < taps; ++g) any |= live[g * taps + tap];
         const unsigned all = __ballot_sync(kWarp, any != 0);
         if (any != 0) {
-          int32_t* entry = entries + (n + __popc(all & ((1u << threadIdx.x) - 1))) * (R + 2);
-          int32_t offset[R];
-          Axes<R>::Unravel(tap, axes.window, offset);
-          uint32_t flat = 0;
+          Entry& entry = entries[n + __popc(all & ((1u << threadIdx.x) - 1))];
+          Axes<R>::Unravel(tap, axes.window, entry.offset);
+          entry.flat = 0;
           for (int a = 0; a < R; ++a) {
-            entry[a] = offset[a] * axes.dilation[a];
-            flat += static_cast<uint32_t>(entry[a]) * axes.input_step[a];
+            entry.offset[a] *= axes.dilation[a];
+            entry.flat += static_cast<uint32_t>(entry.offset[a]) * axes.input_step[a];
           }
-          entry[R] = static_cast<int32_t>(flat);
-          entry[R + 1] = tap;
+          entry.tap = tap;
         }
         n += __popc(all);
       }

@@ -3,11 +3,23 @@
 #ifndef ILAJAX_XLA_KERNELS_COMMON_BLOCK_CUH_
 #define ILAJAX_XLA_KERNELS_COMMON_BLOCK_CUH_
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 namespace ilajax {
 
 constexpr unsigned kWarp = 0xffffffffu;
+
+// The shared memory that the launch asked for.
+__device__ inline uint4* DynamicShared() {
+#ifdef __CUDACC__
+  extern __shared__ uint4 shared[];
+  return shared;
+#else
+  return static_cast<uint4*>(cuda_on_host::DynamicShared());
+#endif
+}
 
 // The first of `count` ascending keys that is not below `bound`, found by a whole warp: 32 probes a
 // step, so that 65536 keys take four dependent loads. Of keys in disorder some place in [0, count].

@@ -1,17 +1,22 @@
-// k-selection on the GPU: the strongest `capacity` candidates of each segment, in the order of their keys.
+// k-selection on the GPU: the strongest `capacity` candidates of each segment, in the order of
+// their keys.
 //
-// A radix select over the order-preserving bits of the values (RankBits) finds the rank of the weakest kept
-// entry, eight bits at a time from the highest; then the entries in front of each kept one are counted, which
-// says where it goes. No sort, and nothing depends on the order of threads: atomics only count.
+// A radix select over the order-preserving bits of the values (RankBits) finds the rank of the
+// weakest kept entry, eight bits at a time from the highest; then the entries in front of each kept
+// one are counted, which says where it goes. No sort, and nothing depends on the order of threads:
+// atomics only count.
 //
-//   LaunchSelect                one launch where a block takes a whole segment: at most 4 passes over the values
+//   LaunchSelect                one launch where a block takes a whole segment: at most 4 passes
+//   over the values
 //                               for the cut, which stay in the L2 cache, and one that emits.
-//                               Long segments are split into chunks over several blocks: a launch for each
-//                               pass (they find nothing to do where the candidates fit), one that counts, one
-//                               that emits, and 4 KiB of histograms for a segment.
+//                               Long segments are split into chunks over several blocks: a launch
+//                               for each pass (they find nothing to do where the candidates fit),
+//                               one that counts, one that emits, and 4 KiB of histograms for a
+//                               segment.
 //   FindCut, EmitKept, ...      the same for one block, for other kernels.
 //
-// Memory traffic: keys and values once for each pass; kept keys and values are written once, in order.
+// Memory traffic: keys and values once for each pass; kept keys and values are written once, in
+// order.
 
 #ifndef ILAJAX_XLA_KERNELS_COMMON_CUDA_SELECT_CUH_
 #define ILAJAX_XLA_KERNELS_COMMON_CUDA_SELECT_CUH_
@@ -66,8 +71,8 @@ struct SegmentEntries {
   }
 };
 
-// The entries of all segments: keys [segments, count] and values [segments, count], or, without keys,
-// values [segments / channels, count, channels].
+// The entries of all segments: keys [segments, count] and values [segments, count], or, without
+// keys, values [segments / channels, count, channels].
 template <typename T>
 struct Entries {
   const int32_t* keys;
@@ -82,9 +87,9 @@ struct Entries {
   }
 };
 
-// The rank of the weakest kept entry: kept is what ranks above `threshold`, and the first `ties` of just
-// that rank. While it is being found, `threshold` has its highest digits only, and `ties` of the candidates
-// that agree in those are still to be kept.
+// The rank of the weakest kept entry: kept is what ranks above `threshold`, and the first `ties` of
+// just that rank. While it is being found, `threshold` has its highest digits only, and `ties` of
+// the candidates that agree in those are still to be kept.
 struct Cut {
   uint32_t threshold;
   int64_t ties;
@@ -120,7 +125,8 @@ __device__ void CountDigits(const SegmentEntries<T>& entries, int64_t begin, int
   }
 }
 
-// Takes the next digit of a cut from the histogram of it; by one warp, all of whose lanes see the result.
+// Takes the next digit of a cut from the histogram of it; by one warp, all of whose lanes see the
+// result.
 __device__ inline void ChooseDigit(const int32_t* histogram, int shift, Cut& cut) {
   const int lane = threadIdx.x % 32;
   const int64_t ties = cut.ties;
@@ -165,15 +171,17 @@ __device__ Cut FindCut(const SegmentEntries<T>& entries, int64_t capacity, Selec
   return cut;
 }
 
-// Calls put(position, i) for each kept entry in [begin, end), where `before` counts the entries in front of
-// them, and is moved behind them. By all threads of a block, whose size is a multiple of 32.
+// Calls put(position, i) for each kept entry in [begin, end), where `before` counts the entries in
+// front of them, and is moved behind them. By all threads of a block, whose size is a multiple
+// of 32.
 template <typename T, typename Put>
-__device__ void EmitKept(const SegmentEntries<T>& entries, int64_t begin, int64_t end, const Cut& cut,
-                         Tally& before, SelectShared& shared, Put&& put) {
+__device__ void EmitKept(const SegmentEntries<T>& entries, int64_t begin, int64_t end,
+                         const Cut& cut, Tally& before, SelectShared& shared, Put&& put) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const uint32_t lower = (1u << lane) - 1;
   int buffer = 0;
-  for (int64_t first = begin; first < end; first += int64_t{blockDim.x} * kSelectRows, buffer ^= 1) {
+  for (int64_t first = begin; first < end;
+       first += int64_t{blockDim.x} * kSelectRows, buffer ^= 1) {
     const int64_t start = first + warp * 32 * kSelectRows + lane;
     uint32_t above[kSelectRows], ties[kSelectRows];  // of the warp, a bit for each lane
     Tally own = {0, 0};
@@ -253,7 +261,8 @@ __global__ void __launch_bounds__(kMaxThreads) WholeSegments(Entries<T> entries,
   }
 }
 
-// Long segments: tasks are chunks of them. histograms [passes][segments][bins], tallies [segments][chunks].
+// Long segments: tasks are chunks of them. histograms [passes][segments][bins], tallies
+// [segments][chunks].
 struct Chunks {
   int64_t chunk, chunks;
   int32_t* histograms;
@@ -265,7 +274,8 @@ struct Chunks {
   };
   template <typename T>
   __device__ Task At(int64_t task, const Entries<T>& entries) const {
-    const int64_t item = task / (chunks * entries.channels), rest = task % (chunks * entries.channels);
+    const int64_t item = task / (chunks * entries.channels),
+                  rest = task % (chunks * entries.channels);
     const int64_t segment = item * entries.channels + rest % entries.channels;
     const int64_t index = rest / entries.channels;
     return {segment, index, index * chunk, min(index * chunk + chunk, entries.count)};
@@ -293,8 +303,7 @@ struct Chunks {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads)
-    ZeroHistograms(Entries<T> entries, Chunks c) {
+__global__ void __launch_bounds__(kMaxThreads) ZeroHistograms(Entries<T> entries, Chunks c) {
   const int64_t bins = kSelectPasses * entries.segments * kSelectBins;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < bins;
        i += int64_t{gridDim.x} * blockDim.x) {
@@ -380,11 +389,11 @@ inline int64_t SelectWorkspace(int64_t segments, int64_t count, int64_t chunk) {
   return carver.used();
 }
 
-// Selects the `capacity` strongest of each segment. A block takes `chunk` entries; all of a segment's where
-// chunk >= count.
+// Selects the `capacity` strongest of each segment. A block takes `chunk` entries; all of a
+// segment's where chunk >= count.
 template <typename T>
-ffi::Error LaunchSelect(cudaStream_t stream, const Entries<T>& entries, int64_t chunk, void* workspace,
-                        int32_t* kept_keys, T* kept_values, int64_t capacity) {
+ffi::Error LaunchSelect(cudaStream_t stream, const Entries<T>& entries, int64_t chunk,
+                        void* workspace, int32_t* kept_keys, T* kept_values, int64_t capacity) {
   namespace k = select_kernels;
   const k::Output<T> out = {kept_keys, kept_values, capacity};
   const int64_t work = chunk < entries.count ? chunk : entries.count;
@@ -401,12 +410,11 @@ ffi::Error LaunchSelect(cudaStream_t stream, const Entries<T>& entries, int64_t 
     ILAJAX_RETURN_IF_ERROR(Launch(k::ZeroHistograms<T>, GridFor(entries.segments), kMaxThreads, 0,
                                   stream, entries, c));
     for (int pass = 0; pass < kSelectPasses; ++pass) {
-      ILAJAX_RETURN_IF_ERROR(Launch(k::CountDigitsOfChunks<T>, grid, threads, 0, stream, entries,
-                                    capacity, c, pass));
+      ILAJAX_RETURN_IF_ERROR(
+          Launch(k::CountDigitsOfChunks<T>, grid, threads, 0, stream, entries, capacity, c, pass));
     }
   }
-  ILAJAX_RETURN_IF_ERROR(
-      Launch(k::TallyChunks<T>, grid, threads, 0, stream, entries, capacity, c));
+  ILAJAX_RETURN_IF_ERROR(Launch(k::TallyChunks<T>, grid, threads, 0, stream, entries, capacity, c));
   return Launch(k::EmitChunks<T>, grid, threads, 0, stream, entries, out, c);
 }
 

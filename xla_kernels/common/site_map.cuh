@@ -1,7 +1,8 @@
 // The stored entries of a sample in site-major form, for look-ups by key.
 //
 //   words   {bits, first}    for each 32 sites: which of them any channel stores, and the first one's row
-//   rows    {mask, offset}   for each such site: which channels store it, and where their values begin
+//   rows    {mask, offset}   for each such site: which channels store it, and where their values begin;
+//                            the highest bit tells that one of them is inf or NaN
 //   values  f32              for each row its channels' values, one behind the other
 //
 // So a look-up costs one load where nothing is stored, whatever the number of channels, and a hit finds
@@ -28,6 +29,7 @@ namespace ilajax {
 constexpr int kMapGroup = 32;    // channels of a mask
 constexpr int kMapChunk = 8192;  // sites of a block, as in ilajax/ops/_plans_cuda.py
 constexpr int kMapThreads = 256;
+constexpr uint32_t kNotFinite = 0x80000000u;
 constexpr int kMapWords = kMapChunk / 32;
 static_assert(kMapWords == kMapThreads, "a thread counts the sites of one word");
 
@@ -188,8 +190,9 @@ __device__ void BuildSiteMap(const SiteMap& map, const SiteMapInput<T>& in, int 
   __syncthreads();
   if (fits) {
     for_each([&](int c, int site, float value) {
-      const uint2 place = out_rows[row_of(site)];
-      out_values[place.y + __popc(place.x & ((1u << c) - 1))] = value;
+      uint2& place = out_rows[row_of(site)];
+      out_values[(place.y & ~kNotFinite) + __popc(place.x & ((1u << c) - 1))] = value;
+      if (!isfinite(value)) atomicOr(&place.y, kNotFinite);
     });
   }
 }

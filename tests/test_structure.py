@@ -1,0 +1,276 @@
+"""The rules of the source tree, read off the files: one stem for each op, imports one way, docstrings."""
+
+import ast
+import functools
+import inspect
+import pathlib
+import re
+import types
+
+import pytest
+
+import ilajax
+from ilajax import _ffi
+
+ROOT = pathlib.Path(__file__).parent.parent
+KERNELS = ROOT / "xla_kernels"
+MODULES = sorted((ROOT / "ilajax").rglob("*.py"))
+TARGETS = re.findall(
+    r"^(TARGET(?:_CPU)?)\((\w+), (\w+)\)", (KERNELS / "targets.def").read_text(), re.MULTILINE
+)
+
+# What a module may import, of the project, stands before it in this list. Data types and _ffi know the
+# geometry only; the package's own __init__ exports all.
+LAYERS = (
+    ("ilajax.geometry",),
+    ("ilajax.sparse_tensor", "ilajax.sparse_kernel", "ilajax._ffi"),
+    ("ilajax.ops",),
+    ("ilajax.nn",),
+    ("ilajax.optim",),
+    ("ilajax.models",),
+    ("experiments",),
+)
+
+
+def name_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def layer(module):
+    """The index of a module's layer; `ilajax` itself has none."""
+    for index, prefixes in enumerate(LAYERS):
+        if any(module == p or module.startswith(p + ".") for p in prefixes):
+            return index
+    return None
+
+
+@functools.cache
+def tree(path):
+    return ast.parse(path.read_text())
+
+
+def imported(path):
+    """Full names of what a file imports."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def used(path):
+    """Dotted names in a file's expressions, such as jax.ffi.ffi_call."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Attribute):
+            yield ast.unparse(node)
+
+
+relative = functools.partial(
+    pytest.mark.parametrize, "path", ids=lambda p: str(p.relative_to(ROOT))
+)
+
+
+@relative([p for p in MODULES if p != ROOT / "ilajax" / "__init__.py"])
+def test_imports_go_one_way(path):
+    """Catches a cycle, or a lower layer that knows a higher one."""
+    own = layer(name_of(path))
+    assert own is not None, f"{path} belongs to no layer: add it to LAYERS"
+    for name in imported(path):
+        if name.split(".")[0] in ("ilajax", "experiments"):
+            other = layer(name)
+            assert other is not None, f"{path} imports {name}: import the module that defines it"
+            assert other <= own, f"{path} imports {name}, which stands above it"
+
+
+def test_experiments_stand_on_top():
+    """Catches a library that imports an experiment or a test."""
+    for path in MODULES:
+        for name in imported(path):
+            assert name.split(".")[0] not in ("experiments", "tests", "oracles", "samples")
+
+
+@relative(MODULES)
+def test_only_ffi_touches_jax_ffi(path):
+    """Catches a custom call that goes past the rules for vmap, sharding and platforms in _ffi.py."""
+    if path.name != "_ffi.py":
+        names = [*imported(path), *used(path)]
+        assert not [n for n in names if n.startswith("jax.ffi") or n.endswith("ffi_call")]
+        assert not [n for n in names if "custom_vmap" in n or "custom_partitioning" in n]
+
+
+@relative(MODULES + sorted((ROOT / "experiments").rglob("*.py")))
+def test_public_jax_only(path):
+    """Catches a private part of JAX, which the next release moves."""
+    assert not [n for n in [*imported(path), *used(path)] if n.startswith("jax._src")]
+
+
+@relative([p for p in MODULES if p.name == "__init__.py"])
+def test_init_holds_exports_only(path):
+    """Catches code in an __init__.py, and a star import."""
+    for node in tree(path).body:
+        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        names = isinstance(node, ast.Assign) and node.targets[0].id in ("__all__", "__version__")
+        assert docstring or names or isinstance(node, ast.ImportFrom), ast.unparse(node)
+        if isinstance(node, ast.ImportFrom):
+            assert all(alias.name != "*" for alias in node.names)
+
+
+# --- One stem for each op --------------------------------------------------------------------------
+
+
+def camel_case(stem):
+    return "".join(part.capitalize() for part in stem.split("_"))
+
+
+def test_targets_are_listed():
+    """Catches a targets.def that this file does not read, with which all checks below are empty."""
+    assert len(TARGETS) >= 2
+    names = [target for _, target, _ in TARGETS]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(("macro", "target", "handler"), TARGETS)
+def test_a_target_has_its_files(macro, target, handler):
+    """Catches a name that breaks the chain op <-> target <-> handler <-> kernel <-> test."""
+    match = re.fullmatch(r"ilajax_(\w+)_(fwd|bwd)", target)
+    assert match, f"{target} is not ilajax_<stem>_fwd or ilajax_<stem>_bwd"
+    stem, direction = match.groups()
+    assert handler == camel_case(stem) + direction.capitalize()
+
+    suffixes = [".cc"] if macro == "TARGET_CPU" else [".cc", ".cu"]
+    sources = (KERNELS / "sources.bzl").read_text()
+    for suffix in suffixes:
+        source = KERNELS / (stem + suffix)
+        assert source.exists(), f"{source} is missing"
+        assert re.search(rf"XLA_FFI_DEFINE_HANDLER_SYMBOL\(\s*{handler}\b", source.read_text())
+        assert f'"{stem}{suffix}"' in sources, f"{stem}{suffix} is not in sources.bzl"
+
+    ops = [
+        path for path in (ROOT / "ilajax" / "ops").glob("*.py") if f'"{target}"' in path.read_text()
+    ]
+    assert len(ops) == 1, f"{target} must be called by one file in ops/, got {ops}"
+    assert (ROOT / "tests" / "ops" / f"test_{ops[0].stem}.py").exists()
+
+
+def test_forward_and_backward_live_together():
+    """Catches an op whose two handlers ended up in different files, or a kernel that nothing lists."""
+    stems = {re.sub(r"^ilajax_|_(fwd|bwd)$", "", target) for _, target, _ in TARGETS}
+    files = {p.stem for p in KERNELS.glob("*.c[cu]") if not p.stem.startswith("bind_")}
+    assert files == stems
+
+
+@pytest.mark.parametrize("name", [n for n in ilajax.__all__ if callable(getattr(ilajax, n))])
+def test_a_public_operation_has_its_test(name):
+    """Catches an op without a test file of its name."""
+    package, _, stem = getattr(ilajax, name).__module__.rpartition(".")
+    folder = ROOT / "tests" / package.removeprefix("ilajax").lstrip(".")
+    assert (folder / f"test_{stem}.py").exists()
+
+
+def test_registrations_match_the_list():
+    """Catches an extension built from another list of targets than the one in the tree."""
+    for platform in _ffi.native_platforms():
+        want = {t for macro, t, _ in TARGETS if platform == "cpu" or macro == "TARGET"}
+        assert _ffi._load()[platform] == want, f"rebuild the {platform} extension"
+
+
+# --- Rules for kernels -----------------------------------------------------------------------------
+
+
+def code(path):
+    """A C++ file without its comments."""
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
+
+
+@relative(sorted(p for p in KERNELS.rglob("*") if p.suffix in (".cu", ".cuh")))
+def test_cuda_neither_waits_nor_allocates(path):
+    """Catches host synchronisation, allocation, or a launch that nobody checks."""
+    text = code(path)
+    for forbidden in (
+        r"cuda\w*Synchronize",
+        r"cudaMalloc",
+        r"cudaFree",
+        r"cudaMemcpy\(",
+        r"<<<",
+        r"\bprintf\b",
+        r"\bnew\b",
+        r"std::vector",
+    ):
+        assert not re.search(forbidden, text), f"{forbidden} in {path}"
+
+
+@relative(sorted(KERNELS.glob("*.cu")))
+def test_cuda_handlers_fit_into_command_buffers(path):
+    """Catches a handler that keeps XLA from capturing a CUDA graph."""
+    handlers = re.findall(r"XLA_FFI_DEFINE_HANDLER_SYMBOL\(.*?\);", code(path), re.DOTALL)
+    assert handlers
+    for handler in handlers:
+        assert "kCmdBufferCompatible" in handler
+
+
+@relative(sorted(p for p in KERNELS.rglob("*") if p.suffix in (".cc", ".h")))
+def test_cpu_kernels_use_xlas_threads_and_memory(path):
+    """Catches a second thread pool, memory that XLA does not see, and prints in place of errors."""
+    text = code(path)
+    for forbidden in (r"std::thread\b", r"#pragma omp", r"\bmalloc\b", r"\bnew\b", r"\bprintf\b"):
+        assert not re.search(forbidden, text), f"{forbidden} in {path}"
+    assert not re.search(r"std::vector|std::string\b|std::(unordered_)?map", text), (
+        f"{path} allocates"
+    )
+
+
+def test_what_is_shipped_runs_on_any_machine():
+    """Catches code built for the machine that built it."""
+    for name in ("CMakeLists.txt", "pyproject.toml", "BUILD"):
+        if (ROOT / name).exists():
+            assert "-march=native" not in (ROOT / name).read_text()
+
+
+# --- Documentation ---------------------------------------------------------------------------------
+
+
+def public_objects():
+    for module in (ilajax, ilajax.nn, ilajax.optim, ilajax.models):
+        assert module.__doc__
+        for name in module.__all__:
+            value = getattr(module, name)
+            if not isinstance(value, types.ModuleType):
+                yield pytest.param(value, id=f"{module.__name__}.{name}")
+
+
+@pytest.mark.parametrize("value", list(public_objects()))
+def test_public_names_have_docstrings(value):
+    """Catches a public name without documentation, a public method included."""
+    documented = inspect.getdoc(value)
+    assert documented
+    # What a dataclass or a NamedTuple writes by itself is no documentation.
+    assert not documented.startswith(f"{value.__name__}(")
+    if inspect.isclass(value):
+        for name, method in vars(value).items():
+            function = getattr(method, "__func__", method)
+            if not name.startswith("_") and inspect.isfunction(function):
+                if name.startswith("tree_"):
+                    continue  # JAX's protocol
+                assert inspect.getdoc(function), f"{value.__name__}.{name} has no docstring"
+
+
+@relative(MODULES)
+def test_modules_have_docstrings(path):
+    """Catches a file that does not say what it is for."""
+    assert ast.get_docstring(tree(path))
+
+
+@relative(MODULES + sorted((ROOT / "tests").rglob("test_*.py")))
+def test_annotations_are_real(path):
+    """Catches postponed annotations, which tools that read them at run time stumble over."""
+    assert "__future__.annotations" not in set(imported(path))
+
+
+@relative(sorted((ROOT / "tests" / "ops").rglob("test_*.py")))
+def test_tests_say_what_they_catch(path):
+    """Catches a test without the line that says what it is for."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            assert ast.get_docstring(node), f"{path.name}::{node.name} has no docstring"
