@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard xla_kernels/*.* xla_kernels/common/*.*)
 CXX_FILES = $(shell find xla_kernels tests -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 
-.PHONY: help test mnist lint format wheel sanitize bazel clean
+.PHONY: help test mnist lint format cuda-on-host wheel sanitize bazel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make lint      ruff, mypy, clang-format    (make format repairs what can be repaired)"
 	@echo "make wheel     a wheel in dist/"
 	@echo "make sanitize  the kernels on broken keys under AddressSanitizer and UBSan"
+	@echo "make cuda-on-host  the tests of the ops on CUDA kernels compiled for the CPU"
 	@echo "make bazel     the CPU extension built and smoke-tested by Bazel"
 	@echo "make clean     remove what was built, .venv too"
 
@@ -41,8 +42,12 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+cuda-on-host: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python -m pytest -q tests/test_cuda_on_host.py tests/cuda_on_host/check_ops.py
+
 wheel: $(VENV)/.build
-	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+	$(PIP) wheel -qq --no-deps --no-build-isolation -Cbuild-dir=build/wheel --wheel-dir dist .
+	@ls -l dist
 
 clean:
 	rm -rf build dist $(VENV)
@@ -59,8 +64,11 @@ $(VENV)/.build: pyproject.toml
 	$(PIP) install -qq cmake ninja --requirement $@-requirements
 	@touch $@
 
+# CUDA kernels, where nvcc is found, for the cards of this machine alone (a wheel holds them for all).
+LOCAL_CUDA = CUDAARCHS="$${CUDAARCHS:-$$(nvidia-smi -L > /dev/null 2>&1 && echo native || echo 90-real)}"
+
 $(VENV)/.%: $(VENV)/.build $(SOURCES)
-	$(PIP) install -qq --no-build-isolation --editable '.[$*]'
+	$(LOCAL_CUDA) $(PIP) install -qq --no-build-isolation --editable '.[$*]'
 	@$(BIN)/python -c 'import ilajax._cpu' 2>/dev/null || \
 	  echo "note: the C++ extension could not be built, so ilajax will run its slower reference." \
 	       "See why with: $(BIN)/python -m pip install -v --no-build-isolation --editable ."

@@ -212,7 +212,7 @@ def run(row: Row) -> dict:
                     times[layout] = measure(program, args, row.rotations, repeats=5)
                 except Exception as error:  # out of memory, or no algorithm
                     result[f"dense_{name}_{layout}_error"] = str(error)[:200]
-            for layout, (time_us, low, high, temp) in times.items():
+            for layout, (time_us, _, _, temp) in times.items():
                 result[f"dense_{name}_{layout}_us"] = time_us
                 result[f"dense_{name}_{layout}_temp"] = temp
             if times:

@@ -149,8 +149,8 @@ def make_transformation(
 
     The same arguments give the same object, so that another run reuses the compiled step.
     """
-    # From an empty sum of squares, as Adagrad is defined. Started at 0.1 instead, as Optax does by default, it
-    # drowns the small gradients of a strict bound, and the sparse net learns much slower.
+    # From an empty sum of squares, as Adagrad is defined. Started at 0.1, as Optax does by default, it drowns
+    # the small gradients of a strict bound, and the sparse net learns much slower.
     steps = [optax.adagrad(learning_rate, initial_accumulator_value=0.0)]
     if regularisation:
         regulariser = ilajax.optim.density_biased_l2(regularisation, offset=0.1, b1=0.1, b2=0.1)

@@ -2,10 +2,15 @@
 
 import collections
 
+import hypothesis
 import jax
 import pytest
 
 from ilajax import _ffi
+
+# The same examples in every run, however slow the machine is.
+hypothesis.settings.register_profile("ilajax", deadline=None, database=None, derandomize=True)
+hypothesis.settings.load_profile("ilajax")
 
 
 def pytest_addoption(parser):

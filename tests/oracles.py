@@ -5,6 +5,7 @@ integers they are exact, and so is the float32 arithmetic that they are compared
 is a second oracle, `jax.lax.conv_general_dilated`, run on the CPU whatever the default device is.
 """
 
+import functools
 import itertools
 import math
 
@@ -112,6 +113,7 @@ class Geometry:
         )
         self.sites = math.prod(self.shape)
 
+    @functools.cache  # noqa: B019  (a geometry lives as long as its test)
     def update_id(self, key, tap):
         """The output key that the entry at `key` updates through `tap`, or None."""
         position = np.unravel_index(key, self.grid)

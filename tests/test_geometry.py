@@ -139,7 +139,7 @@ def test_broken_keys_reach_nothing(key):
         assert window.output_keys(jnp.array([key], jnp.int32), jnp.int32(tap))[0] == 12
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.randoms(use_true_random=False))
 def test_ravel_and_unravel(shape, random):
     """Catches a row-major order that is not NumPy's, and positions outside the grid taken as inside."""

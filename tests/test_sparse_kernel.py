@@ -176,7 +176,7 @@ def again_from_dense(kernel):
     return ilajax.SparseKernel.from_dense(kernel.to_dense(), kernel.mask())
 
 
-@settings(max_examples=25, deadline=None, database=None, derandomize=True)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.floats(0, 1))
 def test_any_mask_round_trips(seed, density):
     """Catches a mask and a kernel that disagree about some position."""

@@ -310,7 +310,7 @@ def test_from_bcoo_rejects_other_types():
         ilajax.SparseTensor.from_bcoo(jnp.ones((2, 2, 3)))
 
 
-@settings(max_examples=30, deadline=None, database=None, derandomize=True)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.floats(0, 1), st.booleans())
 def test_invariants_of_samples(seed, density, shared):
     """Catches a generator of test data, or a validate, that is wrong itself."""

@@ -16,7 +16,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 KERNELS = ROOT / "xla_kernels"
 MODULES = sorted((ROOT / "ilajax").rglob("*.py"))
 TARGETS = re.findall(
-    r"^(TARGET(?:_CPU)?)\((\w+), (\w+)\)", (KERNELS / "targets.def").read_text(), re.MULTILINE
+    r"^(TARGET(?:_CPU|_UNPROVEN)?)\((\w+), (\w+)\)",
+    (KERNELS / "targets.def").read_text(),
+    re.MULTILINE,
 )
 
 # What a module may import, of the project, stands before it in this list. Data types and _ffi know the

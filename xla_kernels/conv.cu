@@ -1,31 +1,34 @@
 // Direct sparse convolution with k-selection on the GPU, and its gradient.
 //
-// Forward, five launches where float32 responses may have to be cut to the capacity, four with 16-bit
-// values, three where nothing can be cut (and these once a chunk of the batch, where the workspace is short):
+// Forward, five launches where float32 responses may have to be cut to the capacity, four with
+// 16-bit values, three where nothing can be cut (and these once a chunk of the batch, where the
+// workspace is short):
 //
-//   1 PrepareKernel   the input as a site map (site_map.cuh), the filters as dense rows, zeroed counters
-//   2 TileKernel      kRespond: a block takes a tile of consecutive output sites of one item and up to 8
-//                     output channels. It dilates the map's bitmap, a word at a time, into a bitmap of the
-//                     sites in reach. Then a thread has a site and sums its responses in registers, tap by
-//                     tap and channel by channel, all threads of a warp at the same weights. Ranks go to a
-//                     histogram of their 11 highest bits in shared memory, then to that of the segment; the
-//                     last block of a segment finds the digit at which the capacity cuts.
-//   3 TileKernel      kRefine, once or twice: the next digits, among candidates that share the first.
-//   4 TileKernel      kEmit: counts what a tile keeps, adds up the tiles before it, writes in key order.
+//   1 PrepareKernel   the input as a site map (site_map.cuh), the filters as dense rows, zeroed
+//   counters 2 TileKernel      kRespond: a block takes a tile of consecutive output sites of one
+//   item and up to 8
+//                     output channels. It dilates the map's bitmap, a word at a time, into a bitmap
+//                     of the sites in reach. Then a thread has a site and sums its responses in
+//                     registers, tap by tap and channel by channel, all threads of a warp at the
+//                     same weights. Ranks go to a histogram of their 11 highest bits in shared
+//                     memory, then to that of the segment; the last block of a segment finds the
+//                     digit at which the capacity cuts.
+//   3 TileKernel      kRefine, once or twice: the next digits, among candidates that share the
+//   first. 4 TileKernel      kEmit: counts what a tile keeps, adds up the tiles before it, writes
+//   in key order.
 //
-// The responses of 2 are kept in a pool where it has room (a row of channels for each site in reach) and
-// computed again by 3 and 4 where it has not, with the same bits. So memory is bounded by the workspace,
-// and traffic is the input, the output, and the pool: written once, read twice or more. No grid is ever
-// allocated but the map: two bits a site.
+// The responses of 2 are kept in a pool where it has room (a row of channels for each site in
+// reach) and computed again by 3 and 4 where it has not, with the same bits. So memory is bounded
+// by the workspace, and traffic is the input, the output, and the pool: written once, read twice or
+// more. No grid is ever allocated but the map: two bits a site.
 //
 // Backward, three launches: PrepareKernel makes the site map of the kept outputs' cotangents; then
-// GradientKernel has a thread for each stored input, which looks up the cotangents that it reaches tap by
-// tap, sums its own gradient in a register and those of the weights over the warp; FinishKernel adds the
-// partial sums of weights and bias in their order.
+// GradientKernel has a thread for each stored input, which looks up the cotangents that it reaches
+// tap by tap, sums its own gradient in a register and those of the weights over the warp;
+// FinishKernel adds the partial sums of weights and bias in their order.
 //
-// All sums have a fixed order, and what integer atomics count does not depend on theirs. Results repeat.
-
-#include "xla_kernels/conv.h"
+// All sums have a fixed order, and what integer atomics count does not depend on theirs. Results
+// repeat.
 
 #include <algorithm>
 #include <cstdint>
@@ -37,14 +40,18 @@
 #include "xla_kernels/common/selection.h"
 #include "xla_kernels/common/site_map.cuh"
 #include "xla_kernels/common/workspace.h"
+#include "xla_kernels/conv.h"
 
 namespace ilajax {
 namespace {
 
 // Reads what other blocks of this launch have written.
-__device__ uint32_t LoadFresh(const uint32_t* p) { return *static_cast<const volatile uint32_t*>(p); }
+__device__ uint32_t LoadFresh(const uint32_t* p) {
+  return *static_cast<const volatile uint32_t*>(p);
+}
 
-// --- Launch 1: site map, filters, zeros ---------------------------------------------------------------
+// --- Launch 1: site map, filters, zeros
+// ---------------------------------------------------------------
 
 template <typename T>
 struct Prepare {
@@ -101,28 +108,33 @@ ffi::Error LaunchPrepare(cudaStream_t stream, const Prepare<T>& p) {
   return Launch(PrepareKernel<T>, GridFor(blocks), kMapThreads, SiteMap::SharedBytes(), stream, p);
 }
 
-// --- Launches 2 and on: tiles of output sites ---------------------------------------------------------
+// --- Launches 2 and on: tiles of output sites
+// ---------------------------------------------------------
 
 constexpr int kTileThreads = 256;
 constexpr int kTileWarps = kTileThreads / 32;
 constexpr int kMaxTile = 8192;  // sites; as in ilajax/ops/_plans_cuda.py
 constexpr int kTilesOfRun = 64;
 constexpr int kBins = 2048;
-constexpr int kBinWords = kBins / 2 + 4;  // two counters a word; the rest spreads channels over banks
-constexpr int kBlock = 8;                 // output channels of a block
-constexpr int kSums = 3;                  // of a tile: candidates, kept above the threshold, ties
+constexpr int kBinWords =
+    kBins / 2 + 4;          // two counters a word; the rest spreads channels over banks
+constexpr int kBlock = 8;   // output channels of a block
+constexpr int kSums = 3;    // of a tile: candidates, kept above the threshold, ties
 constexpr int kLevels = 3;  // digits of a rank: 11, 11 and 10 bits
-constexpr uint32_t kNone = 0xffffffffu;  // in the pool: no candidate. A NaN's bits, which no NaN has there
+constexpr uint32_t kNone =
+    0xffffffffu;  // in the pool: no candidate. A NaN's bits, which no NaN has there
 constexpr uint32_t kUncached = 0xffffffffu;
 constexpr int64_t kMaxShared = 200 * 1024;
 
-ILAJAX_HOST_DEVICE constexpr int LevelShift(int level) { return level == 0 ? 21 : level == 1 ? 10 : 0; }
+ILAJAX_HOST_DEVICE constexpr int LevelShift(int level) {
+  return level == 0 ? 21 : level == 1 ? 10 : 0;
+}
 ILAJAX_HOST_DEVICE constexpr int LevelBits(int level) { return level == 2 ? 10 : 11; }
 
 enum class Pass { kRespond, kRefine, kEmit };
 
-// Where a segment is cut: candidates whose rank exceeds `threshold` are kept, and the `ties` lowest keys of
-// that rank. Zeros before the first pass.
+// Where a segment is cut: candidates whose rank exceeds `threshold` are kept, and the `ties` lowest
+// keys of that rank. Zeros before the first pass.
 struct Cut {
   uint32_t threshold;
   int32_t ties;
@@ -142,9 +154,9 @@ struct Forward {
   int out_channels, capacity;
   int64_t output_sites;
 
-  int first_item, items;         // the chunk of the batch
-  int64_t slab_begin, slab_end;  // its output sites
-  int tile;                      // sites of a tile
+  int first_item, items;              // the chunk of the batch
+  int64_t slab_begin, slab_end;       // its output sites
+  int tile;                           // sites of a tile
   int tiles, first_tile, slab_tiles;  // of an item; of the slab
   int ticket_base;                    // blocks of launches before this one that drew tickets
   int level, low_shift;               // the digit of this pass; bits of a rank that carry nothing
@@ -190,12 +202,12 @@ __device__ void Store(void* out, int64_t i, float value, ffi::DataType dtype) {
 
 // The rank in 32 bits that all carry information: the highest bit of positive ranks is always set.
 __device__ uint32_t Rank(uint32_t bits, const Forward& f) {
-  return RankBits(BitsFloat(bits), f.select) << (f.select == Select::kValue ? 0 : 1) >> f.low_shift
-                                                                                          << f.low_shift;
+  return RankBits(BitsFloat(bits), f.select) << (f.select == Select::kValue ? 0 : 1) >>
+         f.low_shift << f.low_shift;
 }
 
-// Marks the sites of the tile [begin, end) that any stored entry reaches through a live tap. A warp takes
-// 32 words of the rows within reach; for each with an entry its lanes take a tap each.
+// Marks the sites of the tile [begin, end) that any stored entry reaches through a live tap. A warp
+// takes 32 words of the rows within reach; for each with an entry its lanes take a tap each.
 template <int R>
 __device__ void MarkTile(const Forward& f, const Axes<R>& axes, const TapList<R>& taps, int item,
                          int64_t begin, int64_t end, uint32_t* bitmap) {
@@ -212,7 +224,8 @@ __device__ void MarkTile(const Forward& f, const Axes<R>& axes, const TapList<R>
       const int64_t from = same ? first[a] : 0, to = same ? last[a] : axes.output[a] - 1;
       const int64_t reach = int64_t{axes.window[a] - 1} * axes.dilation[a];
       const int64_t low = max(from * axes.stride[a] - axes.low[a], int64_t{0});
-      const int64_t high = min(to * axes.stride[a] - axes.low[a] + reach, int64_t{axes.input[a]} - 1);
+      const int64_t high =
+          min(to * axes.stride[a] - axes.low[a] + reach, int64_t{axes.input[a]} - 1);
       box_low[a] = static_cast<int32_t>(low);
       box_size[a] = static_cast<int32_t>(max(high - low + 1, int64_t{0}));
       same &= first[a] == last[a];
@@ -246,7 +259,8 @@ __device__ void MarkTile(const Forward& f, const Axes<R>& axes, const TapList<R>
         const int64_t w = site >> 5;
         const int shift = static_cast<int>(site & 31);
         if (w >= 0 && w < f.map.words_each) bits |= word[w].x >> shift;
-        if (shift != 0 && w >= -1 && w + 1 < f.map.words_each) bits |= word[w + 1].x << (32 - shift);
+        if (shift != 0 && w >= -1 && w + 1 < f.map.words_each)
+          bits |= word[w + 1].x << (32 - shift);
       }
       if (count < 32) bits &= (1u << count) - 1;
     }
@@ -276,7 +290,8 @@ __device__ void MarkTile(const Forward& f, const Axes<R>& axes, const TapList<R>
         const int64_t row_site = key - begin;  // of x = 0, counted from the tile's first
         if (stride == 1) {
           // The part of the word that lies in the row and in the tile.
-          const int64_t low = max(-row_site, int64_t{0}), high = min(sites - row_site, int64_t{width});
+          const int64_t low = max(-row_site, int64_t{0}),
+                        high = min(sites - row_site, int64_t{width});
           uint32_t m = entry;
           if (x >= high || x + 32 <= low) continue;
           if (x < low) m &= ~uint32_t{0} << (low - x);
@@ -317,12 +332,12 @@ __device__ void AddProducts(float (&sums)[kBlock], float x, const float4* weight
   }
 }
 
-// The responses of a thread's output site in the channels of the block. Every thread of the warp calls it.
-// Summed in the order of input groups, taps, channels.
+// The responses of a thread's output site in the channels of the block. Every thread of the warp
+// calls it. Summed in the order of input groups, taps, channels.
 //
-// With one or two input channels most of the time goes to look-ups: a thread first collects which taps
-// find anything, then goes through its own. With more, products count: all threads of the warp are at the same
-// tap and channel, and read its weights at once.
+// With one or two input channels most of the time goes to look-ups: a thread first collects which
+// taps find anything, then goes through its own. With more, products count: all threads of the warp
+// are at the same tap and channel, and read its weights at once.
 template <int R>
 __device__ void Respond(const Forward& f, const Axes<R>& axes, const TapList<R>& taps,
                         const float* weights, int item, bool active, uint32_t key,
@@ -345,7 +360,8 @@ __device__ void Respond(const Forward& f, const Axes<R>& axes, const TapList<R>&
       bool inside = active;
 #pragma unroll
       for (int a = 0; a < R; ++a) {
-        inside &= static_cast<uint32_t>(p[a] + tap.offset[a]) < static_cast<uint32_t>(axes.input[a]);
+        inside &=
+            static_cast<uint32_t>(p[a] + tap.offset[a]) < static_cast<uint32_t>(axes.input[a]);
       }
       return inside;
     };
@@ -405,6 +421,7 @@ __device__ void FindDigit(const Forward& f, int level, uint32_t* histogram, Cut*
   const int above = WarpExclusiveScan(sum);
   const int total = __shfl_sync(kWarp, above + sum, 31);
   int ties = level == 0 ? f.capacity : cut->ties;
+  __syncwarp();  // before one lane writes what all have read
   if (level == 0 && lane == 0) {
     *responses = total;
     cut->candidates = total;
@@ -426,8 +443,7 @@ __device__ void FindDigit(const Forward& f, int level, uint32_t* histogram, Cut*
 }
 
 template <int R, Pass P>
-__global__ void __launch_bounds__(kTileThreads, 3)
-    TileKernel(Forward f, Axes<R> axes) {
+__global__ void __launch_bounds__(kTileThreads, 3) TileKernel(Forward f, Axes<R> axes) {
   uint4* shared = DynamicShared();
   __shared__ int scratch[kTileWarps];
   __shared__ uint32_t draw, pool_offset;
@@ -515,8 +531,8 @@ __global__ void __launch_bounds__(kTileThreads, 3)
   __syncthreads();
   const uint32_t at = P == Pass::kRespond ? pool_offset : stored.x;
 
-  // Calls visit(key, bits) for each row; a warp's rows lie together, and its lanes have one each. Lanes
-  // without a row, and channels beyond the last, get kNone.
+  // Calls visit(key, bits) for each row; a warp's rows lie together, and its lanes have one each.
+  // Lanes without a row, and channels beyond the last, get kNone.
   const int each = ((rows + kTileWarps - 1) / kTileWarps + 31) / 32 * 32;
   const int warp_end = min((warp + 1) * each, rows);
   const auto for_each_row = [&](auto&& visit) {
@@ -583,7 +599,8 @@ __global__ void __launch_bounds__(kTileThreads, 3)
       });
 #pragma unroll
       for (int j = 0; j < kBlock; ++j) {
-        for (int step = 16; step > 0; step /= 2) counts[j] += __shfl_xor_sync(kWarp, counts[j], step);
+        for (int step = 16; step > 0; step /= 2)
+          counts[j] += __shfl_xor_sync(kWarp, counts[j], step);
         if (lane == j) sums[warp][j] = counts[j];
       }
       __syncthreads();
@@ -608,12 +625,14 @@ __global__ void __launch_bounds__(kTileThreads, 3)
         }
       }
     } else {
-      // Few candidates share all higher digits, or many that are equal: then one of them adds for all.
+      // Few candidates share all higher digits, or many that are equal: then one of them adds for
+      // all.
       for_each_row([&](uint32_t, const uint32_t (&bits)[kBlock]) {
 #pragma unroll
         for (int j = 0; j < kBlock; ++j) {
           const uint32_t rank = Rank(bits[j], f);
-          const bool in = bits[j] != kNone && cuts[j].cuts && (rank ^ cuts[j].threshold) >> upper == 0;
+          const bool in =
+              bits[j] != kNone && cuts[j].cuts && (rank ^ cuts[j].threshold) >> upper == 0;
           const uint32_t all = __ballot_sync(kWarp, in);
           if (all == 0) continue;
           const uint32_t bin = rank >> shift & bin_mask;
@@ -644,8 +663,8 @@ __global__ void __launch_bounds__(kTileThreads, 3)
     return;
   }
 
-  // kEmit. What each warp keeps, by channel: above the threshold, and ties. Where nothing is cut the first
-  // pass has counted.
+  // kEmit. What each warp keeps, by channel: above the threshold, and ties. Where nothing is cut
+  // the first pass has counted.
   __shared__ uint32_t warp_sums[2][kTileWarps][kBlock];  // then the sums before the warp
   __shared__ uint32_t before[2][kBlock];
   const uint32_t lower_lanes = (1u << lane) - 1;
@@ -803,7 +822,8 @@ ffi::Error LaunchTiles(cudaStream_t stream, Forward f, const Window& w) {
   if (f.weights_in_shared) f.table_bytes += weight_bytes;
   const int64_t bytes = f.table_bytes + (P == Pass::kRespond ? kBlock * kBinWords * 4 : 0) +
                         f.tile / 32 * 8 + f.tile * 2;
-  if (bytes > kMaxShared) return InvalidArgument("conv: a window of ", w.taps, " taps is too large");
+  if (bytes > kMaxShared)
+    return InvalidArgument("conv: a window of ", w.taps, " taps is too large");
   const int64_t blocks = int64_t{f.items} * f.filters.blocks() * f.slab_tiles;
   return Launch(TileKernel<R, P>, GridFor(blocks), kTileThreads, bytes, stream, f, Axes<R>(w));
 }
@@ -916,18 +936,18 @@ ffi::Error ConvFwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::Any
           if (built != slab) {
             CoverInput(w, begin, end, f.map);
             const bool first = built < 0;
-            const Prepare<T> prepare = {
-                f.map,
-                {keys.typed_data() + s.KeyOffset(item, 0),
-                 Data<T>(values) + item * s.in_channels * s.slots, static_cast<int>(s.slots), s.shared},
-                f.items,
-                f.filters,
-                kernel_keys.typed_data(),
-                weights.typed_data(),
-                static_cast<int>(s.weights),
-                first && item == 0,
-                f.histograms,
-                first ? zero_words : 0};
+            const Prepare<T> prepare = {f.map,
+                                        {keys.typed_data() + s.KeyOffset(item, 0),
+                                         Data<T>(values) + item * s.in_channels * s.slots,
+                                         static_cast<int>(s.slots), s.shared},
+                                        f.items,
+                                        f.filters,
+                                        kernel_keys.typed_data(),
+                                        weights.typed_data(),
+                                        static_cast<int>(s.weights),
+                                        first && item == 0,
+                                        f.histograms,
+                                        first ? zero_words : 0};
             ILAJAX_RETURN_IF_ERROR(LaunchPrepare(stream, prepare));
             built = static_cast<int>(slab);
           }
@@ -951,14 +971,15 @@ ffi::Error ConvFwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::Any
   });
 }
 
-// --- The gradient -------------------------------------------------------------------------------------
+// --- The gradient
+// -------------------------------------------------------------------------------------
 
 constexpr int kGradientThreads = 128;
 constexpr int kGradientWarps = kGradientThreads / 32;
-constexpr int kEntries = 2;                              // of a thread
-constexpr int kStrip = kGradientThreads * kEntries;      // entries that a block takes at a time
-constexpr int kBiasStrip = 8192;                         // as in ilajax/ops/_plans_cuda.py
-constexpr int64_t kMaxSums = 96 * 1024;                  // bytes of sums in shared memory, as there
+constexpr int kEntries = 2;                          // of a thread
+constexpr int kStrip = kGradientThreads * kEntries;  // entries that a block takes at a time
+constexpr int kBiasStrip = 8192;                     // as in ilajax/ops/_plans_cuda.py
+constexpr int64_t kMaxSums = 96 * 1024;              // bytes of sums in shared memory, as there
 
 struct Backward {
   SiteMap map;  // of the cotangents
@@ -972,10 +993,10 @@ struct Backward {
   bool shared;
   int64_t input_sites, output_sites;
 
-  int first_item, items;           // the chunk of the batch
-  int64_t slab_begin, slab_end;    // input sites
+  int first_item, items;         // the chunk of the batch
+  int64_t slab_begin, slab_end;  // input sites
   int slab, slabs;
-  int span, parts;                 // items that share a block's sums, or parts of one item
+  int span, parts;  // items that share a block's sums, or parts of one item
   bool sums_in_shared;
 
   float* sums;       // [slab][part of the batch][ic][copy][tap][channel]
@@ -993,7 +1014,8 @@ struct Backward {
   }
 };
 
-// Adds up 8 values over the warp; lane 4 * j of it gets value j's sum, of the order given by this code.
+// Adds up 8 values over the warp; lane 4 * j of it gets value j's sum, of the order given by this
+// code.
 __device__ float WarpSum8(float (&v)[8]) {
   const int lane = threadIdx.x & 31;
 #pragma unroll
@@ -1045,16 +1067,18 @@ __global__ void __launch_bounds__(kGradientThreads, 5)
   const int part = static_cast<int>(task / b.filters.in_channels);  // of the chunk
   const int blocks = b.filters.blocks(), width = b.width();
   TapList<R> taps;
-  taps.Fill(axes, b.filters.live + b.filters.Row(0, ic), blocks, b.filters.Row(1, 0), b.filters.taps,
-            shared);
+  taps.Fill(axes, b.filters.live + b.filters.Row(0, ic), blocks, b.filters.Row(1, 0),
+            b.filters.taps, shared);
 
   // The sums of the weights, a copy for each warp.
   const int sum_count = b.filters.taps * width;
   const int64_t all_part = int64_t{b.first_item / b.span} * b.parts + part;
-  float* out = b.sums + ((b.slab * b.all_parts() + all_part) * b.filters.in_channels + ic) * b.copies() *
-                            int64_t{sum_count};
+  float* out = b.sums + ((b.slab * b.all_parts() + all_part) * b.filters.in_channels + ic) *
+                            b.copies() * int64_t{sum_count};
   float* sums = b.sums_in_shared
-                    ? reinterpret_cast<float*>(shared + TapList<R>::SharedBytes(b.filters.taps, (blocks + 31) / 32) / sizeof(uint4))
+                    ? reinterpret_cast<float*>(
+                          shared + TapList<R>::SharedBytes(b.filters.taps, (blocks + 31) / 32) /
+                                       sizeof(uint4))
                     : out;
   for (int i = threadIdx.x; i < sum_count * kGradientWarps; i += kGradientThreads) sums[i] = 0.0f;
   __syncthreads();
@@ -1181,7 +1205,8 @@ __global__ void __launch_bounds__(kGradientThreads, 5)
 __global__ void __launch_bounds__(kGradientThreads) FinishKernel(Backward b) {
   const int lane = threadIdx.x & 31;
   const int64_t task = int64_t{blockIdx.x} * kGradientWarps + (threadIdx.x >> 5);
-  const int channels = b.filters.out_channels, inputs = b.filters.in_channels, taps = b.filters.taps;
+  const int channels = b.filters.out_channels, inputs = b.filters.in_channels,
+            taps = b.filters.taps;
   const int64_t group_items = b.batch / b.groups;
   const int64_t weight_tasks = int64_t{b.groups} * b.weights;
   if (task < weight_tasks) {
@@ -1283,14 +1308,15 @@ ffi::Error ConvBwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::Any
   b.parts = static_cast<int>(parts);
   b.sums_in_shared = w.taps * b.width() * kGradientWarps * 4 <= kMaxSums;
   b.map.channels = static_cast<int>(s.out_channels);
-  const int64_t reach = b.slabs == 1 ? w.output_shape[0]
-                                     : (slab_rows + w.extent() - 2) / w.strides[0] + 1;
+  const int64_t reach =
+      b.slabs == 1 ? w.output_shape[0] : (slab_rows + w.extent() - 2) / w.strides[0] + 1;
   b.map.sites = std::min(reach, w.output_shape[0]) * w.output_row();
   b.map.slots = static_cast<int>(std::min(s.capacity, b.map.sites));
   Carver carver(workspace->untyped_data());
   b.filters.Carve(carver);
   b.map.Carve(carver, chunk_items);
-  b.sums = carver.Take<float>(b.slabs * b.all_parts() * s.in_channels * b.copies() * w.taps * b.width());
+  b.sums =
+      carver.Take<float>(b.slabs * b.all_parts() * s.in_channels * b.copies() * w.taps * b.width());
   b.bias_sums = carver.Take<float>(s.batch * s.out_channels * b.bias_strips());
   ILAJAX_RETURN_IF_ERROR(CheckWorkspace("conv", *workspace, carver.used()));
 
@@ -1305,24 +1331,24 @@ ffi::Error ConvBwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::Any
         b.slab_end = end * w.input_row();
         // The output rows within reach.
         const int64_t lowest = begin + w.low[0] - w.extent() + 1, highest = end - 1 + w.low[0];
-        const int64_t row_begin =
-            std::clamp<int64_t>(lowest <= 0 ? 0 : CeilDiv(lowest, w.strides[0]), 0, w.output_shape[0]);
+        const int64_t row_begin = std::clamp<int64_t>(
+            lowest <= 0 ? 0 : CeilDiv(lowest, w.strides[0]), 0, w.output_shape[0]);
         const int64_t row_end = std::clamp<int64_t>(highest < 0 ? 0 : highest / w.strides[0] + 1,
                                                     row_begin, w.output_shape[0]);
         b.map.begin = row_begin * w.output_row();
         b.map.sites = (row_end - row_begin) * w.output_row();
-        const Prepare<T> prepare = {b.map,
-                                    {b.out_keys + item * s.out_channels * s.capacity,
-                                     Data<T>(cotangent) + item * s.out_channels * s.capacity,
-                                     b.capacity, false},
-                                    b.items,
-                                    b.filters,
-                                    b.kernel_keys,
-                                    weights.typed_data(),
-                                    b.weights,
-                                    item == 0 && b.slab == 0,
-                                    nullptr,
-                                    0};
+        const Prepare<T> prepare = {
+            b.map,
+            {b.out_keys + item * s.out_channels * s.capacity,
+             Data<T>(cotangent) + item * s.out_channels * s.capacity, b.capacity, false},
+            b.items,
+            b.filters,
+            b.kernel_keys,
+            weights.typed_data(),
+            b.weights,
+            item == 0 && b.slab == 0,
+            nullptr,
+            0};
         ILAJAX_RETURN_IF_ERROR(LaunchPrepare(stream, prepare));
         const auto launch = w.rank <= 3 ? LaunchGradient<T, 3> : LaunchGradient<T, kMaxRank>;
         ILAJAX_RETURN_IF_ERROR(
@@ -1330,7 +1356,8 @@ ffi::Error ConvBwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::Any
       }
     }
     const int64_t tasks = groups * (s.weights + s.out_channels);
-    return Launch(FinishKernel, GridFor(CeilDiv(tasks, kGradientWarps)), kGradientThreads, 0, stream, b);
+    return Launch(FinishKernel, GridFor(CeilDiv(tasks, kGradientWarps)), kGradientThreads, 0,
+                  stream, b);
   });
 }
 
@@ -1370,8 +1397,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ConvBwd, ilajax::ConvBwdImpl,
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // kernel_keys
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // weights
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // out_keys
-                                  .Arg<xla::ffi::AnyBuffer>()              // cotangent of out_values
-                                  .Ret<xla::ffi::AnyBuffer>()              // values_bar
+                                  .Arg<xla::ffi::AnyBuffer>()  // cotangent of out_values
+                                  .Ret<xla::ffi::AnyBuffer>()  // values_bar
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()  // weights_bar
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()  // bias_bar
                                   .Ret<xla::ffi::Buffer<xla::ffi::U8>>()   // workspace

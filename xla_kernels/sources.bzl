@@ -10,10 +10,9 @@ CPU_SOURCES = [
 ]
 
 CUDA_SOURCES = [
-    "conv.cu",
-    "from_dense.cu",
-    "k_select.cu",
-    "pool.cu",
-    "submanifold.cu",
     "to_dense.cu",
 ]
+
+# Not in the extension until they have passed on a GPU; tests/cuda_on_host builds them. On one line, which
+# CMakeLists.txt does not read.
+CUDA_UNPROVEN = ["conv.cu", "from_dense.cu", "k_select.cu", "pool.cu", "submanifold.cu"]

@@ -46,22 +46,26 @@ def conv_forward(
         last = all_rows - (slabs - 1) * rows
         tiles = (slabs - 1) * _ceil(rows * row, tile) + _ceil(last * row, tile)
         runs = _ceil(tiles, _TILES_OF_RUN)
-        return filters + _site_map(items, in_channels, slots, _reads(window, rows)) + sum(
-            _align(4 * words)
-            for words in (
-                items * out_channels * _BINS,
-                items * out_channels * 4,
-                items * blocks,
-                1,
-                1,
-                items * out_channels * runs * 3,
-                items * blocks * runs,
-                items * blocks * tiles,
-                items * out_channels * tiles * 3,
-                items * blocks * tiles * _TILE_WARPS * _BLOCK // 2,
-                items * blocks * tiles * 2,
-                pool,
-                pool * _BLOCK,
+        return (
+            filters
+            + _site_map(items, in_channels, slots, _reads(window, rows))
+            + sum(
+                _align(4 * words)
+                for words in (
+                    items * out_channels * _BINS,
+                    items * out_channels * 4,
+                    items * blocks,
+                    1,
+                    1,
+                    items * out_channels * runs * 3,
+                    items * blocks * runs,
+                    items * blocks * tiles,
+                    items * out_channels * tiles * 3,
+                    items * blocks * tiles * _TILE_WARPS * _BLOCK // 2,
+                    items * blocks * tiles * 2,
+                    pool,
+                    pool * _BLOCK,
+                )
             )
         )
 
@@ -139,7 +143,11 @@ def conv_backward(
 def _site_map(items: int, channels: int, slots: int, sites: int) -> int:
     slots = min(slots, sites)
     words = items * _ceil(channels, _GROUP) * _ceil(sites, 32)
-    return _align(words * 8) + _align(items * channels * slots * 8) + _align(items * channels * slots * 4)
+    return (
+        _align(words * 8)
+        + _align(items * channels * slots * 8)
+        + _align(items * channels * slots * 4)
+    )
 
 
 def _filters(window: Window, in_channels: int, out_channels: int) -> int:

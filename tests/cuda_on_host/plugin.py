@@ -26,7 +26,7 @@ def registrations() -> dict[str, object]:
     listed = (build.KERNELS / "targets.def").read_text()
     return {
         target: jax.ffi.pycapsule(getattr(library, target))
-        for target, handler in re.findall(r"^TARGET\((\w+), (\w+)\)", listed, re.M)
+        for target, handler in re.findall(r"^TARGET(?:_UNPROVEN)?\((\w+), (\w+)\)", listed, re.M)
         if hasattr(library, handler)
     }
 

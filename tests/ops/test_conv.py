@@ -561,7 +561,7 @@ def test_selection_is_k_select(backend, select, dtype):
     """Catches a rank by anything but the stored value: in bfloat16 rounding makes many ties."""
     run = composed(backend, 6, select)
 
-    @settings(max_examples=15, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=15)
     @given(st.integers(0, 10**6), st.booleans())
     def holds(seed, exact):
         x = samples.tensor(seed, density=0.3, dtype=dtype, exact=exact)
@@ -579,7 +579,7 @@ def test_invariants(backend, select):
     """Catches output that breaks the contract of a SparseTensor, on any data."""
     run = program(backend, 8, select)
 
-    @settings(max_examples=20, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=20)
     @given(st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1), st.booleans(), st.booleans())
     def holds(seed, density, kernel_density, exact, zeros):
         x = samples.tensor(seed, density=density, exact=exact, zeros=zeros)
@@ -612,13 +612,31 @@ def test_translation(backend):
         np.testing.assert_array_equal(got.values[0], want.values[0])
 
 
+LARGE = {
+    # Several slabs, more than one word of a bitmap, a border inside a word.
+    "slabs": ((300, 701), (3, 3), 1, "SAME", 1, 2, 5, 300),
+    "slabs-3d": ((70, 33, 50), (3, 3, 3), 1, "SAME", 2, 1, 4, 50),
+    "slabs-strided": ((400, 900), (3, 2), (2, 3), "VALID", 1, 1, 6, 90),
+    "one-long-row": ((200_000,), (5,), 1, "SAME", 3, 1, 4, 500),
+    # Several blocks of channels.
+    "wide": ((9, 11), (1, 1), 1, "SAME", 1, 20, 37, 30),
+    "wide-window": ((20, 21), (3, 3), 1, "SAME", 1, 3, 18, 100),
+    # Selections that are refined many times over, and that cut next to nothing.
+    "many-candidates": ((90, 100), (3, 3), 1, "SAME", 1, 1, 2, 40),
+    "large-capacity": ((150, 160), (3, 3), 1, "SAME", 1, 1, 1, 19_000),
+}
+
+
+@pytest.mark.crossed(5)
 @pytest.mark.parametrize("select", SELECTS)
-def test_a_larger_problem(backend, select):
-    """Catches what only many sites show: chunks of a grid, more than one word of a bitmap, long segments."""
-    grid = (37, 70)
-    x = samples.tensor(13, 3, 2, grid, capacity=400, density=0.12)
-    kernel = samples.kernel(13, (3, 3), 2, 5, density=0.5)
-    geometry = oracles.Geometry(grid, (3, 3))
-    check(
-        program(backend, 300, select), x, kernel, samples.integers(13, (5,)), geometry, 300, select
-    )
+@pytest.mark.parametrize("name", LARGE)
+def test_larger_problems(backend, name, select):
+    """Catches what only size shows: the borders of slabs, blocks and words, and long selections."""
+    grid, window, strides, padding, dilation, cin, cout, capacity = LARGE[name]
+    sites = math.prod(grid)
+    slots = 4000 if name == "large-capacity" else 600 // cin
+    x = samples.tensor(13, 2, cin, grid, capacity=slots, density=min(0.5, slots / sites))
+    kernel = samples.kernel(13, window, cin, cout, density=0.3 if cout > 9 else 0.6)
+    geometry = oracles.Geometry(grid, window, strides, padding, dilation)
+    run = program(backend, capacity, select, (padding, strides, dilation))
+    check(run, x, kernel, samples.integers(13, (cout,)), geometry, capacity, select)

@@ -153,7 +153,7 @@ def test_twice_is_once(backend):
 def test_any_data(backend, select):
     """Catches output that breaks the contract or differs from NumPy's on some data."""
 
-    @settings(max_examples=25, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=25)
     @given(st.integers(0, 10**6), st.floats(0, 1), st.booleans())
     def holds(seed, density, exact):
         check(backend, samples.tensor(seed, density=density, exact=exact, zeros=True), 6, select)

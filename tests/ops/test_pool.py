@@ -195,7 +195,7 @@ def test_half_precision_sums_are_float32(backend):
 def test_any_data(backend, kind):
     """Catches output that breaks the contract or differs from NumPy's on some data."""
 
-    @settings(max_examples=25, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=25)
     @given(st.integers(0, 10**6), st.floats(0, 1), st.booleans())
     def holds(seed, density, zeros):
         check(backend, kind, samples.tensor(seed, density=density, zeros=zeros), 2, 4)
@@ -205,9 +205,10 @@ def test_any_data(backend, kind):
 
 @pytest.mark.parametrize("kind", ["max", "avg"])
 def test_a_larger_problem(backend, kind):
-    """Catches what only many sites show: chunks of a grid, more than one word of a bitmap."""
-    x = samples.tensor(6, 2, 3, (90, 83), capacity=1500, density=0.19)
-    check(backend, kind, x, (2, 4), 700)
+    """Catches what only many sites show: slabs of a grid, more than one word of a bitmap."""
+    x = samples.tensor(6, 2, 3, (700, 503), capacity=1500, density=0.004)
+    check(backend, kind, x, (2, 1), 700)
+    check(backend, kind, x, (3, 40))
 
 
 # --- Global pooling --------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ def test_nan_and_inf(backend):
 def test_invariants(backend):
     """Catches output that breaks the contract on some data, and a support that changes."""
 
-    @settings(max_examples=20, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=20)
     @given(st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1), st.booleans())
     def holds(seed, density, kernel_density, zeros):
         x = samples.tensor(seed, density=density, shared=True, zeros=zeros)
@@ -207,8 +207,20 @@ def test_invariants(backend):
     holds()
 
 
-def test_a_larger_problem(backend):
-    """Catches what only many sites show: chunks of a grid, and searches over long segments."""
-    grid = (37, 70)
-    x = samples.tensor(9, 2, 2, grid, capacity=500, density=0.15, shared=True)
-    check(backend, x, samples.kernel(9, (3, 3), 2, 5), samples.integers(9, (5,)))
+LARGE = {
+    "long-segments": ((37, 70), (3, 3), 2, 5, 700),
+    "3d": ((30, 40, 33), (3, 3, 3), 2, 4, 900),
+    "wide": ((8, 9), (1, 1), 19, 70, 30),
+    "wide-window": ((12, 13), (3, 3), 3, 66, 60),
+}
+
+
+@pytest.mark.crossed(4)
+@pytest.mark.parametrize("name", LARGE)
+def test_larger_problems(backend, name):
+    """Catches what only size shows: chunks of sites, blocks of channels, searches in long segments."""
+    grid, window, cin, cout, slots = LARGE[name]
+    density = min(0.6, slots / math.prod(grid))
+    x = samples.tensor(9, 2, cin, grid, capacity=slots, density=density, shared=True)
+    kernel = samples.kernel(9, window, cin, cout, density=0.3 if cout > 9 else 0.7)
+    check(backend, x, kernel, samples.integers(9, (cout,)))

@@ -11,8 +11,8 @@
 
 namespace ilajax {
 
-// A window of R axes; grids of lower rank get leading axes of one site. Positions are 32-bit and wrap:
-// a site is read only where its position along every axis is inside the grid.
+// A window of R axes; grids of lower rank get leading axes of one site. Positions are 32-bit and
+// wrap: a site is read only where its position along every axis is inside the grid.
 template <int R>
 struct Axes {
   int32_t input[R], output[R], stride[R], low[R], dilation[R], window[R];
@@ -47,8 +47,9 @@ struct Axes {
   }
 };
 
-// The taps that have any live weight, in ascending order, in shared memory: offsets along the axes, the
-// flat offset in the input, the tap; and for each of all taps the channels of a group live at it.
+// The taps that have any live weight, in ascending order, in shared memory: offsets along the axes,
+// the flat offset in the input, the tap; and for each of all taps the channels of a group live at
+// it.
 template <int R>
 struct TapList {
   struct alignas(16) Entry {
@@ -67,8 +68,8 @@ struct TapList {
 
   __device__ uint32_t Live(int group, int tap) const { return live[group * taps + tap]; }
 
-  // `flags` u8[channels][taps], with `step` from one channel to the next. `shared` is aligned to 16 bytes.
-  // All threads of the block call it.
+  // `flags` u8[channels][taps], with `step` from one channel to the next. `shared` is aligned to 16
+  // bytes. All threads of the block call it.
   __device__ void Fill(const Axes<R>& axes, const uint8_t* flags, int channels, int64_t step,
                        int all_taps, void* shared) {
     taps = all_taps;
@@ -80,7 +81,8 @@ struct TapList {
     __syncthreads();
     for (int i = threadIdx.x; i < channels * taps; i += blockDim.x) {
       const int channel = i / taps, tap = i - channel * taps;
-      if (flags[channel * step + tap]) atomicOr(&live[channel / 32 * taps + tap], 1u << (channel % 32));
+      if (flags[channel * step + tap])
+        atomicOr(&live[channel / 32 * taps + tap], 1u << (channel % 32));
     }
     __syncthreads();
     if (threadIdx.x < 32) {
@@ -109,8 +111,9 @@ struct TapList {
   }
 };
 
-// The filters as dense blocks f32[blocks][Cin][taps][block] with flags u8[blocks][Cin][taps] that tell
-// the taps with a live weight. One call fills one (block, input channel); a block of threads calls it.
+// The filters as dense blocks f32[blocks][Cin][taps][block] with flags u8[blocks][Cin][taps] that
+// tell the taps with a live weight. One call fills one (block, input channel); a block of threads
+// calls it.
 struct DenseFilters {
   int block = 0, in_channels = 0, out_channels = 0, taps = 0;
   float* weights = nullptr;

@@ -48,8 +48,8 @@ __device__ inline int WarpExclusiveScan(int value) {
   return sum - value;
 }
 
-// The sum of `value` over the lower threads of the block, and over all of them. `scratch` is shared, an
-// int for each warp; it may be used again at once.
+// The sum of `value` over the lower threads of the block, and over all of them. `scratch` is
+// shared, an int for each warp; it may be used again at once.
 __device__ inline int BlockExclusiveScan(int value, int* scratch, int& total) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
   const int before = WarpExclusiveScan(value);

@@ -1,18 +1,19 @@
 // The stored entries of a sample in site-major form, for look-ups by key.
 //
-//   words   {bits, first}    for each 32 sites: which of them any channel stores, and the first one's row
-//   rows    {mask, offset}   for each such site: which channels store it, and where their values begin;
+//   words   {bits, first}    for each 32 sites: which of them any channel stores, and the first
+//   one's row rows    {mask, offset}   for each such site: which channels store it, and where their
+//   values begin;
 //                            the highest bit tells that one of them is inf or NaN
 //   values  f32              for each row its channels' values, one behind the other
 //
-// So a look-up costs one load where nothing is stored, whatever the number of channels, and a hit finds
-// the values of all channels side by side. Channels go in groups of 32, the width of a mask. Entries
-// whose value is 0 are left out: a zero factor adds nothing.
+// So a look-up costs one load where nothing is stored, whatever the number of channels, and a hit
+// finds the values of all channels side by side. Channels go in groups of 32, the width of a mask.
+// Entries whose value is 0 are left out: a zero factor adds nothing.
 //
-// The map covers the sites [begin, begin + sites) of the grid, a slab of it where memory is short. Built in
-// one pass: a block takes kMapChunk sites, finds each channel's entries by search, and knows where its rows
-// and values begin from the searches alone: before them stand at most as many as the channels have
-// entries below. Whatever the keys, everything stays inside its buffers.
+// The map covers the sites [begin, begin + sites) of the grid, a slab of it where memory is short.
+// Built in one pass: a block takes kMapChunk sites, finds each channel's entries by search, and
+// knows where its rows and values begin from the searches alone: before them stand at most as many
+// as the channels have entries below. Whatever the keys, everything stays inside its buffers.
 
 #ifndef ILAJAX_XLA_KERNELS_COMMON_SITE_MAP_CUH_
 #define ILAJAX_XLA_KERNELS_COMMON_SITE_MAP_CUH_
@@ -37,7 +38,8 @@ struct SiteMap {
   int channels = 0;
   int slots = 0;      // entries of a channel that the map has room for
   int64_t begin = 0;  // the first site covered
-  int64_t sites = 0;  // the sites covered; the arrays have room for as many as Carve was called with
+  int64_t sites =
+      0;  // the sites covered; the arrays have room for as many as Carve was called with
   int64_t words_each = 0;
   uint2* words = nullptr;
   uint2* rows = nullptr;
@@ -47,7 +49,9 @@ struct SiteMap {
   ILAJAX_HOST_DEVICE int group_channels(int group) const {
     return min(kMapGroup, channels - group * kMapGroup);
   }
-  ILAJAX_HOST_DEVICE int64_t room(int group) const { return int64_t{slots} * group_channels(group); }
+  ILAJAX_HOST_DEVICE int64_t room(int group) const {
+    return int64_t{slots} * group_channels(group);
+  }
   // Where an (item, group) begins in `words`, and in `rows` and `values`.
   ILAJAX_HOST_DEVICE int64_t Words(int item, int group) const {
     return (int64_t{item} * groups() + group) * words_each;
@@ -105,8 +109,8 @@ struct SiteMapInput {
 template <typename T>
 __device__ void BuildSiteMap(const SiteMap& map, const SiteMapInput<T>& in, int item, int group,
                              int64_t chunk, uint32_t* shared) {
-  uint32_t* masks = shared;                 // [row]
-  uint32_t* bits = shared + kMapChunk;      // [word], then the first row of the word
+  uint32_t* masks = shared;             // [row]
+  uint32_t* bits = shared + kMapChunk;  // [word], then the first row of the word
   __shared__ int first[kMapGroup], count[kMapGroup + 1], scratch[kMapThreads / 32];
   __shared__ int before[2];
   __shared__ uint32_t word_bits[kMapWords];
@@ -161,7 +165,8 @@ __device__ void BuildSiteMap(const SiteMap& map, const SiteMapInput<T>& in, int 
   word_bits[threadIdx.x] = mine;
   bits[threadIdx.x] = row;
   if (begin + threadIdx.x * 32 < end) {
-    map.words[map.Words(item, group) + chunk * kMapWords + threadIdx.x] = make_uint2(mine, base + row);
+    map.words[map.Words(item, group) + chunk * kMapWords + threadIdx.x] =
+        make_uint2(mine, base + row);
   }
   for (int r = threadIdx.x; r < rows; r += kMapThreads) masks[r] = 0;
   __syncthreads();
