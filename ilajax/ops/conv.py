@@ -279,18 +279,14 @@ def _dense_planes(keys: jax.Array, values: jax.Array, sites: int) -> jax.Array:
 
 
 def _forward_native(config, platform, groups, keys, values, kernel_keys, weights, bias):
-    shape = (values.shape[0], bias.size, config.capacity)
+    batch, in_channels, slots = values.shape
+    window, out_channels, capacity = config.window, bias.size, config.capacity
     if platform == "cuda":
-        plan = _plans_cuda.conv_forward(config.window, *values.shape, bias.size, config.capacity)
+        plan = _plans_cuda.conv_forward(window, batch, in_channels, slots, out_channels, capacity)
     else:
-        plan = _plans.conv_forward(
-            config.window,
-            values.shape[0],
-            values.shape[1],
-            bias.size,
-            config.capacity,
-            values.dtype.itemsize,
-        )
+        itemsize = values.dtype.itemsize
+        plan = _plans.conv_forward(window, batch, in_channels, out_channels, capacity, itemsize)
+    shape = (batch, out_channels, capacity)
     outputs = (
         jax.ShapeDtypeStruct(shape, jnp.int32),
         jax.ShapeDtypeStruct(shape, values.dtype),
