@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -212,10 +213,16 @@ def from_points(
     """
     spatial_shape = check_spatial_shape(spatial_shape)
     capacity = check_capacity(capacity)
-    coordinates, features, batch_index = map(jnp.asarray, (coordinates, features, batch_index))
+    # Checked as they come: JAX would wrap 64-bit integers around before anybody has seen them.
+    coordinates, batch_index = _as_array(coordinates), _as_array(batch_index)
+    features = jnp.asarray(features)
     _check_points(coordinates, features, batch_index, spatial_shape, batch_size, reduce)
+    coordinates, batch_index = (
+        jnp.asarray(a.astype(jnp.int32)) for a in (coordinates, batch_index)
+    )
+    features = jnp.asarray(features)
     grid = sites(spatial_shape)
-    extent = jnp.array(spatial_shape, coordinates.dtype)
+    extent = jnp.array(spatial_shape, jnp.int32)
     dropped = jnp.any((coordinates < 0) | (coordinates >= extent), axis=1)
     dropped |= (batch_index < 0) | (batch_index >= batch_size)
     dropped |= jnp.any(jnp.isnan(features), axis=1)
@@ -246,6 +253,10 @@ def from_points(
         jnp.moveaxis(reduced.reshape(shape), 1, 2).astype(features.dtype),
         spatial_shape,
     )
+
+
+def _as_array(a: Any) -> Any:
+    return a if isinstance(a, jax.Array) else np.asarray(a)
 
 
 def _reduce(features: jax.Array, target: jax.Array, slots: int, reduce: str) -> jax.Array:
