@@ -226,8 +226,8 @@ def _partition(
 
     rule = _sharding_rule(operands, batched, shapes, led, groups)
     # The rule's reader takes sizes of just those factors that are never a whole axis.
-    sizes = {} if groups == 1 else {"b": batch // groups}
-    if groups > 1 and all(led):
+    sizes = {"b": batch // groups} if 1 < groups < batch else {}
+    if 1 < groups < batch and all(led):
         sizes["g"] = groups
     function.def_partition(partition, sharding_rule=rule, **sizes)
     return function(*operands)
@@ -242,7 +242,8 @@ def _sharding_rule(
 ) -> str:
     """Says that the batch axes go together, and every other axis stands for itself."""
     own = (f"a{i}" for i in itertools.count())
-    batch = "b" if groups == 1 else "(g b)"
+    sizes = {o.shape[0] for o, leads in zip(operands, batched, strict=True) if leads}
+    batch = "b" if groups == 1 else "g" if groups in sizes else "(g b)"
 
     def side(arrays, leads):
         return ", ".join(

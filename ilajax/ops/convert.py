@@ -47,9 +47,9 @@ def _scatter(sites: int, keys: jax.Array, values: jax.Array) -> jax.Array:
 
     def reference(keys, values):
         keys = jnp.broadcast_to(_drop_outside(keys, sites), values.shape)
-        batch, channel = jnp.indices(values.shape[:2])
-        planes = jnp.zeros((*values.shape[:2], sites), values.dtype)
-        return (planes.at[batch[..., None], channel[..., None], keys].set(values, mode="drop"),)
+        # Mapped over segments, not indexed by them: a sharded batch stays where it is.
+        segment = lambda k, v: jnp.zeros(sites, v.dtype).at[k].set(v, mode="drop")  # noqa: E731
+        return (jax.vmap(jax.vmap(segment))(keys, values),)
 
     return _ffi.dispatch("ilajax_to_dense_fwd", native, reference, (keys, values), (True, True))[0]
 
@@ -105,7 +105,7 @@ def from_dense(x: jax.Array, capacity: int, *, select: str = "magnitude") -> Spa
       >>> ilajax.from_dense(jnp.eye(3)[None, ..., None], capacity=3).keys
       Array([[[0, 4, 8]]], dtype=int32)
     """
-    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+    if isinstance(x, SparseTensor) or not hasattr(x, "shape") or not hasattr(x, "dtype"):
         raise TypeError(f"x must be an array [B, *S, C], got {type(x).__name__}.")
     if len(x.shape) < 3:
         raise ValueError(

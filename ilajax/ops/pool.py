@@ -87,7 +87,10 @@ def global_max_pool(x: SparseTensor) -> jax.Array:
     """
     check_sparse("x", x)
     stored = x.keys < x.sites
-    largest = jnp.max(jnp.where(stored, x.values, -jnp.inf), axis=2)
+    values = jnp.where(stored, x.values, -jnp.inf)
+    # By its place, so that the gradient goes to one entry: of equal ones to the lower key.
+    first = jnp.argmax(values, axis=2, keepdims=True)
+    largest = jnp.take_along_axis(values, first, axis=2)[..., 0]
     return jnp.where(jnp.any(stored, axis=2), largest, 0)
 
 
