@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ilajax
+from experiments import workloads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,50 +67,19 @@ ROWS = [
 
 
 def features(row: Row, seed: int) -> ilajax.SparseTensor:
-    """Random sites, or a sphere's shell of which each channel holds three quarters; four distinct samples."""
-    rng = np.random.default_rng(seed)
-    sites, slots = row.resolution**3, row.capacity
-    keys = np.full((row.batch, row.in_channels, slots), sites, np.int32)
-    distinct = min(row.batch, 4)
-    for b in range(distinct):
-        if row.data == "shell":
-            shell = _shell(row.resolution, slots, rng)
-        for c in range(row.in_channels):
-            if row.data == "shell":
-                chosen = shell[rng.random(shell.size) < 0.75]
-            else:
-                chosen = np.unique(rng.integers(0, sites, slots + slots // 4))
-                chosen = np.sort(rng.permutation(chosen)[:slots])
-            keys[b, c, : chosen.size] = chosen
-    keys = keys[np.arange(row.batch) % distinct]
-    values = (rng.random(keys.shape, np.float32) + np.float32(0.1)) * (keys < sites)
-    return ilajax.SparseTensor(jnp.asarray(keys), jnp.asarray(values, row.dtype), row.grid)
-
-
-def _shell(resolution: int, most: int, rng: np.random.Generator) -> np.ndarray:
-    """Keys of voxels that a sphere's surface meets, about nine tenths of `most` of them."""
-    radius = min(0.45 * resolution, (0.9 * most / (4 * np.pi * 1.5)) ** 0.5)
-    centre = (
-        rng.uniform(radius + 1, resolution - radius - 1, 3) if radius < 0.49 * resolution else 0
-    )
-    points = rng.normal(size=(int(12 * most), 3)).astype(np.float32)
-    points /= np.linalg.norm(points, axis=1, keepdims=True)
-    position = np.floor(points * radius + centre).astype(np.int64).clip(0, resolution - 1)
-    keys = np.unique((position[:, 0] * resolution + position[:, 1]) * resolution + position[:, 2])
-    return keys if keys.size <= most else np.sort(rng.permutation(keys)[:most])
+    """Random sites, or a sphere's shell of which each channel holds three quarters."""
+    common = {"batch": row.batch, "capacity": row.capacity, "dtype": row.dtype, "seed": seed}
+    if row.data == "random":
+        return workloads.random_sites(row.resolution, row.in_channels, density=row.bound, **common)
+    radius = workloads.fitting_radius(row.resolution, row.capacity)
+    return workloads.shell(row.resolution, row.in_channels, subset=0.75, radius=radius, **common)
 
 
 def kernel(row: Row, seed: int) -> ilajax.SparseKernel:
     """Random weights; where nothing shall be cut each output channel has one above 0."""
-    rng = np.random.default_rng(seed)
-    shape = (3, 3, 3, row.in_channels, OUT_CHANNELS)
-    weights = rng.normal(size=shape).astype(np.float32)
-    mask = rng.random(shape) < row.kernel_density
-    if not row.cut:
-        weights = -np.abs(weights)
-        mask[1, 1, 1] = True
-        weights[1, 1, 1] *= -1
-    return ilajax.SparseKernel.from_dense(jnp.asarray(weights), jnp.asarray(mask))
+    return workloads.kernel(
+        row.in_channels, OUT_CHANNELS, density=row.kernel_density, cut=row.cut, seed=seed
+    )
 
 
 def sparse_program(row: Row) -> Callable:

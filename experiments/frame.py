@@ -2,9 +2,10 @@
 
 import argparse
 import csv
+import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -115,3 +116,18 @@ def write_section(path: Path, heading: str, body: str, *, title: str) -> None:
         sections.append(section)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n## ".join(s.strip() for s in sections) + "\n")
+
+
+def markdown_table(cells: Sequence[Sequence[str]]) -> list[str]:
+    """A head and its lines as those of a markdown table; the first column stands left, the others right."""
+    head, *body = cells
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return ["| " + " | ".join(line) + " |" for line in (head, rule, *body)]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file in one move, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(fresh, path)

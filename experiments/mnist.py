@@ -32,7 +32,8 @@ from experiments.activations import (
 from experiments.checkpoints import check_options, remove_checkpoints
 from experiments.data.mnist import CLASSES, Digits, load_mnist
 from experiments.picture import activations_picture
-from experiments.summary import Outcome, machine, summary_cells, summary_table, write_report
+from experiments.summary import Outcome, summary_cells, summary_table, write_report
+from experiments.timing import machine
 from experiments.training import Run, checkpoint_directory, live_weights, train
 
 RESOLUTION = 24  # the paper's name of the network for 28 x 28 pixels

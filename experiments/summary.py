@@ -1,17 +1,13 @@
 """The summary of a run, sparse against dense: a table on the terminal, a section in a markdown file."""
 
 import dataclasses
-import os
-import platform
 import statistics
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
-import jax
 from rich.table import Table
 
-from experiments.frame import write_section
+from experiments.frame import markdown_table, write_section
 from experiments.training import Row, Run, live_weights
 
 Cells = tuple[str, ...]
@@ -92,27 +88,5 @@ def write_report(
             f"{r['train_loss']:.4f}, {r['test_accuracy']:.2%}, {r['seconds']:.1f}" for r in rows
         ]
         epochs.append((str(rows[0]["epoch"]), *shown))
-    body = "\n".join([*notes, "", *_markdown(cells), "", *_markdown(epochs)])
+    body = "\n".join([*notes, "", *markdown_table(cells), "", *markdown_table(epochs)])
     write_section(path, heading, body, title="MNIST")
-
-
-def machine() -> str:
-    """The processor, how much of it, and the versions that count."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [
-            line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = models[0].partition(":")[2].strip() if models else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    device = jax.devices()[0]
-    accelerator = "" if device.platform == "cpu" else f", {device.device_kind}"
-    versions = ", ".join(f"{package} {version(package)}" for package in ("ilajax", "jax", "flax"))
-    return f"{name}, {cores} cores{accelerator}; {versions}, Python {platform.python_version()}"
-
-
-def _markdown(cells: Sequence[Cells]) -> list[str]:
-    head, *body = cells
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return ["| " + " | ".join(line) + " |" for line in (head, rule, *body)]

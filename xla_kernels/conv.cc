@@ -1,20 +1,23 @@
 // Direct sparse convolution with k-selection on the CPU, and its gradient.
 //
-// Forward, a task for each (sample, block of output channels). The grid is walked in slabs of rows
-// of the leading axis. A slab's entries lie together in every input channel and are found by
-// bisection; each is multiplied with the live taps of its channel and added to rows [site][channel
-// of the block] of a buffer that stays in the cache. A bitmap marks the sites reached, so that only
-// those are read, pushed into the running selection of their channel in the order of their keys,
-// and set back to zero. The grid itself is never allocated, cleared or scanned: work follows stored
-// entries x live taps, plus a bit a site.
+// The grid is seen as lines along its last axis (common/lines.h). A sample's entries are sorted
+// into their input lines, over all channels, slab by slab of rows of the leading axis. Then each
+// output line gathers a handful of contiguous lists, one for each line of taps, in a buffer
+// [site][channel of a block] that stays in the first-level cache; a bitmap, the shifted bitmaps of
+// the input lines, says which sites to read, hand to the selection and clear. The grid itself is
+// never allocated, cleared or scanned: work follows stored entries x live taps, plus a few
+// operations a line, and a bit a site.
 //
-// Backward, a task for each of a fixed number of runs of (sample, slab of input rows). The
-// cotangents of kept outputs within reach are spread into such a buffer; then every stored input
-// gathers from it what its own cotangent and the weights' need. Partial sums of the weights are
+// Forward, a task for each (sample, block of output channels, part of the rows). With several parts
+// each part selects for itself, and the lists are merged at the end.
+//
+// Backward, a task for each of a fixed number of runs of (sample, slab of input rows). Each output
+// line within reach gets the cotangents of its kept outputs, and every stored input of the lists
+// gathers from there what its own cotangent and the weights' need. Partial sums of the weights are
 // added in the order of the tasks.
 //
-// A sum's order does not depend on threads or slabs: input channel, key, tap. Results are
-// repeatable.
+// A sum's order does not depend on threads, slabs or parts: line of taps, input channel, place,
+// tap. Results are repeatable.
 
 #include "xla_kernels/conv.h"
 
@@ -23,153 +26,378 @@
 #include <cstring>
 
 #include "xla_kernels/common/filters.h"
+#include "xla_kernels/common/lines.h"
 #include "xla_kernels/common/parallel.h"
 #include "xla_kernels/common/selection.h"
+#include "xla_kernels/common/simd.h"
 #include "xla_kernels/common/workspace.h"
+
+namespace ilajax {
+
+// What an output line reads through one line of taps.
+struct Segment {
+  const Entry* begin;
+  const Entry* end;
+  const float* weights;  // [ic][tap][channel of the block]
+  const uint8_t* live;   // [ic]
+};
+
+// Where a block of output channels stages its responses.
+struct Candidates {
+  const float* bias;
+  int32_t* length;  // entries staged so far
+  float* least;     // what a rank must not be less than; NaN: anything will do
+  int32_t* counts;  // candidates seen
+  uint64_t* stage;  // [channel][room]
+  int64_t room;
+  float floor;        // what a value has to exceed; NaN: nothing
+  int32_t rank_mask;  // the bits of a value that rank it
+};
+
+}  // namespace ilajax
+
+#define ILAJAX_SIMD_FILE "xla_kernels/conv_lines.inc"
+#include "xla_kernels/common/simd_targets.h"
 
 namespace ilajax {
 namespace {
 
-// A slab of rows [site][channel of the block] with a bitmap of the sites in use.
-struct Slab {
-  int64_t sites = 0, block = 0;
+// Calls f.template operator()<Loops, kOctets>() for a block of 8 * kOctets channels.
+template <typename Loops, typename F>
+void DispatchOctets(int64_t block, F&& f) {
+  switch (block / kLanes) {
+    case 1:
+      return f.template operator()<Loops, 1>();
+    case 2:
+      return f.template operator()<Loops, 2>();
+    case 3:
+      return f.template operator()<Loops, 3>();
+    default:
+      return f.template operator()<Loops, 4>();
+  }
+}
+bool IsBlock(int64_t channels) { return channels % kLanes == 0 && channels >= 8 && channels <= 32; }
+template <typename F>
+void DispatchLoops(int64_t block, F&& f) {
+  if (HasAvx2()) return DispatchOctets<avx2::Loops>(block, f);
+  return DispatchOctets<baseline::Loops>(block, f);
+}
+
+// The buffer of one output line, or of a piece of it.
+struct LineBuffer {
+  int64_t sites = 0, block = 0;  // of the plan
+  bool plain = false;            // stride 1, and room for what taps reach past the ends
+  int64_t piece = 0;             // output sites that it takes at once
   float* rows = nullptr;
-  uint64_t* bitmap = nullptr;
+  uint64_t* bits = nullptr;
+
+  LineBuffer() = default;
+  LineBuffer(const LineWindow& line, int64_t line_sites, int64_t channel_block)
+      : sites(line_sites),
+        block(channel_block),
+        plain(line.stride == 1 && line.output_length + line.before() + line.after() <= sites),
+        piece(plain ? line.output_length : std::min(line.output_length, sites)) {}
 
   void Carve(Carver& carver) {
     rows = carver.Take<float>(sites * block);
-    bitmap = carver.Take<uint64_t>(CeilDiv(sites, 64));
+    bits = carver.Take<uint64_t>(words());
   }
+  int64_t words() const { return CeilDiv(piece, 64); }
   void Clear() {
     std::memset(rows, 0, sites * block * sizeof(float));
-    std::memset(bitmap, 0, CeilDiv(sites, 64) * sizeof(uint64_t));
+    std::memset(bits, 0, words() * sizeof(uint64_t));
   }
-  void Mark(int64_t site) { bitmap[site >> 6] |= uint64_t{1} << (site & 63); }
-  bool Marked(int64_t site) const { return bitmap[site >> 6] >> (site & 63) & 1; }
-
-  // Calls f(site, row) for each marked site in ascending order, and clears row and mark.
-  template <typename F>
-  void Drain(F&& f) {
-    for (int64_t word = 0; word < CeilDiv(sites, 64); ++word) {
-      for (uint64_t bits = bitmap[word]; bits != 0; bits &= bits - 1) {
-        const int64_t site = word * 64 + __builtin_ctzll(bits);
-        float* row = rows + site * block;
-        f(site, row);
-        std::memset(row, 0, block * sizeof(float));
-      }
-      bitmap[word] = 0;
-    }
-  }
-};
-
-// The part of a segment whose keys lie in [begin, end): of broken keys some part, inside the
-// segment.
-struct Range {
-  int64_t first, last;
-  Range(const int32_t* keys, int64_t slots, int64_t begin, int64_t end) {
-    first = std::lower_bound(keys, keys + slots, begin) - keys;
-    last = std::lower_bound(keys + first, keys + slots, end) - keys;
-  }
+  // The row of the first output site.
+  float* first(const LineWindow& line) const { return rows + (plain ? line.before() * block : 0); }
+  // The row that place 0 of an input line reaches through tap 0, where the buffer is plain.
+  float* origin(const LineWindow& line) const { return rows + (line.before() + line.low) * block; }
 };
 
 struct ForwardPlan {
-  int64_t block, slab_rows, overflow, workers;
+  int64_t block, line_sites, max_rows, room, stage, parts, workers;
 };
 
 template <typename T>
 struct ForwardWorker {
-  Slab slab;
-  int32_t* overflow_keys = nullptr;
-  T* overflow_values = nullptr;
+  LineBuffer line;
+  LineEntries entries;
+  Segment* segments = nullptr;
   RunningTopK<T>* best = nullptr;
+  int32_t* digits = nullptr;  // their counts, where there is one part
+  Candidates candidates = {};
 
-  void Carve(Carver& carver, const ForwardPlan& plan) {
-    slab.Carve(carver);
-    overflow_keys = carver.Take<int32_t>(plan.block * plan.overflow);
-    overflow_values = carver.Take<T>(plan.block * plan.overflow);
+  void Carve(Carver& carver, const Lines& lines, const ForwardPlan& plan) {
+    line.Carve(carver);
+    entries.Carve(carver);
+    segments = carver.Take<Segment>(lines.tap_lines);
     best = carver.Take<RunningTopK<T>>(plan.block);
+    digits = carver.Take<int32_t>(plan.parts == 1 ? plan.block * kDigits : 0);
+    candidates.length = carver.Take<int32_t>(plan.block);
+    candidates.least = carver.Take<float>(plan.block);
+    candidates.counts = carver.Take<int32_t>(plan.block);
+    candidates.stage = carver.Take<uint64_t>(plan.block * plan.stage);
+    candidates.room = plan.stage;
+  }
+};
+
+// What one part of the rows keeps of each segment, where there are several: [segment][part].
+template <typename T>
+struct PartSelections {
+  int64_t parts = 1, capacity = 0, segments = 0;
+  int32_t* keys = nullptr;  // [segment][part][capacity]
+  T* values = nullptr;
+  int32_t* stored = nullptr;  // [segment][part]
+  int32_t* counts = nullptr;  // candidates
+  int32_t* digits = nullptr;  // [segment]: all parts' candidates by the first digit of their rank
+
+  void Carve(Carver& carver) {
+    if (parts == 1) return;
+    keys = carver.Take<int32_t>(segments * parts * capacity);
+    values = carver.Take<T>(segments * parts * capacity);
+    stored = carver.Take<int32_t>(segments * parts);
+    counts = carver.Take<int32_t>(segments * parts);
+    digits = carver.Take<int32_t>(segments * kDigits);
+  }
+
+  // Puts the best of all parts into the output, and returns the number of candidates.
+  int32_t Merge(int64_t segment, Select select, int64_t wanted, int64_t padding, int32_t* out_keys,
+                T* out_values) const {
+    int64_t count = 0;
+    int32_t candidates = 0;
+    for (int64_t part = segment * parts; part < (segment + 1) * parts; ++part) {
+      count += stored[part];
+      candidates += counts[part];
+    }
+    auto rank = [&](int64_t i) { return RankBits(static_cast<float>(values[i]), select); };
+    const RankCut cut(
+        count, wanted,
+        [&](auto&& f) {
+          for (int64_t part = segment * parts; part < (segment + 1) * parts; ++part) {
+            for (int64_t i = 0; i < stored[part]; ++i) f(rank(part * capacity + i));
+          }
+        },
+        digits + segment * kDigits);
+    int64_t kept = 0, ties = cut.ties;
+    for (int64_t part = segment * parts; part < (segment + 1) * parts; ++part) {
+      const int64_t first = part * capacity;
+      if (count <= wanted) {
+        std::copy_n(keys + first, stored[part], out_keys + kept);
+        std::copy_n(values + first, stored[part], out_values + kept);
+        kept += stored[part];
+        continue;
+      }
+      for (int64_t i = first; i < first + stored[part]; ++i) {
+        if (!cut.Keeps(rank(i), ties)) continue;
+        out_keys[kept] = keys[i];
+        out_values[kept++] = values[i];
+      }
+    }
+    std::fill(out_keys + kept, out_keys + wanted, static_cast<int32_t>(padding));
+    std::fill(out_values + kept, out_values + wanted, T(0.0f));
+    return candidates;
   }
 };
 
 template <typename T>
 struct Forward {
   const ConvShape& s;
-  const Window& w;
+  const Lines& lines;
   const Filters& filters;
   const ForwardPlan& plan;
   Select select;
+  int64_t output_sites;
   const int32_t* keys;
   const T* values;
-  const float* bias;
+  const float* bias;  // [blocks * block]
   int32_t* out_keys;
   T* out_values;
   int32_t* responses;
+  const PartSelections<T>& selections;
 
-  template <int kBlock>
-  void Run(int64_t item, int64_t block, ForwardWorker<T>& worker) const {
-    const int64_t first = block * plan.block;
-    const int64_t channels = std::min(plan.block, s.out_channels - first);
-    int32_t* candidates = responses + item * s.out_channels + first;
-    for (int64_t j = 0; j < channels; ++j) {
-      const int64_t segment = item * s.out_channels + first + j;
-      worker.best[j] = RunningTopK<T>(select, s.capacity, out_keys + segment * s.capacity,
-                                      out_values + segment * s.capacity, plan.overflow,
-                                      worker.overflow_keys + j * plan.overflow,
-                                      worker.overflow_values + j * plan.overflow);
-      candidates[j] = 0;
-    }
-    const bool finite = filters.finite &&
-                        AllFinite(values + item * s.in_channels * s.slots, s.in_channels * s.slots);
-    for (int64_t row = 0; row < w.output_shape[0]; row += plan.slab_rows) {
-      const int64_t end = std::min(row + plan.slab_rows, w.output_shape[0]);
-      if (!Accumulate<kBlock>(item, block, row, end, finite, worker.slab)) continue;
-      const int64_t base = row * w.output_row();
-      worker.slab.Drain([&](int64_t site, const float* response) {
-        for (int64_t j = 0; j < channels; ++j) {
-          if (response[j] == 0.0f) continue;
-          const T value(response[j] + bias[first + j]);
-          if (!IsCandidate(static_cast<float>(value), select)) continue;
-          ++candidates[j];
-          worker.best[j].Push(base + site, value);
-        }
-      });
-    }
-    for (int64_t j = 0; j < channels; ++j) worker.best[j].Finish(w.output_sites);
+  const int32_t* KeysOf(int64_t item, int64_t ic) const { return keys + s.KeyOffset(item, ic); }
+  const T* ValuesOf(int64_t item, int64_t ic) const {
+    return values + (item * s.in_channels + ic) * s.slots;
   }
 
-  // Adds up the responses of output rows [begin, end). Returns whether any entry is within reach.
-  template <int kBlock>
-  bool Accumulate(int64_t item, int64_t block, int64_t begin, int64_t end, bool finite,
-                  Slab& slab) const {
-    const int64_t low = begin * w.strides[0] - w.low[0];
-    const int64_t high = (end - 1) * w.strides[0] - w.low[0] + w.extent();
-    const int64_t first = std::clamp<int64_t>(low, 0, w.input_shape[0]) * w.input_row();
-    const int64_t last = std::clamp<int64_t>(high, 0, w.input_shape[0]) * w.input_row();
-    TapWalk walk(w, begin, end);
+  template <typename Loops, int kOctets>
+  void Run(int64_t item, int64_t block, int64_t part, ForwardWorker<T>& worker) const {
+    const int64_t first = block * plan.block;
+    const int64_t channels = std::min(plan.block, s.out_channels - first);
+    Candidates& c = worker.candidates;
+    c.bias = bias + first;
+    c.floor = select == Select::kPositive ? 0.0f : __builtin_nanf("");
+    c.rank_mask = select == Select::kMagnitude ? 0x7fffffff : -1;
+    for (int64_t j = 0; j < plan.block; ++j) {
+      c.length[j] = c.counts[j] = 0;
+      c.least[j] = __builtin_nanf("");
+      if (j >= channels) continue;
+      const int64_t segment = item * s.out_channels + first + j, list = segment * plan.parts + part;
+      const bool whole = plan.parts == 1;
+      worker.best[j] = RunningTopK<T>(
+          select, whole ? s.capacity : selections.capacity,
+          whole ? out_keys + segment * s.capacity : selections.keys + list * selections.capacity,
+          whole ? out_values + segment * s.capacity
+                : selections.values + list * selections.capacity,
+          plan.stage, c.stage + j * plan.stage,
+          whole ? worker.digits + j * kDigits : selections.digits + segment * kDigits, !whole,
+          s.capacity);
+    }
+    const bool finite = filters.finite && AllFinite(ValuesOf(item, 0), s.in_channels * s.slots);
+    const int64_t last = (part + 1) * lines.rows / plan.parts;
+    for (int64_t row = part * lines.rows / plan.parts; row < last;) {
+      const int64_t rows = SortSlab(item, row, std::min(plan.max_rows, last - row), worker.entries);
+      for (int64_t line = row * lines.row_lines; line < (row + rows) * lines.row_lines; ++line) {
+        RunLine<Loops, kOctets>(item, block, line, finite, worker);
+      }
+      row += rows;
+    }
+    for (int64_t j = 0; j < channels; ++j) {
+      const int64_t segment = item * s.out_channels + first + j, list = segment * plan.parts + part;
+      const int64_t stored = worker.best[j].Close(c.length[j]);
+      if (plan.parts == 1) {
+        worker.best[j].Finish(output_sites);
+        responses[segment] = c.counts[j];
+      } else {
+        selections.stored[list] = static_cast<int32_t>(stored);
+        selections.counts[list] = c.counts[j];
+      }
+    }
+  }
+
+  // Sorts the input lines of as many output rows from `row` as the room allows, `rows` at most, and
+  // returns how many. No lines are sorted where already one row has too many entries.
+  int64_t SortSlab(int64_t item, int64_t row, int64_t rows, LineEntries& entries) const {
+    for (;; rows = CeilDiv(rows, 2)) {
+      int64_t first, last, count = 0;
+      lines.InputRows(row, row + rows, first, last);
+      first *= lines.input_row_lines, last *= lines.input_row_lines;
+      const int64_t length = lines.line.input_length;
+      for (int64_t ic = 0; ic < s.in_channels; ++ic) {
+        const Range range(KeysOf(item, ic), s.slots, first * length, last * length);
+        count += range.last - range.first;
+      }
+      if (count > entries.room && rows > 1) continue;
+      entries.lines = 0;
+      if (count <= entries.room) {
+        entries.Sort(
+            first, last - first, length, s.slots, first * length, last * length, 0, s.in_channels,
+            [&](int64_t ic) { return KeysOf(item, ic); },
+            [&](int64_t ic) { return ValuesOf(item, ic); });
+      }
+      return rows;
+    }
+  }
+
+  template <typename Loops, int kOctets>
+  void RunLine(int64_t item, int64_t block, int64_t line, bool finite,
+               ForwardWorker<T>& worker) const {
+    const LinePlace place(lines, line);
+    const LineBuffer& buffer = worker.line;
+    const bool sorted = worker.entries.lines > 0;
+    for (int64_t begin = 0; begin < lines.line.output_length; begin += buffer.piece) {
+      const int64_t end = std::min(begin + buffer.piece, lines.line.output_length);
+      bool any = false;
+      Segment* segment = worker.segments;
+      for (int64_t t = 0; t < lines.tap_lines; ++t) {
+        if (!filters.live_lines[block * lines.tap_lines + t]) continue;
+        const int64_t read =
+            place.Reads(filters.tap_offsets + t * lines.line.taps * (lines.axes + 1));
+        if (read < 0) continue;
+        const int64_t run = filters.Run(block, t, 0);
+        *segment = {nullptr, nullptr, filters.rows + run * lines.line.taps * plan.block,
+                    filters.live_runs + run};
+        if (!sorted) {
+          any |= AddUnsorted<Loops, kOctets>(item, read, begin, end, *segment, buffer);
+          continue;
+        }
+        segment->begin = worker.entries.begin(read);
+        segment->end = worker.entries.end(read);
+        if (segment->begin == segment->end) continue;
+        if (buffer.plain && finite) Mark(worker.entries.bitmap(read), buffer);
+        ++segment;
+      }
+      if (segment != worker.segments) {
+        any = true;
+        if (buffer.plain && finite) {
+          AddPlain<Loops, kOctets>(worker.segments, segment, buffer);
+        } else {
+          Loops::template kAddCarefully<kOctets>(worker.segments, segment, lines.line, begin, end,
+                                                 buffer.first(lines.line), buffer.bits);
+        }
+      }
+      if (!any) continue;
+      MakeRoom(end - begin, std::min(plan.block, s.out_channels - block * plan.block), worker);
+      Loops::template kTakeResponses<kOctets, T>(
+          buffer.bits, CeilDiv(end - begin, 64), buffer.first(lines.line),
+          line * lines.line.output_length + begin, worker.candidates);
+    }
+  }
+
+  // Marks the sites that the entries of an input line reach through a line of taps.
+  void Mark(const uint64_t* bitmap, const LineBuffer& buffer) const {
+    for (int64_t t = 0; t < lines.line.taps; ++t) {
+      OrShifted(buffer.bits, buffer.words(), bitmap, CeilDiv(lines.line.input_length, 64),
+                lines.line.low - t * lines.line.dilation);
+    }
+    // What was shifted past the end is in no site.
+    if (const int64_t rest = buffer.piece & 63; rest != 0) {
+      buffer.bits[buffer.words() - 1] &= (uint64_t{1} << rest) - 1;
+    }
+  }
+
+  template <typename Loops, int kOctets>
+  void AddPlain(const Segment* segment, const Segment* last, const LineBuffer& buffer) const {
+    const int64_t taps = lines.line.taps, step = lines.line.dilation * plan.block;
+    float* origin = buffer.origin(lines.line);
+    if (taps == 3) {
+      return Loops::template kAddPlain<kOctets, 3>(segment, last, origin, step, 0, taps);
+    }
+    for (int64_t t = 0; t < taps; ++t) {
+      Loops::template kAddPlain<kOctets, 1>(segment, last, origin - t * step, step, t, taps);
+    }
+  }
+
+  // Adds an input line whose entries have not been sorted, straight from the channels' segments.
+  // Returns whether there were any.
+  template <typename Loops, int kOctets>
+  bool AddUnsorted(int64_t item, int64_t read, int64_t begin, int64_t end, Segment segment,
+                   const LineBuffer& buffer) const {
+    constexpr int64_t kAtOnce = 64;
+    const LineWindow& line = lines.line;
+    const int64_t low = begin * line.stride - line.low;
+    const int64_t high = (end - 1) * line.stride - line.low + line.extent();
+    const int64_t base = read * line.input_length;
+    const int64_t first = base + std::clamp<int64_t>(low, 0, line.input_length);
+    const int64_t last = base + std::clamp<int64_t>(high, 0, line.input_length);
     bool any = false;
     for (int64_t ic = 0; ic < s.in_channels; ++ic) {
-      const int32_t* key = keys + s.KeyOffset(item, ic);
-      const T* value = values + (item * s.in_channels + ic) * s.slots;
-      const float* rows = filters.rows + filters.Row(block, ic, 0) * plan.block;
-      const uint8_t* live = filters.live + filters.Row(block, ic, 0);
+      const int32_t* key = KeysOf(item, ic);
       const Range range(key, s.slots, first, last);
-      for (int64_t i = range.first; i < range.last; ++i) {
-        if (key[i] < first || key[i] >= last) continue;
-        const float x = static_cast<float>(value[i]);
-        if (x == 0.0f) continue;
-        any = true;
-        walk.Seek(key[i]);
-        for (int64_t tap = 0; tap < w.taps; ++tap) {
-          if (!live[tap]) continue;
-          const int64_t site = walk.Reach(filters.tap_offsets + tap * TapWalk::kTapOffsets);
-          if (site < 0) continue;
-          slab.Mark(site);
-          AddProducts<kBlock>(slab.rows + site * plan.block, rows + tap * plan.block, x, plan.block,
-                              finite);
+      Entry entries[kAtOnce];
+      for (int64_t i = range.first; i < range.last;) {
+        int64_t count = 0;
+        for (; i < range.last && count < kAtOnce; ++i) {
+          if (key[i] < first || key[i] >= last) continue;
+          entries[count++] = {static_cast<int32_t>(key[i] - base), static_cast<int32_t>(ic),
+                              static_cast<float>(ValuesOf(item, ic)[i]), static_cast<int32_t>(i)};
         }
+        segment.begin = entries, segment.end = entries + count;
+        Loops::template kAddCarefully<kOctets>(&segment, &segment + 1, line, begin, end,
+                                               buffer.first(line), buffer.bits);
+        any |= count > 0;
       }
     }
     return any;
+  }
+
+  // Sees to it that every channel's stage takes in `sites` responses, and a word behind them.
+  void MakeRoom(int64_t sites, int64_t channels, ForwardWorker<T>& worker) const {
+    Candidates& c = worker.candidates;
+    for (int64_t j = 0; j < channels; ++j) {
+      if (c.length[j] + sites < plan.stage) continue;
+      c.length[j] = static_cast<int32_t>(worker.best[j].Flush(c.length[j]));
+      c.least[j] = worker.best[j].least();
+    }
   }
 };
 
@@ -180,8 +408,9 @@ ffi::Error ConvFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
                        ffi::Result<ffi::Buffer<ffi::S32>> responses,
                        ffi::Result<ffi::Buffer<ffi::U8>> workspace, std::string_view select_name,
                        Span input_shape, Span window_shape, Span strides, Span dilation, Span low,
-                       Span output_shape, int64_t channel_block, int64_t slab_rows,
-                       int64_t overflow, int64_t workers) {
+                       Span output_shape, int64_t channel_block, int64_t line_sites,
+                       int64_t max_rows, int64_t room, int64_t stage, int64_t parts,
+                       int64_t workers) {
   Window w;
   ConvShape s;
   Select select;
@@ -196,72 +425,95 @@ ffi::Error ConvFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
   if (out_values->element_type() != values.element_type()) {
     return InvalidArgument("conv: values and out_values have different dtypes");
   }
-  if (channel_block < 1 || slab_rows < 1 || overflow < 1 || workers < 1) {
-    return InvalidArgument("conv: the plan has an entry below 1");
+  w = Squeeze(w);
+  const Lines lines(w);
+  const LineBuffer buffer(lines.line, line_sites, channel_block);
+  if (line_sites < 1 || max_rows < 1 || room < 1 || parts < 1 || parts > lines.rows ||
+      workers < 1 || stage / 2 <= buffer.piece || !IsBlock(channel_block)) {
+    return InvalidArgument("conv: the plan does not fit the shapes");
   }
-  const ForwardPlan plan = {channel_block, slab_rows, overflow, workers};
+  const ForwardPlan plan = {channel_block, line_sites, max_rows, room, stage, parts, workers};
   return DispatchFloat(values.element_type(), [&]<typename T>() -> ffi::Error {
     Carver carver(workspace->untyped_data());
-    Filters filters = {plan.block, CeilDiv(s.out_channels, plan.block), s.in_channels, w.taps};
+    Filters filters = {plan.block, CeilDiv(s.out_channels, plan.block), s.in_channels, w.taps,
+                       lines.line.taps};
     filters.Carve(carver);
+    float* padded_bias = carver.Take<float>(filters.blocks * plan.block);
+    PartSelections<T> selections = {
+        parts, std::min(s.capacity, CeilDiv(lines.rows, parts) * (w.output_sites / lines.rows)),
+        s.batch * s.out_channels};
+    selections.Carve(carver);
     ForwardWorker<T> layout;
-    layout.slab = {std::min(plan.slab_rows, w.output_shape[0]) * w.output_row(), plan.block};
-    const int64_t begin = carver.used();
-    layout.Carve(carver, plan);
-    const int64_t bytes = carver.used() - begin;
-    ILAJAX_RETURN_IF_ERROR(CheckWorkspace("conv", *workspace, begin + workers * bytes));
+    layout.line = buffer;
+    layout.entries = {lines.InputLines(plan.max_rows), CeilDiv(lines.line.input_length, 64), room};
+    const WorkerSlices slices(carver, *workspace, workers,
+                              [&](Carver& own) { layout.Carve(own, lines, plan); });
+    ILAJAX_RETURN_IF_ERROR(CheckWorkspace("conv", *workspace, slices.end()));
     filters.Fill(w, s.weights, s.out_channels, kernel_keys.typed_data(), weights.typed_data());
+    std::fill_n(padded_bias, filters.blocks * plan.block, 0.0f);
+    std::copy_n(bias.typed_data(), s.out_channels, padded_bias);
+    if (parts > 1) std::fill_n(selections.digits, selections.segments * kDigits, 0);
     const Forward<T> forward = {s,
-                                w,
+                                lines,
                                 filters,
                                 plan,
                                 select,
+                                w.output_sites,
                                 keys.typed_data(),
                                 Data<T>(values),
-                                bias.typed_data(),
+                                padded_bias,
                                 out_keys->typed_data(),
                                 Data<T>(*out_values),
-                                responses->typed_data()};
-    char* base = static_cast<char*>(workspace->untyped_data()) + begin;
-    for (int64_t i = 0; i < workers; ++i) {
-      ForwardWorker<T> worker = layout;
-      Carver own(base + i * bytes);
-      worker.Carve(own, plan);
-      worker.slab.Clear();
-    }
-    ParallelFor(pool, s.batch * filters.blocks, workers, [&](int64_t task, int64_t id) {
-      ForwardWorker<T> worker = layout;
-      Carver own(base + id * bytes);
-      worker.Carve(own, plan);
-      DispatchBlock(plan.block, [&]<int kBlock>() {
-        forward.template Run<kBlock>(task / filters.blocks, task % filters.blocks, worker);
+                                responses->typed_data(),
+                                selections};
+    for (int64_t i = 0; i < workers; ++i) slices.Take(i, layout, lines, plan).line.Clear();
+    ParallelFor(pool, s.batch * filters.blocks * parts, workers, [&](int64_t task, int64_t id) {
+      ForwardWorker<T> worker = slices.Take(id, layout, lines, plan);
+      const int64_t rest = task / parts;
+      DispatchLoops(plan.block, [&]<typename Loops, int kOctets>() {
+        forward.template Run<Loops, kOctets>(rest / filters.blocks, rest % filters.blocks,
+                                             task % parts, worker);
       });
+    });
+    if (parts == 1) return ffi::Error::Success();
+    ParallelFor(pool, s.batch * s.out_channels, workers, [&](int64_t segment, int64_t) {
+      responses->typed_data()[segment] =
+          selections.Merge(segment, select, s.capacity, w.output_sites,
+                           out_keys->typed_data() + segment * s.capacity,
+                           Data<T>(*out_values) + segment * s.capacity);
     });
     return ffi::Error::Success();
   });
 }
 
 struct BackwardPlan {
-  int64_t block, slab_rows, parts, workers;
+  int64_t block, line_sites, slab_rows, room, parts, workers;
 };
 
 struct BackwardWorker {
-  Slab slab;
+  LineBuffer line;
+  LineEntries entries;
+  Segment* segments = nullptr;
+  float* values_bar = nullptr;   // [entry]
+  int32_t* begins = nullptr;     // [oc]: the kept outputs of the line, as slots [begin, end)
+  int32_t* ends = nullptr;       // [oc]
   float* weights_bar = nullptr;  // as Filters::rows
-  float* values_bar = nullptr;   // [ic][entry of the slab], added up over the blocks
-  int64_t entries = 0;           // its room; only broken keys have more entries in a slab
 
-  void Carve(Carver& carver, const Filters& filters) {
-    slab.Carve(carver);
+  void Carve(Carver& carver, const Lines& lines, const Filters& filters) {
+    line.Carve(carver);
+    entries.Carve(carver);
+    segments = carver.Take<Segment>(lines.tap_lines);
+    values_bar = carver.Take<float>(entries.room);
+    begins = carver.Take<int32_t>(filters.block);
+    ends = carver.Take<int32_t>(filters.block);
     weights_bar = carver.Take<float>(filters.size());
-    values_bar = carver.Take<float>(entries);
   }
 };
 
 template <typename T>
 struct Backward {
   const ConvShape& s;
-  const Window& w;
+  const Lines& lines;
   const Filters& filters;
   const BackwardPlan& plan;
   const int32_t* keys;
@@ -270,67 +522,170 @@ struct Backward {
   const T* cotangent;
   T* values_bar;
 
+  const int32_t* KeysOf(int64_t item, int64_t ic) const { return keys + s.KeyOffset(item, ic); }
+  const T* ValuesOf(int64_t item, int64_t ic) const {
+    return values + (item * s.in_channels + ic) * s.slots;
+  }
+
   // Input rows [begin, end) of a sample.
-  template <int kBlock>
+  template <typename Loops, int kOctets>
   void Run(int64_t item, int64_t begin, int64_t end, BackwardWorker& worker) const {
-    // The output rows within reach.
-    const int64_t stride = w.strides[0];
-    const int64_t lowest = begin + w.low[0] - w.extent() + 1, highest = end - 1 + w.low[0];
-    const int64_t row_begin =
-        std::clamp<int64_t>(lowest <= 0 ? 0 : CeilDiv(lowest, stride), 0, w.output_shape[0]);
-    const int64_t row_end =
-        std::clamp<int64_t>(highest < 0 ? 0 : highest / stride + 1, row_begin, w.output_shape[0]);
     const bool finite =
-        filters.finite &&
-        AllFinite(values + item * s.in_channels * s.slots, s.in_channels * s.slots) &&
+        filters.finite && AllFinite(ValuesOf(item, 0), s.in_channels * s.slots) &&
         AllFinite(cotangent + item * s.out_channels * s.capacity, s.out_channels * s.capacity);
-    const int64_t first = begin * w.input_row(), last = end * w.input_row();
-    for (int64_t block = 0; block < filters.blocks; ++block) {
-      Spread(item, block, row_begin, row_end, worker.slab);
-      TapWalk walk(w, row_begin, row_end);
-      int64_t entry = 0;
-      for (int64_t ic = 0; ic < s.in_channels; ++ic) {
-        const int32_t* key = keys + s.KeyOffset(item, ic);
-        const T* value = values + (item * s.in_channels + ic) * s.slots;
-        T* value_bar = values_bar + (item * s.in_channels + ic) * s.slots;
-        const int64_t row = filters.Row(block, ic, 0);
-        const Range range(key, s.slots, first, last);
-        for (int64_t i = range.first; i < range.last; ++i) {
-          if (key[i] < first || key[i] >= last) continue;
-          if (filters.blocks > 1 && entry == worker.entries) break;
-          const float x = static_cast<float>(value[i]);
-          float sum = block == 0 ? 0.0f : worker.values_bar[entry];
-          walk.Seek(key[i]);
-          for (int64_t tap = 0; tap < w.taps; ++tap) {
-            if (!filters.live[row + tap]) continue;
-            const int64_t site = walk.Reach(filters.tap_offsets + tap * TapWalk::kTapOffsets);
-            if (site < 0 || !worker.slab.Marked(site)) continue;
-            const float* g = worker.slab.rows + site * plan.block;
-            sum += Dot<kBlock>(g, filters.rows + (row + tap) * plan.block, plan.block, finite);
-            AddProducts<kBlock>(worker.weights_bar + (row + tap) * plan.block, g, x, plan.block,
-                                finite);
-          }
-          if (filters.blocks > 1) worker.values_bar[entry++] = sum;
-          if (block == filters.blocks - 1) value_bar[i] = T(sum);
-        }
-      }
-      worker.slab.Drain([](int64_t, const float*) {});
+    const int64_t row = lines.input_row_lines * lines.line.input_length;
+    if (worker.line.piece == lines.line.output_length) {
+      return RunKeys<Loops, kOctets>(item, 0, s.in_channels, begin * row, end * row, finite,
+                                     worker);
+    }
+    // Long lines go in pieces, each of which is within reach of a few pieces of output.
+    for (int64_t key = begin * row; key < end * row;) {
+      const int64_t stop = std::min(key + worker.line.piece,
+                                    (key / lines.line.input_length + 1) * lines.line.input_length);
+      RunKeys<Loops, kOctets>(item, 0, s.in_channels, key, stop, finite, worker);
+      key = stop;
     }
   }
 
-  // Spreads the cotangents of kept outputs in rows [begin, end) into the slab.
-  void Spread(int64_t item, int64_t block, int64_t begin, int64_t end, Slab& slab) const {
-    const int64_t first = begin * w.output_row(), last = end * w.output_row();
-    for (int64_t j = 0; j < std::min(plan.block, s.out_channels - block * plan.block); ++j) {
+  // The entries of channels [ic_begin, ic_end) with keys in [begin, end), halved until they have
+  // room.
+  template <typename Loops, int kOctets>
+  void RunKeys(int64_t item, int64_t ic_begin, int64_t ic_end, int64_t begin, int64_t end,
+               bool finite, BackwardWorker& worker) const {
+    int64_t count = 0;
+    for (int64_t ic = ic_begin; ic < ic_end; ++ic) {
+      const Range range(KeysOf(item, ic), s.slots, begin, end);
+      count += range.last - range.first;
+    }
+    if (count == 0) return;
+    if (count > plan.room) {
+      if (ic_end - ic_begin > 1) {
+        const int64_t middle = (ic_begin + ic_end) / 2;
+        RunKeys<Loops, kOctets>(item, ic_begin, middle, begin, end, finite, worker);
+        RunKeys<Loops, kOctets>(item, middle, ic_end, begin, end, finite, worker);
+      } else if (end - begin > 1) {
+        const int64_t middle = begin + (end - begin) / 2;
+        RunKeys<Loops, kOctets>(item, ic_begin, ic_end, begin, middle, finite, worker);
+        RunKeys<Loops, kOctets>(item, ic_begin, ic_end, middle, end, finite, worker);
+      }
+      return;  // a key that stands more often than there is room for is broken
+    }
+    const int64_t length = lines.line.input_length;
+    const int64_t first = begin / length, last = CeilDiv(end, length);
+    LineEntries& entries = worker.entries;
+    entries.Sort(
+        first, last - first, length, s.slots, begin, end, ic_begin, ic_end,
+        [&](int64_t ic) { return KeysOf(item, ic); },
+        [&](int64_t ic) { return ValuesOf(item, ic); });
+    const int64_t sorted = entries.starts[last - first];
+    std::memset(worker.values_bar, 0, sorted * sizeof(float));
+    int64_t row_begin, row_end;
+    lines.OutputRows(first / lines.input_row_lines, CeilDiv(last, lines.input_row_lines), row_begin,
+                     row_end);
+    for (int64_t block = 0; block < filters.blocks; ++block) {
+      for (int64_t j = 0; j < plan.block; ++j) worker.ends[j] = -1;
+      for (int64_t line = row_begin * lines.row_lines; line < row_end * lines.row_lines; ++line) {
+        RunLine<Loops, kOctets>(item, block, line, begin, end, finite, worker);
+      }
+    }
+    for (int64_t i = 0; i < sorted; ++i) {
+      const Entry& e = entries.entries[i];
+      values_bar[(item * s.in_channels + e.channel) * s.slots + e.slot] = T(worker.values_bar[i]);
+    }
+  }
+
+  template <typename Loops, int kOctets>
+  void RunLine(int64_t item, int64_t block, int64_t line, int64_t key_begin, int64_t key_end,
+               bool finite, BackwardWorker& worker) const {
+    const LinePlace place(lines, line);
+    const LineWindow& along = lines.line;
+    const LineEntries& entries = worker.entries;
+    Segment* segment = worker.segments;
+    for (int64_t t = 0; t < lines.tap_lines; ++t) {
+      if (!filters.live_lines[block * lines.tap_lines + t]) continue;
+      const int64_t read = place.Reads(filters.tap_offsets + t * along.taps * (lines.axes + 1));
+      if (read < entries.first_line || read >= entries.first_line + entries.lines) continue;
+      if (entries.begin(read) == entries.end(read)) continue;
+      const int64_t run = filters.Run(block, t, 0);
+      *segment++ = {entries.begin(read), entries.end(read),
+                    filters.rows + run * along.taps * plan.block, filters.live_runs + run};
+    }
+    if (segment == worker.segments) return;
+    const LineBuffer& buffer = worker.line;
+    // The pieces within reach: all of a line, unless it is a long one.
+    int64_t begin = 0, stop = along.output_length;
+    if (buffer.piece < along.output_length) {
+      const int64_t place_begin = key_begin % along.input_length;
+      const int64_t place_end = place_begin + key_end - key_begin;
+      const int64_t lowest = place_begin + along.low - along.extent() + 1;
+      begin = std::clamp<int64_t>(lowest, 0, stop * along.stride) / along.stride;
+      begin -= begin % buffer.piece;
+      stop = std::clamp<int64_t>(place_end + along.low, 0, stop * along.stride);
+      stop = std::min(CeilDiv(stop, along.stride), along.output_length);
+    }
+    for (; begin < stop; begin += buffer.piece) {
+      const int64_t end = std::min(begin + buffer.piece, along.output_length);
+      const int64_t first_key = line * along.output_length + begin;
+      if (!Spread(item, block, first_key, end - begin, worker)) continue;
+      if (buffer.plain && finite) {
+        GatherPlain<Loops, kOctets>(segment, worker);
+      } else {
+        Loops::template kGatherCarefully<kOctets>(
+            worker.segments, segment, along, begin, end, buffer.first(along), entries.entries,
+            worker.values_bar, filters.rows, worker.weights_bar);
+      }
+      ForKept(item, block, first_key, end - begin, worker,
+              [&](float& row, int64_t) { row = 0.0f; });
+    }
+  }
+
+  template <typename Loops, int kOctets>
+  void GatherPlain(const Segment* last, BackwardWorker& worker) const {
+    const int64_t taps = lines.line.taps, step = lines.line.dilation * plan.block;
+    const float* origin = worker.line.origin(lines.line);
+    auto gather = [&](auto loop, int64_t tap) {
+      loop(worker.segments, last, origin - tap * step, step, tap, taps, worker.entries.entries,
+           worker.values_bar, filters.rows, worker.weights_bar);
+    };
+    if (taps == 3) return gather(Loops::template kGatherPlain<kOctets, 3>, 0);
+    for (int64_t t = 0; t < taps; ++t) gather(Loops::template kGatherPlain<kOctets, 1>, t);
+  }
+
+  // Spreads the cotangents of kept outputs with keys from `first_key` over the line. Returns
+  // whether there are any.
+  bool Spread(int64_t item, int64_t block, int64_t first_key, int64_t sites,
+              BackwardWorker& worker) const {
+    const int64_t channels = std::min(plan.block, s.out_channels - block * plan.block);
+    for (int64_t j = 0; j < channels; ++j) {
       const int64_t segment = (item * s.out_channels + block * plan.block + j) * s.capacity;
       const int32_t* key = out_keys + segment;
-      const Range range(key, s.capacity, first, last);
-      for (int64_t i = range.first; i < range.last; ++i) {
-        if (key[i] < first || key[i] >= last) continue;
-        const float g = static_cast<float>(cotangent[segment + i]);
-        if (g == 0.0f) continue;
-        slab.rows[(key[i] - first) * plan.block + j] = g;
-        slab.Mark(key[i] - first);
+      // Lines come in ascending order, so that the first one alone needs a search.
+      int64_t slot = worker.ends[j];
+      if (slot < 0) slot = std::lower_bound(key, key + s.capacity, first_key) - key;
+      while (slot < s.capacity && key[slot] < first_key) ++slot;
+      worker.begins[j] = static_cast<int32_t>(slot);
+      while (slot < s.capacity && key[slot] < first_key + sites) ++slot;
+      worker.ends[j] = static_cast<int32_t>(slot);
+    }
+    bool any = false;
+    ForKept(item, block, first_key, sites, worker, [&](float& row, int64_t slot) {
+      row = static_cast<float>(cotangent[slot]);
+      any = true;
+    });
+    return any;
+  }
+
+  // Calls f(the place in the line's buffer, slot) for the kept outputs that Spread has found.
+  template <typename F>
+  void ForKept(int64_t item, int64_t block, int64_t first_key, int64_t sites,
+               const BackwardWorker& worker, F&& f) const {
+    const int64_t channels = std::min(plan.block, s.out_channels - block * plan.block);
+    float* rows = worker.line.first(lines.line);
+    for (int64_t j = 0; j < channels; ++j) {
+      const int64_t segment = (item * s.out_channels + block * plan.block + j) * s.capacity;
+      for (int64_t i = segment + worker.begins[j]; i < segment + worker.ends[j]; ++i) {
+        const int64_t site = out_keys[i] - first_key;
+        if (site >= 0 && site < sites) f(rows[site * plan.block + j], i);
       }
     }
   }
@@ -344,7 +699,8 @@ ffi::Error ConvBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
                        ffi::Result<ffi::Buffer<ffi::F32>> bias_bar,
                        ffi::Result<ffi::Buffer<ffi::U8>> workspace, Span input_shape,
                        Span window_shape, Span strides, Span dilation, Span low, Span output_shape,
-                       int64_t channel_block, int64_t slab_rows, int64_t parts, int64_t workers) {
+                       int64_t channel_block, int64_t line_sites, int64_t slab_rows, int64_t room,
+                       int64_t parts, int64_t workers) {
   Window w;
   ConvShape s;
   ILAJAX_RETURN_IF_ERROR(
@@ -364,30 +720,30 @@ ffi::Error ConvBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
   }
   ILAJAX_RETURN_IF_ERROR(CheckShape("conv: weights_bar", *weights_bar, {groups, s.weights}));
   ILAJAX_RETURN_IF_ERROR(CheckShape("conv: bias_bar", *bias_bar, {groups, s.out_channels}));
-  if (channel_block < 1 || slab_rows < 1 || parts < 1 || workers < 1) {
-    return InvalidArgument("conv: the plan has an entry below 1");
+  w = Squeeze(w);
+  const Lines lines(w);
+  if (line_sites < 1 || slab_rows < 1 || room < 1 || parts < 1 || workers < 1 ||
+      !IsBlock(channel_block)) {
+    return InvalidArgument("conv: the plan does not fit the shapes");
   }
-  const BackwardPlan plan = {channel_block, slab_rows, parts, workers};
+  const BackwardPlan plan = {channel_block, line_sites, slab_rows, room, parts, workers};
 
   return DispatchFloat(values.element_type(), [&]<typename T>() -> ffi::Error {
     Carver carver(workspace->untyped_data());
-    Filters filters = {plan.block, CeilDiv(s.out_channels, plan.block), s.in_channels, w.taps};
+    Filters filters = {plan.block, CeilDiv(s.out_channels, plan.block), s.in_channels, w.taps,
+                       lines.line.taps};
     filters.Carve(carver);
     float* part_sums = carver.Take<float>(groups * parts * s.weights);
     BackwardWorker layout;
-    const int64_t reach =
-        (std::min(slab_rows, w.input_shape[0]) + w.extent() - 2) / w.strides[0] + 1;
-    layout.slab = {std::min(reach, w.output_shape[0]) * w.output_row(), plan.block};
-    const int64_t slab_sites = std::min(slab_rows, w.input_shape[0]) * w.input_row();
-    layout.entries = filters.blocks == 1 ? 0 : s.in_channels * std::min(s.slots, slab_sites);
-    const int64_t begin = carver.used();
-    layout.Carve(carver, filters);
-    const int64_t bytes = carver.used() - begin;
-    ILAJAX_RETURN_IF_ERROR(CheckWorkspace("conv", *workspace, begin + workers * bytes));
+    layout.line = LineBuffer(lines.line, line_sites, channel_block);
+    layout.entries = {std::min(slab_rows, lines.input_rows) * lines.input_row_lines, 0, room};
+    const WorkerSlices slices(carver, *workspace, workers,
+                              [&](Carver& own) { layout.Carve(own, lines, filters); });
+    ILAJAX_RETURN_IF_ERROR(CheckWorkspace("conv", *workspace, slices.end()));
     filters.Fill(w, s.weights, s.out_channels, kernel_keys.typed_data(), weights.typed_data());
     std::memset(values_bar->untyped_data(), 0, values_bar->size_bytes());
     const Backward<T> backward = {s,
-                                  w,
+                                  lines,
                                   filters,
                                   plan,
                                   keys.typed_data(),
@@ -395,27 +751,19 @@ ffi::Error ConvBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
                                   out_keys.typed_data(),
                                   Data<T>(cotangent),
                                   Data<T>(*values_bar)};
-    char* base = static_cast<char*>(workspace->untyped_data()) + begin;
-    for (int64_t i = 0; i < workers; ++i) {
-      BackwardWorker worker = layout;
-      Carver own(base + i * bytes);
-      worker.Carve(own, filters);
-      worker.slab.Clear();
-    }
-    const int64_t slabs = CeilDiv(w.input_shape[0], slab_rows);
+    for (int64_t i = 0; i < workers; ++i) slices.Take(i, layout, lines, filters).line.Clear();
+    const int64_t slabs = CeilDiv(lines.input_rows, slab_rows);
     const int64_t units = s.batch / groups * slabs;
     ParallelFor(pool, groups * parts, workers, [&](int64_t task, int64_t id) {
-      BackwardWorker worker = layout;
-      Carver own(base + id * bytes);
-      worker.Carve(own, filters);
+      BackwardWorker worker = slices.Take(id, layout, lines, filters);
       std::memset(worker.weights_bar, 0, filters.size() * sizeof(float));
       const int64_t group = task / parts, part = task % parts;
       for (int64_t unit = part * units / parts; unit < (part + 1) * units / parts; ++unit) {
         const int64_t item = group * (s.batch / groups) + unit / slabs;
         const int64_t row = unit % slabs * slab_rows;
-        DispatchBlock(plan.block, [&]<int kBlock>() {
-          backward.template Run<kBlock>(item, row, std::min(row + slab_rows, w.input_shape[0]),
-                                        worker);
+        DispatchLoops(plan.block, [&]<typename Loops, int kOctets>() {
+          backward.template Run<Loops, kOctets>(
+              item, row, std::min(row + slab_rows, lines.input_rows), worker);
         });
       }
       filters.Gather(kernel_keys.typed_data(), s.weights, s.out_channels, worker.weights_bar,
@@ -454,8 +802,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ConvFwd, ilajax::ConvFwdImpl,
                                   .Attr<ilajax::Span>("low")
                                   .Attr<ilajax::Span>("output_shape")
                                   .Attr<int64_t>("channel_block")
-                                  .Attr<int64_t>("slab_rows")
-                                  .Attr<int64_t>("overflow")
+                                  .Attr<int64_t>("line_sites")
+                                  .Attr<int64_t>("max_rows")
+                                  .Attr<int64_t>("room")
+                                  .Attr<int64_t>("stage")
+                                  .Attr<int64_t>("parts")
                                   .Attr<int64_t>("workers"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ConvBwd, ilajax::ConvBwdImpl,
@@ -478,6 +829,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ConvBwd, ilajax::ConvBwdImpl,
                                   .Attr<ilajax::Span>("low")
                                   .Attr<ilajax::Span>("output_shape")
                                   .Attr<int64_t>("channel_block")
+                                  .Attr<int64_t>("line_sites")
                                   .Attr<int64_t>("slab_rows")
+                                  .Attr<int64_t>("room")
                                   .Attr<int64_t>("parts")
                                   .Attr<int64_t>("workers"));

@@ -20,7 +20,7 @@ ffi::Error FromDenseFwdImpl(ffi::ThreadPool pool, ffi::AnyBuffer x,
                             ffi::Result<ffi::Buffer<ffi::S32>> keys,
                             ffi::Result<ffi::AnyBuffer> values,
                             ffi::Result<ffi::Buffer<ffi::U8>> workspace,
-                            std::string_view select_name, int64_t channel_block, int64_t overflow,
+                            std::string_view select_name, int64_t channel_block, int64_t room,
                             int64_t workers) {
   const auto d = x.dimensions(), o = keys->dimensions();
   if (d.size() != 3 || o.size() != 3)
@@ -31,7 +31,7 @@ ffi::Error FromDenseFwdImpl(ffi::ThreadPool pool, ffi::AnyBuffer x,
   if (values->element_type() != x.element_type()) {
     return InvalidArgument("from_dense: x and values have different dtypes");
   }
-  if (channel_block < 1 || overflow < 1 || workers < 1) {
+  if (channel_block < 1 || room < 1 || workers < 1) {
     return InvalidArgument("from_dense: the plan has an entry below 1");
   }
   Select select;
@@ -39,28 +39,28 @@ ffi::Error FromDenseFwdImpl(ffi::ThreadPool pool, ffi::AnyBuffer x,
   return DispatchFloat(x.element_type(), [&]<typename T>() -> ffi::Error {
     struct Worker {
       RunningTopK<T>* best;
-      int32_t* keys;
-      T* values;
-      Worker(Carver carver, int64_t block, int64_t overflow)
+      uint64_t* stage;
+      int32_t* digits;
+      Worker(Carver carver, int64_t block, int64_t room)
           : best(carver.Take<RunningTopK<T>>(block)),
-            keys(carver.Take<int32_t>(block * overflow)),
-            values(carver.Take<T>(block * overflow)),
+            stage(carver.Take<uint64_t>(block * room)),
+            digits(carver.Take<int32_t>(block * kDigits)),
             bytes(carver.used()) {}
       int64_t bytes;
     };
-    const int64_t bytes = Worker(Carver(nullptr), channel_block, overflow).bytes;
+    const int64_t bytes = Worker(Carver(nullptr), channel_block, room).bytes;
     ILAJAX_RETURN_IF_ERROR(CheckWorkspace("from_dense", *workspace, workers * bytes));
     const int64_t blocks = CeilDiv(channels, channel_block);
     ParallelFor(pool, batch * blocks, workers, [&](int64_t task, int64_t id) {
       char* base = static_cast<char*>(workspace->untyped_data()) + id * bytes;
-      const Worker worker(Carver(base), channel_block, overflow);
+      const Worker worker(Carver(base), channel_block, room);
       const int64_t item = task / blocks, first = task % blocks * channel_block;
       const int64_t count = std::min(channel_block, channels - first);
       for (int64_t j = 0; j < count; ++j) {
         const int64_t segment = (item * channels + first + j) * capacity;
         worker.best[j] = RunningTopK<T>(select, capacity, keys->typed_data() + segment,
-                                        Data<T>(*values) + segment, overflow,
-                                        worker.keys + j * overflow, worker.values + j * overflow);
+                                        Data<T>(*values) + segment, room, worker.stage + j * room,
+                                        worker.digits + j * kDigits);
       }
       const T* row = Data<T>(x) + item * sites * channels + first;
       for (int64_t site = 0; site < sites; ++site, row += channels) {
@@ -88,5 +88,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FromDenseFwd, ilajax::FromDenseFwdImpl,
                                   .Ret<xla::ffi::Buffer<xla::ffi::U8>>()   // workspace
                                   .Attr<std::string_view>("select")
                                   .Attr<int64_t>("channel_block")
-                                  .Attr<int64_t>("overflow")
+                                  .Attr<int64_t>("room")
                                   .Attr<int64_t>("workers"));

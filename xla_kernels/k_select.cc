@@ -3,8 +3,8 @@
 //   keys s32[B, C, K], values T[B, C, K] -> kept_keys s32[B, C, K'], kept_values T[B, C, K']
 //
 // Forward: entries that cannot be kept are dropped by a rank threshold, found by a radix select
-// over the order-preserving bits of their values in four passes; the rest is copied in the order of
-// its keys. Backward: both key lists ascend, so one merge takes the cotangents back.
+// over the order-preserving bits of their values in three passes; the rest is copied in the order
+// of its keys. Backward: both key lists ascend, so one merge takes the cotangents back.
 
 #include <algorithm>
 #include <cstdint>
@@ -49,7 +49,11 @@ ffi::Error KSelectFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi:
                    IsCandidate(static_cast<float>(value[i]), select);
           };
           auto rank = [&](int64_t i) { return RankBits(static_cast<float>(value[i]), select); };
-          const RankCut cut(slots, capacity, candidate, rank);
+          const RankCut cut(slots, capacity, [&](auto&& f) {
+            for (int64_t i = 0; i < slots; ++i) {
+              if (candidate(i)) f(rank(i));
+            }
+          });
           int32_t* kept_key = kept_keys->typed_data() + segment * capacity;
           T* kept_value = Data<T>(*kept_values) + segment * capacity;
           int64_t kept = 0, ties = cut.ties;

@@ -28,7 +28,7 @@ struct PoolShape {
   int64_t batch = 0, channels = 0, slots = 0, capacity = 0;
   bool shared = false, average = false;
   Window w;
-  int64_t slab_rows = 0, overflow = 0, workers = 0;
+  int64_t slab_rows = 0, room = 0, workers = 0;
 
   int64_t segments() const { return batch * channels; }
   int64_t KeySegment(int64_t segment) const { return shared ? segment / channels : segment; }
@@ -65,7 +65,7 @@ struct PoolShape {
         return InvalidArgument("pool: cells must cover the grid without overlap");
       }
     }
-    if (s.slab_rows < 1 || s.overflow < 1 || s.workers < 1) {
+    if (s.slab_rows < 1 || s.room < 1 || s.workers < 1) {
       return InvalidArgument("pool: the plan has an entry below 1");
     }
     return ffi::Error::Success();
@@ -78,15 +78,15 @@ struct Cells {
   float* values = nullptr;   // the largest, or the sum; backward: the cotangent
   int32_t* slots = nullptr;  // where the largest stands
   uint64_t* bitmap = nullptr;
-  int32_t* overflow_keys = nullptr;
-  T* overflow_values = nullptr;
+  uint64_t* stage = nullptr;
+  int32_t* digits = nullptr;
 
   Cells(Carver& carver, const PoolShape& s)
       : values(carver.Take<float>(s.slab_sites())),
         slots(carver.Take<int32_t>(s.slab_sites())),
         bitmap(carver.Take<uint64_t>(CeilDiv(s.slab_sites(), 64))),
-        overflow_keys(carver.Take<int32_t>(s.overflow)),
-        overflow_values(carver.Take<T>(s.overflow)) {}
+        stage(carver.Take<uint64_t>(s.room)),
+        digits(carver.Take<int32_t>(kDigits)) {}
 
   bool Mark(int64_t cell) {
     const uint64_t bit = uint64_t{1} << (cell & 63);
@@ -145,8 +145,8 @@ void FindLargest(const PoolShape& s, const int32_t* key, const T* value, int64_t
 template <typename T>
 void PoolSegment(const PoolShape& s, const int32_t* key, const T* value, int32_t* pooled_key,
                  T* pooled, Cells<T>& cells) {
-  RunningTopK<T> best(Select::kValue, s.capacity, pooled_key, pooled, s.overflow,
-                      cells.overflow_keys, cells.overflow_values);
+  RunningTopK<T> best(Select::kValue, s.capacity, pooled_key, pooled, s.room, cells.stage,
+                      cells.digits);
   std::memset(cells.bitmap, 0, CeilDiv(s.slab_sites(), 64) * sizeof(uint64_t));
   for (int64_t row = 0; row < s.w.output_shape[0]; row += s.slab_rows) {
     if (s.average) {
@@ -220,9 +220,9 @@ ffi::Error PoolFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
                        ffi::Result<ffi::AnyBuffer> pooled,
                        ffi::Result<ffi::Buffer<ffi::U8>> workspace, std::string_view mode,
                        Span input_shape, Span window_shape, Span strides, Span dilation, Span low,
-                       Span output_shape, int64_t slab_rows, int64_t overflow, int64_t workers) {
+                       Span output_shape, int64_t slab_rows, int64_t room, int64_t workers) {
   PoolShape s;
-  s.slab_rows = slab_rows, s.overflow = overflow, s.workers = workers;
+  s.slab_rows = slab_rows, s.room = room, s.workers = workers;
   ILAJAX_RETURN_IF_ERROR(
       Window::Read(input_shape, window_shape, strides, dilation, low, output_shape, s.w));
   ILAJAX_RETURN_IF_ERROR(PoolShape::Read(keys, values, *pooled_keys, *pooled, mode, s));
@@ -242,9 +242,9 @@ ffi::Error PoolBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
                        ffi::Result<ffi::AnyBuffer> values_bar,
                        ffi::Result<ffi::Buffer<ffi::U8>> workspace, std::string_view mode,
                        Span input_shape, Span window_shape, Span strides, Span dilation, Span low,
-                       Span output_shape, int64_t slab_rows, int64_t overflow, int64_t workers) {
+                       Span output_shape, int64_t slab_rows, int64_t room, int64_t workers) {
   PoolShape s;
-  s.slab_rows = slab_rows, s.overflow = overflow, s.workers = workers;
+  s.slab_rows = slab_rows, s.room = room, s.workers = workers;
   ILAJAX_RETURN_IF_ERROR(
       Window::Read(input_shape, window_shape, strides, dilation, low, output_shape, s.w));
   ILAJAX_RETURN_IF_ERROR(PoolShape::Read(keys, values, pooled_keys, cotangent, mode, s));
@@ -284,7 +284,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PoolFwd, ilajax::PoolFwdImpl,
                                   .Attr<ilajax::Span>("low")
                                   .Attr<ilajax::Span>("output_shape")
                                   .Attr<int64_t>("slab_rows")
-                                  .Attr<int64_t>("overflow")
+                                  .Attr<int64_t>("room")
                                   .Attr<int64_t>("workers"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(PoolBwd, ilajax::PoolBwdImpl,
@@ -304,5 +304,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PoolBwd, ilajax::PoolBwdImpl,
                                   .Attr<ilajax::Span>("low")
                                   .Attr<ilajax::Span>("output_shape")
                                   .Attr<int64_t>("slab_rows")
-                                  .Attr<int64_t>("overflow")
+                                  .Attr<int64_t>("room")
                                   .Attr<int64_t>("workers"));

@@ -110,8 +110,8 @@ ffi::Error SubmanifoldFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys,
   return DispatchFloat(values.element_type(), [&]<typename T>() -> ffi::Error {
     const int64_t chunks = CeilDiv(s.slots, kChunk), units = s.batch * chunks;
     Carver carver(workspace->untyped_data());
-    Filters filters = {channel_block, CeilDiv(s.out_channels, channel_block), s.in_channels,
-                       w.taps};
+    Filters filters = {channel_block, CeilDiv(s.out_channels, channel_block), s.in_channels, w.taps,
+                       w.window_shape[w.rank - 1]};
     filters.Carve(carver);
     uint8_t* finite = carver.Take<uint8_t>(s.batch);
     int32_t* counts = carver.Take<int32_t>(units * s.out_channels);
@@ -133,7 +133,7 @@ ffi::Error SubmanifoldFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys,
       for (int64_t block = 0; block < filters.blocks; ++block) {
         std::memset(own.rows, 0, kChunk * channel_block * sizeof(float));
         for (int64_t tap = 0; tap < w.taps; ++tap) {
-          near.Find(filters.tap_offsets + tap * TapWalk::kTapOffsets, false);
+          near.Find(filters.tap_offsets + tap * w.rank, false);
           for (int64_t ic = 0; ic < s.in_channels; ++ic) {
             const int64_t row = filters.Row(block, ic, tap);
             if (!filters.live[row]) continue;
@@ -207,8 +207,8 @@ ffi::Error SubmanifoldBwdImpl(
   return DispatchFloat(values.element_type(), [&]<typename T>() -> ffi::Error {
     const int64_t chunks = CeilDiv(s.slots, kChunk), units = s.batch / groups * chunks;
     Carver carver(workspace->untyped_data());
-    Filters filters = {channel_block, CeilDiv(s.out_channels, channel_block), s.in_channels,
-                       w.taps};
+    Filters filters = {channel_block, CeilDiv(s.out_channels, channel_block), s.in_channels, w.taps,
+                       w.window_shape[w.rank - 1]};
     filters.Carve(carver);
     uint8_t* finite = carver.Take<uint8_t>(s.batch);
     float* part_sums = carver.Take<float>(groups * parts * s.weights);
@@ -231,7 +231,7 @@ ffi::Error SubmanifoldBwdImpl(
       for (int64_t block = 0; block < filters.blocks; ++block) {
         const int64_t channels = std::min(channel_block, s.out_channels - block * channel_block);
         for (int64_t tap = 0; tap < w.taps; ++tap) {
-          near.Find(filters.tap_offsets + tap * TapWalk::kTapOffsets, true);
+          near.Find(filters.tap_offsets + tap * w.rank, true);
           for (int64_t j = 0; j < channel_block; ++j) {
             const int64_t oc = block * channel_block + std::min(j, channels - 1);
             const T* g = Data<T>(cotangent) + (item * s.out_channels + oc) * s.slots;

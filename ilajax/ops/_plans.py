@@ -9,13 +9,20 @@ import dataclasses
 from ilajax.geometry import Window
 
 _CPU_BUDGET = 32 << 20
-# A slab's buffer, which should stay in a core's cache.
+# The buffer of a slab in pooling, and in convolution of a line, and the tables over the lines of a slab:
+# they should stay in a core's cache.
 _CPU_SLAB = 512 << 10
+_CPU_LINE = 256 << 10
+_CPU_TABLES = 1 << 20
+# Tasks to cut a call into where the batch is small.
+_CPU_TASKS = 8
 # Threads that share a workspace. More threads than this take no part in one call.
 _CPU_WORKERS = 16
-_TAP_OFFSETS = 9
+_SEGMENT = 32  # sizeof(Segment)
+_MAX_RANK = 8
 _CHUNK = 256  # sites of a submanifold convolution's task
 _TOP_K = 96  # an upper bound of sizeof(RunningTopK)
+_DIGITS = 2048  # first digits that a selection counts ranks by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,31 +34,68 @@ class Plan:
 
 
 def conv_forward(
-    window: Window, batch: int, in_channels: int, out_channels: int, capacity: int, itemsize: int
+    window: Window,
+    batch: int,
+    in_channels: int,
+    out_channels: int,
+    slots: int,
+    capacity: int,
+    itemsize: int,
 ) -> Plan:
-    """Tasks are (sample, block of output channels), each over all slabs."""
+    """Tasks are (sample, block of output channels, part of the rows), each over all lines of its part.
+
+    With more than one part each selects for itself, and what it keeps is merged at the end.
+    """
     budget = cpu_budget(window)
-    block = min(out_channels, 16)
-    while block > 4 and batch * _ceil(out_channels, block) < 4:
-        block = _ceil(block, 2)
-    overflow = max(64, min(capacity, 1 << 14))
-    output_row = window.output_sites // window.output_shape[0]
-    while True:
-        rows = _slab_rows(window.output_shape[0], output_row * block * 4)
-        worker = (
-            _slab(rows * output_row, block)
-            + _align(block * overflow * 4)
-            + _align(block * overflow * itemsize)
-            + _align(block * _TOP_K)
+    block, blocks = _blocks(out_channels)
+    lines = _Lines(window, block)
+    shared = _filters(window, in_channels, blocks, block) + _align(blocks * block * 4)
+    room = _entries_room(lines, in_channels, slots, budget)
+    worker = (
+        _align(lines.line_sites * block * 4)
+        + _bitmap(lines.line_sites)
+        + _align(lines.tap_lines * _SEGMENT)
+        + lines.tables
+        + _align(room * 16)
+        + 3 * _align(block * 4)
+        + _align(block * _TOP_K)
+    )
+    # Half of the stage takes in a whole line at once. With one part, a stage as large as the output keeps
+    # the cuts few; with several an early look at the others' counts keeps them few.
+    least = 2 * (min(lines.line_sites, lines.output_length) + 1)
+    parts = min(_ceil(_CPU_TASKS, batch * blocks), lines.rows)
+    while parts > 1:
+        kept = min(capacity, _ceil(lines.rows, parts) * lines.row_sites)
+        segments = batch * out_channels * parts
+        selections = (
+            _align(segments * kept * 4)
+            + _align(segments * kept * itemsize)
+            + 2 * _align(segments * 4)
+            + _align(batch * out_channels * _DIGITS * 4)
         )
-        shared = _filters(window, in_channels, out_channels, block)
-        if block == 1 or shared + worker <= budget:
+        if selections <= (budget - shared) // 2:
             break
-        block = _ceil(block, 2)
-    workers = _workers(batch * _ceil(out_channels, block), worker, budget - shared)
+        parts -= 1
+    if parts > 1:
+        shared += selections
+        stage = max(least, min(capacity, 1 << 13))
+    else:
+        most = (budget - shared) // 4 // (block * 8)
+        stage = max(least, min(max(capacity, 1 << 10), 1 << 16, most))
+        worker += _align(block * _DIGITS * 4)
+    worker += _align(block * stage * 8)
+    workers = _workers(batch * blocks * parts, worker, budget - shared)
     return Plan(
         shared + workers * worker,
-        {"channel_block": block, "slab_rows": rows, "overflow": overflow, "workers": workers},
+        {
+            "channel_block": block,
+            "line_sites": lines.line_sites,
+            "max_rows": lines.max_rows,
+            "room": room,
+            "stage": stage,
+            "parts": parts,
+            "workers": workers,
+        },
     )
 
 
@@ -66,44 +110,111 @@ def conv_backward(
 ) -> Plan:
     """Tasks are a fixed number of runs of (sample, slab of input rows) for each group."""
     budget = cpu_budget(window)
-    block = out_channels
-    input_row = window.input_sites // window.input_shape[0]
-    output_row = window.output_sites // window.output_shape[0]
-    extent = (window.window_shape[0] - 1) * window.dilation[0] + 1
-
-    def reach(rows: int) -> int:
-        return min((rows + extent - 2) // window.strides[0] + 1, window.output_shape[0])
-
-    while True:
-        rows = window.input_shape[0]
-        while rows > 1 and reach(rows) * output_row * block * 4 > _CPU_SLAB:
-            rows = _ceil(rows, 2)
-        blocks = _ceil(out_channels, block)
-        entries = 0 if blocks == 1 else in_channels * min(slots, rows * input_row)
-        worker = (
-            _slab(reach(rows) * output_row, block)
-            + _align(blocks * in_channels * window.taps * block * 4)
-            + _align(entries * 4)
-        )
-        shared = _filters(window, in_channels, out_channels, block)
-        if block == 1 or shared + worker + _align(groups * weights * 4) <= budget:
-            break
-        block = _ceil(block, 2)
-    units = batch // groups * _ceil(window.input_shape[0], rows)
+    block, blocks = _blocks(out_channels)
+    lines = _Lines(window, block)
+    # As many slabs as make a few tasks for every thread: each looks at the cotangents within its reach.
+    slabs = min(_ceil(_CPU_TASKS, batch // groups), lines.input_rows)
+    slab_rows = _ceil(lines.input_rows, slabs)
+    room = _entries_room(lines, in_channels, slots, budget)
+    worker = (
+        _align(lines.line_sites * block * 4)
+        + _bitmap(lines.line_sites)
+        + _align(lines.tap_lines * _SEGMENT)
+        + lines.slab_tables(slab_rows)
+        + _align(room * 16)
+        + _align(room * 4)
+        + 2 * _align(block * 4)
+        + _align(blocks * in_channels * window.taps * block * 4)
+    )
+    shared = _filters(window, in_channels, blocks, block)
+    units = batch // groups * _ceil(lines.input_rows, slab_rows)
     parts = _parts(units, groups * weights * 4, budget)
     shared += _align(groups * parts * weights * 4)
     workers = _workers(groups * parts, worker, budget - shared)
     return Plan(
         shared + workers * worker,
-        {"channel_block": block, "slab_rows": rows, "parts": parts, "workers": workers},
+        {
+            "channel_block": block,
+            "line_sites": lines.line_sites,
+            "slab_rows": slab_rows,
+            "room": room,
+            "parts": parts,
+            "workers": workers,
+        },
     )
+
+
+class _Lines:
+    """How conv.cc sees a grid: as lines along its last axis; see xla_kernels/common/lines.h.
+
+    Attributes:
+      line_sites: sites of a line's buffer, with what taps reach past its ends.
+      max_rows: output rows whose input lines are sorted at once, at most.
+      tables: bytes of the tables over these lines.
+    """
+
+    def __init__(self, window: Window, block: int):
+        axes = [
+            axis
+            for axis in zip(
+                window.input_shape,
+                window.window_shape,
+                window.strides,
+                window.dilation,
+                window.low,
+                window.output_shape,
+                strict=True,
+            )
+            if not (axis[0] == axis[1] == axis[5] == 1 and axis[4] == 0)
+        ] or [(1, 1, 1, 1, 0, 1)]
+        size, taps, stride, dilation, low, length = axes[-1]
+        self.output_length = length
+        self.words = _ceil(size, 64)
+        self.tap_lines = window.taps // taps
+        lead = axes[:-1]
+        self.rows, self.input_rows = (lead[0][5], lead[0][0]) if lead else (1, 1)
+        self.row_sites = window.output_sites // self.rows
+        self.input_row_lines = window.input_sites // size // self.input_rows
+        self.extent = (lead[0][1] - 1) * lead[0][3] + 1 if lead else 1
+        self._stride = lead[0][2] if lead else 1
+        most = max(1, _CPU_LINE // (block * 4))
+        around = max((taps - 1) * dilation - low, 0) + max(size + low - length, 0)
+        self.line_sites = length + around if stride == 1 else length
+        if self.line_sites > most:
+            self.line_sites = min(length, most)
+        self.max_rows = self.rows
+        while self.max_rows > 1 and self._tables(self.max_rows) > _CPU_TABLES:
+            self.max_rows = _ceil(self.max_rows, 2)
+        self.tables = self._tables(self.max_rows)
+
+    def _tables(self, output_rows: int) -> int:
+        return self.slab_tables(
+            min((output_rows - 1) * self._stride + self.extent, self.input_rows)
+        )
+
+    def slab_tables(self, input_rows: int) -> int:
+        lines = input_rows * self.input_row_lines
+        return _align((lines + 2) * 4) + _align(lines * self.words * 8)
+
+
+def _entries_room(lines: _Lines, in_channels: int, slots: int, budget: int) -> int:
+    """Entries that are sorted at once: those of a few rows if they are spread over the grid."""
+    rows = in_channels * _ceil(slots, lines.input_rows) * 4 * lines.extent
+    return min(in_channels * slots, max(1 << 17, min(rows, budget // 64)))
+
+
+def _blocks(out_channels: int) -> tuple[int, int]:
+    """The width of a block of output channels, a multiple of 8 up to 32, and how many there are."""
+    blocks = _ceil(out_channels, 32)
+    block = _ceil(_ceil(out_channels, blocks), 8) * 8
+    return block, _ceil(out_channels, block)
 
 
 def submanifold_forward(window: Window, batch: int, cin: int, cout: int, slots: int) -> Plan:
     """Tasks are chunks of a sample's sites."""
     chunks = batch * _ceil(slots, _CHUNK)
-    block = min(cout, 64)
-    shared = _filters(window, cin, cout, block) + _align(batch) + _align(chunks * cout * 4)
+    block, blocks = _blocks(cout)
+    shared = _filters(window, cin, blocks, block) + _align(batch) + _align(chunks * cout * 4)
     worker = _chunk(window, block)
     workers = _workers(chunks, worker, cpu_budget(window) - shared)
     return Plan(shared + workers * worker, {"channel_block": block, "workers": workers})
@@ -114,12 +225,12 @@ def submanifold_backward(
 ) -> Plan:
     """Tasks are a fixed number of runs of chunks for each group."""
     units = batch // groups * _ceil(slots, _CHUNK)
-    block = min(cout, 64)
+    block, blocks = _blocks(cout)
     parts = _parts(units, groups * weights * 4, cpu_budget(window))
     shared = (
-        _filters(window, cin, cout, block) + _align(batch) + _align(groups * parts * weights * 4)
+        _filters(window, cin, blocks, block) + _align(batch) + _align(groups * parts * weights * 4)
     )
-    rows = _ceil(cout, block) * cin * window.taps * block * 4
+    rows = blocks * cin * window.taps * block * 4
     worker = _chunk(window, block) + _align(_CHUNK * cin * 4) + _align(rows)
     workers = _workers(groups * parts, worker, cpu_budget(window) - shared)
     attributes = {"channel_block": block, "parts": parts, "workers": workers}
@@ -128,25 +239,23 @@ def submanifold_backward(
 
 def pool(cells: Window, segments: int, capacity: int, itemsize: int) -> Plan:
     """Tasks are segments, each over all slabs."""
-    overflow = max(64, min(capacity, 1 << 14))
+    stage = max(64, min(capacity, 1 << 14))
     output_row = cells.output_sites // cells.output_shape[0]
     rows = _slab_rows(cells.output_shape[0], output_row * 8)
     sites = rows * output_row
     worker = 2 * _align(sites * 4) + _bitmap(sites)
-    worker += _align(overflow * 4) + _align(overflow * itemsize)
+    worker += _align(stage * 8) + _align(_DIGITS * 4)
     workers = _workers(segments, worker, cpu_budget(cells))
-    return Plan(workers * worker, {"slab_rows": rows, "overflow": overflow, "workers": workers})
+    return Plan(workers * worker, {"slab_rows": rows, "room": stage, "workers": workers})
 
 
 def from_dense(batch: int, channels: int, capacity: int, itemsize: int) -> Plan:
     """Tasks are (sample, block of channels)."""
-    overflow = max(64, min(capacity, 1 << 14))
+    stage = max(64, min(capacity, 1 << 14))
     block = min(channels, 16)
-    worker = (
-        _align(block * _TOP_K) + _align(block * overflow * 4) + _align(block * overflow * itemsize)
-    )
+    worker = _align(block * _TOP_K) + _align(block * stage * 8) + _align(block * _DIGITS * 4)
     workers = _workers(batch * _ceil(channels, block), worker, _CPU_BUDGET)
-    attributes = {"channel_block": block, "overflow": overflow, "workers": workers}
+    attributes = {"channel_block": block, "room": stage, "workers": workers}
     return Plan(workers * worker, attributes)
 
 
@@ -181,9 +290,16 @@ def _bitmap(sites: int) -> int:
     return _align(_ceil(sites, 64) * 8)
 
 
-def _filters(window: Window, in_channels: int, out_channels: int, block: int) -> int:
-    rows = _ceil(out_channels, block) * in_channels * window.taps
-    return _align(rows * block * 4) + _align(rows) + _align(window.taps * _TAP_OFFSETS * 4)
+def _filters(window: Window, in_channels: int, blocks: int, block: int) -> int:
+    lines = window.taps // window.window_shape[-1]
+    taps = blocks * in_channels * window.taps
+    return (
+        _align(taps * block * 4)
+        + _align(taps)
+        + _align(blocks * lines * in_channels)
+        + _align(blocks * lines)
+        + _align(window.taps * _MAX_RANK * 4)
+    )
 
 
 def _align(size: int) -> int:

@@ -285,7 +285,9 @@ def _forward_native(config, platform, groups, keys, values, kernel_keys, weights
         plan = _plans_cuda.conv_forward(window, batch, in_channels, slots, out_channels, capacity)
     else:
         itemsize = values.dtype.itemsize
-        plan = _plans.conv_forward(window, batch, in_channels, out_channels, capacity, itemsize)
+        plan = _plans.conv_forward(
+            window, batch, in_channels, out_channels, slots, capacity, itemsize
+        )
     shape = (batch, out_channels, capacity)
     outputs = (
         jax.ShapeDtypeStruct(shape, jnp.int32),

@@ -13,26 +13,35 @@
 
 namespace ilajax {
 
-// The live weights as dense rows over the output channels of a block, and for each input channel
-// the taps that have any: filters[block][ic][tap][channel of the block].
+// The live weights as dense rows over the output channels of a block, a multiple of 8 with zeros
+// behind the last channel: rows[block][line of taps][ic][tap of the line][channel of the block].
 struct Filters {
-  int64_t block = 0, blocks = 0, in_channels = 0, taps = 0;
+  int64_t block = 0, blocks = 0, in_channels = 0, taps = 0, line_taps = 0;
   float* rows = nullptr;
-  uint8_t* live = nullptr;         // [block][ic][tap]
-  int32_t* tap_offsets = nullptr;  // as TapWalk takes them
+  uint8_t* live = nullptr;         // [block][line of taps][ic][tap of the line]: any weight
+  uint8_t* live_runs = nullptr;    // [block][line of taps][ic]
+  uint8_t* live_lines = nullptr;   // [block][line of taps]
+  int32_t* tap_offsets = nullptr;  // [taps][rank]
   bool finite = true;
 
   void Carve(Carver& carver) {
     rows = carver.Take<float>(size());
     live = carver.Take<uint8_t>(blocks * in_channels * taps);
-    tap_offsets = carver.Take<int32_t>(taps * TapWalk::kTapOffsets);
+    live_runs = carver.Take<uint8_t>(blocks * tap_lines() * in_channels);
+    live_lines = carver.Take<uint8_t>(blocks * tap_lines());
+    tap_offsets = carver.Take<int32_t>(taps * kMaxRank);
   }
 
+  int64_t tap_lines() const { return taps / line_taps; }
   // Floats in `rows`.
   int64_t size() const { return blocks * in_channels * taps * block; }
 
+  // The number of the run of rows that the taps of a line share.
+  int64_t Run(int64_t b, int64_t tap_line, int64_t ic) const {
+    return (b * tap_lines() + tap_line) * in_channels + ic;
+  }
   int64_t Row(int64_t b, int64_t ic, int64_t tap) const {
-    return (b * in_channels + ic) * taps + tap;
+    return Run(b, tap / line_taps, ic) * line_taps + tap % line_taps;
   }
 
   // Where a weight stands in `rows`; -1 for padding.
@@ -46,14 +55,17 @@ struct Filters {
             const float* weights) {
     std::memset(rows, 0, size() * sizeof(float));
     std::memset(live, 0, blocks * in_channels * taps);
+    std::memset(live_runs, 0, blocks * tap_lines() * in_channels);
+    std::memset(live_lines, 0, blocks * tap_lines());
     for (int64_t n = 0; n < count; ++n) {
       const int64_t place = Place(keys[n], out_channels);
       if (place < 0) continue;
+      const int64_t row = place / block;
       rows[place] = weights[n];
-      live[place / block] = 1;
+      live[row] = live_runs[row / line_taps] = live_lines[row / line_taps / in_channels] = 1;
       finite &= std::isfinite(weights[n]);
     }
-    TapWalk::TapOffsets(w, tap_offsets);
+    TapOffsets(w, tap_offsets);
   }
 
   // Takes what stands in rows like these back to the list of weights, 0 at padding.

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <string_view>
+#include <utility>
 
 #include "xla_kernels/common/ffi.h"
 
@@ -43,26 +44,40 @@ ILAJAX_HOST_DEVICE inline uint32_t RankBits(float value, Select select) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// The rank of the weakest of the `capacity` strongest candidates among `count` entries, found eight
-// bits at a time from the highest: four passes, no memory.
+// How many candidates have which first digit of their rank: eleven bits, for a float its sign,
+// exponent and two bits of its mantissa.
+constexpr int kFirstDigit = 21;
+constexpr int kDigits = 2048;
+
+// The rank of the weakest of the `capacity` strongest among `count` candidates, found eleven bits
+// at a time from the highest: three passes, 8 kB of memory.
 struct RankCut {
   uint32_t threshold = 0;
   int64_t ties = 0;  // entries of just that rank to keep, those with the lowest keys
 
-  template <typename Candidate, typename Rank>
-  RankCut(int64_t count, int64_t capacity, Candidate&& candidate, Rank&& rank) : ties(capacity) {
+  // `each(f)` calls f(rank) for every candidate. `counted`, if there, has them counted by their
+  // first digit, and may have counted more that are too weak.
+  template <typename Each>
+  RankCut(int64_t count, int64_t capacity, Each&& each, const int32_t* counted = nullptr)
+      : ties(capacity) {
     if (count <= capacity) return;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-      int64_t histogram[256] = {};
-      const uint32_t fixed = shift == 24 ? 0 : ~uint32_t{0} << (shift + 8);
-      for (int64_t i = 0; i < count; ++i) {
-        if (!candidate(i)) continue;
-        const uint32_t r = rank(i);
-        if ((r & fixed) == threshold) ++histogram[r >> shift & 255];
+    uint32_t fixed = 0;
+    for (const auto& [shift, digits] :
+         {std::pair{kFirstDigit, kDigits}, {kFirstDigit - 11, 2048}, {0, 1024}}) {
+      const uint32_t mask = digits - 1;
+      int32_t histogram[kDigits];
+      if (shift != kFirstDigit || counted == nullptr) {
+        std::memset(histogram, 0, digits * sizeof(int32_t));
+        each([&, shift = shift](uint32_t rank) {
+          if (((rank ^ threshold) & fixed) == 0) ++histogram[rank >> shift & mask];
+        });
+        counted = histogram;
       }
-      uint32_t digit = 255;
-      while (digit > 0 && histogram[digit] < ties) ties -= histogram[digit--];
+      uint32_t digit = mask;
+      while (digit > 0 && counted[digit] < ties) ties -= counted[digit--];
+      counted = nullptr;
       threshold |= digit << shift;
+      fixed |= mask << shift;
     }
   }
 
@@ -72,77 +87,177 @@ struct RankCut {
   }
 };
 
+// An entry on its way to a selection, in one word.
+inline uint64_t StagedEntry(int64_t key, float value) {
+  return static_cast<uint64_t>(FloatBits(value)) << 32 | static_cast<uint32_t>(key);
+}
+
 // Keeps the `capacity` strongest of a stream of entries with ascending keys, in the order of their
 // keys.
 //
-// The output holds the best so far, and an overflow buffer behind it the newest. When that is full,
-// the weakest of both are cut, and one stable pass compacts. From the first cut on, what does not
-// beat that rank is dropped on sight (a tie has the higher key, and loses). So an entry costs O(1 +
-// capacity / overflow), in a space that the stream's length has no say in.
+// Entries are staged. When the stage is full they are counted by the first digit of their rank,
+// which tells below which digit nothing can be among the best; what is weaker goes, from the stage,
+// from the output, and from then on before it is staged. The rest moves to the output as far as
+// that has room. Where more than half of the stage stays behind, output and stage are cut exactly,
+// and from then on what does not beat the cut's rank is dropped (a tie has the higher key, and
+// loses). So an entry costs O(1 + capacity / room), in a space that the stream's length has no say
+// in.
+//
+// Selections of several parts of one stream may share the counts: a bound on one holds for all.
 //
 // With keys == nullptr only values are kept, for the further channels of a shared support.
 template <typename T>
 class RunningTopK {
  public:
   RunningTopK() = default;
-  RunningTopK(Select select, int64_t capacity, int32_t* keys, T* values, int64_t overflow,
-              int32_t* overflow_keys, T* overflow_values)
+  // `room` entries fit on the stage, `counts` has kDigits of them. With `shared` they are zero and
+  // used by other threads too, and the best `wanted` of all parts are sought, `capacity` at most
+  // here.
+  RunningTopK(Select select, int64_t capacity, int32_t* keys, T* values, int64_t room,
+              uint64_t* stage, int32_t* counts, bool shared = false, int64_t wanted = 0)
       : select_(select),
+        shared_(shared),
+        counting_(shared),
         capacity_(capacity),
-        room_(capacity + overflow),
+        wanted_(shared ? wanted : capacity),
+        room_(room),
         keys_(keys),
         values_(values),
-        overflow_keys_(overflow_keys),
-        overflow_values_(overflow_values) {}
+        stage_(stage),
+        counts_(counts) {}
 
   void Push(int64_t key, T value) {
-    if (cut_ && RankBits(static_cast<float>(value), select_) <= threshold_) return;
-    if (count_ == room_) {
-      Cut();
-      if (RankBits(static_cast<float>(value), select_) <= threshold_) return;
+    const float v = static_cast<float>(value);
+    if (RankBits(v, select_) < least_) return;
+    if (staged_ == room_) {
+      staged_ = Flush(staged_);
+      if (RankBits(v, select_) < least_) return;
     }
-    Put(count_++, static_cast<int32_t>(key), value);
+    stage_[staged_++] = StagedEntry(key, v);
   }
 
-  // Cuts to the capacity, and pads the rest of the output with `padding` keys.
+  // Takes entries off the stage, which has the first `staged`; returns how many stay, in front and
+  // half of the room at most. Others may fill the stage as well.
+  int64_t Flush(int64_t staged) {
+    if (!counting_ && stored_ + staged > capacity_) {
+      counting_ = true;
+      std::memset(counts_, 0, kDigits * sizeof(int32_t));
+      for (int64_t i = 0; i < stored_; ++i) ++counts_[StoredRank(i) >> kFirstDigit];
+    }
+    if (counting_) {
+      Count(staged);
+      int64_t kept = 0;
+      for (int64_t i = 0; i < staged; ++i) {
+        stage_[kept] = stage_[i];
+        kept += StagedRank(i) >= least_;
+      }
+      staged = kept;
+      if (stored_ + staged > capacity_) DropWeak();
+    }
+    const int64_t moved = std::min(capacity_ - stored_, staged);
+    for (int64_t i = 0; i < moved; ++i) Put(stored_ + i, stage_[i]);
+    stored_ += moved;
+    staged -= moved;
+    if (moved > 0) std::memmove(stage_, stage_ + moved, staged * sizeof(uint64_t));
+    if (staged > room_ / 2) staged = Cut(staged);
+    counted_ = staged;
+    return staged;
+  }
+
+  // What the rank value of an entry must not be less than to be worth staging; NaN: anything is.
+  float least() const {
+    constexpr uint32_t kInfinity = 0xff800000u;
+    const uint32_t rank = std::min(least_, kInfinity);
+    return BitsFloat(rank & 0x80000000u ? rank ^ 0x80000000u : ~rank);
+  }
+
+  // Takes all of the stage, and cuts to the capacity. Returns how many entries are stored.
+  int64_t Close(int64_t staged) {
+    staged = Flush(staged);
+    if (staged > 0) Cut(staged);
+    staged_ = counted_ = 0;
+    return stored_;
+  }
+
+  // Closes, and pads the rest of the output with `padding` keys.
   void Finish(int64_t padding) {
-    if (count_ > capacity_) Cut();
-    for (int64_t i = count_; i < capacity_; ++i) Put(i, static_cast<int32_t>(padding), T(0.0f));
+    for (int64_t i = Close(staged_); i < capacity_; ++i) {
+      if (keys_ != nullptr) keys_[i] = static_cast<int32_t>(padding);
+      values_[i] = T(0.0f);
+    }
   }
 
  private:
-  int32_t Key(int64_t i) const {
-    if (keys_ == nullptr) return 0;
-    return i < capacity_ ? keys_[i] : overflow_keys_[i - capacity_];
+  void Put(int64_t i, uint64_t entry) {
+    if (keys_ != nullptr) keys_[i] = static_cast<int32_t>(entry);
+    values_[i] = T(BitsFloat(static_cast<uint32_t>(entry >> 32)));
   }
-  T Value(int64_t i) const { return i < capacity_ ? values_[i] : overflow_values_[i - capacity_]; }
-  void Put(int64_t i, int32_t key, T value) {
-    if (keys_ != nullptr) (i < capacity_ ? keys_[i] : overflow_keys_[i - capacity_]) = key;
-    (i < capacity_ ? values_[i] : overflow_values_[i - capacity_]) = value;
+  uint32_t StoredRank(int64_t i) const { return RankBits(static_cast<float>(values_[i]), select_); }
+  uint32_t StagedRank(int64_t i) const {
+    return RankBits(BitsFloat(static_cast<uint32_t>(stage_[i] >> 32)), select_);
   }
-  uint32_t Rank(int64_t i) const { return RankBits(static_cast<float>(Value(i)), select_); }
 
-  void Cut() {
-    const RankCut cut(
-        count_, capacity_, [](int64_t) { return true; }, [&](int64_t i) { return Rank(i); });
-    int64_t kept = 0, ties = cut.ties;
-    for (int64_t i = 0; i < count_; ++i) {
-      if (cut.Keeps(Rank(i), ties)) Put(kept++, Key(i), Value(i));
+  // Counts what has come to the stage, and raises the least rank that may be among the best.
+  void Count(int64_t staged) {
+    int64_t above = 0;
+    int digit = kDigits;
+    if (shared_) {
+      int32_t own[kDigits] = {};
+      for (int64_t i = counted_; i < staged; ++i) ++own[StagedRank(i) >> kFirstDigit];
+      while (digit > 0 && above < wanted_) {
+        --digit;
+        above += __atomic_add_fetch(counts_ + digit, own[digit], __ATOMIC_RELAXED);
+      }
+      for (int rest = digit - 1; rest >= 0; --rest) {
+        if (own[rest] != 0) __atomic_fetch_add(counts_ + rest, own[rest], __ATOMIC_RELAXED);
+      }
+    } else {
+      for (int64_t i = counted_; i < staged; ++i) ++counts_[StagedRank(i) >> kFirstDigit];
+      while (digit > 0 && above < wanted_) above += counts_[--digit];
     }
-    count_ = kept;
-    threshold_ = cut.threshold;
-    cut_ = true;
+    if (above >= wanted_) least_ = std::max(least_, static_cast<uint32_t>(digit) << kFirstDigit);
+  }
+
+  void DropWeak() {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < stored_; ++i) {
+      const bool keep = StoredRank(i) >= least_;
+      if (keys_ != nullptr) keys_[kept] = keys_[i];
+      values_[kept] = values_[i];
+      kept += keep;
+    }
+    stored_ = kept;
+  }
+
+  // Cuts to the capacity, which there is more than; nothing stays on the stage.
+  int64_t Cut(int64_t staged) {
+    const RankCut cut(stored_ + staged, capacity_, [&](auto&& f) {
+      for (int64_t i = 0; i < stored_; ++i) f(StoredRank(i));
+      for (int64_t i = 0; i < staged; ++i) f(StagedRank(i));
+    });
+    int64_t kept = 0, ties = cut.ties;
+    for (int64_t i = 0; i < stored_; ++i) {
+      if (!cut.Keeps(StoredRank(i), ties)) continue;
+      if (keys_ != nullptr) keys_[kept] = keys_[i];
+      values_[kept++] = values_[i];
+    }
+    for (int64_t i = 0; i < staged; ++i) {
+      if (cut.Keeps(StagedRank(i), ties)) Put(kept++, stage_[i]);
+    }
+    stored_ = kept;
+    if (cut.threshold != 0xffffffffu) least_ = std::max(least_, cut.threshold + 1);
+    return 0;
   }
 
   Select select_ = Select::kValue;
-  int64_t capacity_ = 0, room_ = 0;
+  bool shared_ = false, counting_ = false;
+  int64_t capacity_ = 0, wanted_ = 0, room_ = 0;
   int32_t* keys_ = nullptr;
   T* values_ = nullptr;
-  int32_t* overflow_keys_ = nullptr;
-  T* overflow_values_ = nullptr;
-  int64_t count_ = 0;
-  uint32_t threshold_ = 0;
-  bool cut_ = false;
+  uint64_t* stage_ = nullptr;
+  int32_t* counts_ = nullptr;
+  int64_t stored_ = 0, staged_ = 0, counted_ = 0;
+  uint32_t least_ = 0;
 };
 
 // What ilajax/ops/_plans.py counts for each.

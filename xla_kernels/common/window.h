@@ -61,81 +61,16 @@ struct Window {
   }
 };
 
-// Finds the output sites that a stored entry reaches, within a slab of rows of the leading axis.
-class TapWalk {
- public:
-  TapWalk(const Window& w, int64_t row_begin, int64_t row_end)
-      : w_(w), row_begin_(row_begin), row_end_(row_end), output_row_(w.output_row()) {
-    int64_t step = 1;
-    for (int a = w.rank - 1; a >= 1; --a) {
-      output_step_[a] = step;
-      step *= w.output_shape[a];
-      unit_strides_ &= w.strides[a] == 1;
+// Writes how far each tap reaches along each axis, [taps][rank].
+inline void TapOffsets(const Window& w, int32_t* offsets) {
+  for (int64_t tap = 0; tap < w.taps; ++tap, offsets += w.rank) {
+    int64_t rest = tap;
+    for (int a = w.rank - 1; a >= 0; --a) {
+      offsets[a] = static_cast<int32_t>(rest % w.window_shape[a] * w.dilation[a]);
+      rest /= w.window_shape[a];
     }
   }
-
-  // Turns to the entry at input key `key`, which must lie inside the grid.
-  void Seek(int64_t key) {
-    base_ = 0;
-    interior_ = unit_strides_;
-    for (int a = w_.rank - 1; a >= 1; --a) {
-      const int64_t p = key % w_.input_shape[a] + w_.low[a];
-      key /= w_.input_shape[a];
-      place_[a] = p;
-      base_ += p * output_step_[a];
-      interior_ &= p >= (w_.window_shape[a] - 1) * w_.dilation[a] && p < w_.output_shape[a];
-    }
-    place_[0] = key + w_.low[0];
-  }
-
-  // The output site that the entry reaches through a tap, counted from the slab's first, or -1.
-  int64_t Reach(const int32_t* tap_offset) const {
-    int64_t row = place_[0] - tap_offset[0];
-    if (w_.strides[0] != 1) {
-      if (row % w_.strides[0] != 0) return -1;
-      row /= w_.strides[0];
-    }
-    if (row < row_begin_ || row >= row_end_) return -1;
-    int64_t site = (row - row_begin_) * output_row_;
-    if (interior_) return site + base_ - tap_offset[w_.rank];
-    for (int a = 1; a < w_.rank; ++a) {
-      int64_t p = place_[a] - tap_offset[a];
-      if (w_.strides[a] != 1) {
-        if (p % w_.strides[a] != 0) return -1;
-        p /= w_.strides[a];
-      }
-      if (p < 0 || p >= w_.output_shape[a]) return -1;
-      site += p * output_step_[a];
-    }
-    return site;
-  }
-
-  // Writes what Reach takes for each tap, [taps][kTapOffsets]: its offset along each axis, and
-  // behind them the flat one over all axes but the first.
-  static constexpr int kTapOffsets = kMaxRank + 1;
-  static void TapOffsets(const Window& w, int32_t* offsets) {
-    for (int64_t tap = 0; tap < w.taps; ++tap, offsets += kTapOffsets) {
-      int64_t rest = tap, step = 1, flat = 0;
-      for (int a = w.rank - 1; a >= 0; --a) {
-        const int64_t offset = rest % w.window_shape[a] * w.dilation[a];
-        rest /= w.window_shape[a];
-        offsets[a] = static_cast<int32_t>(offset);
-        if (a >= 1) flat += offset * step;
-        step *= w.output_shape[a];
-      }
-      offsets[w.rank] = static_cast<int32_t>(flat);
-    }
-  }
-
- private:
-  const Window& w_;
-  const int64_t row_begin_, row_end_, output_row_;
-  int64_t output_step_[kMaxRank] = {};
-  bool unit_strides_ = true;
-  int64_t place_[kMaxRank] = {};
-  int64_t base_ = 0;
-  bool interior_ = false;
-};
+}
 
 }  // namespace ilajax
 

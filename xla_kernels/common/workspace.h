@@ -34,6 +34,35 @@ class Carver {
   int64_t used_ = 0;
 };
 
+// Equal slices of a workspace, one for each worker, behind what `carver` has handed out.
+class WorkerSlices {
+ public:
+  template <typename Carve>
+  WorkerSlices(const Carver& carver, const ffi::Buffer<ffi::U8>& workspace, int64_t workers,
+               Carve&& carve)
+      : base_(static_cast<char*>(workspace.untyped_data())),
+        begin_(carver.used()),
+        workers_(workers) {
+    Carver own(nullptr);
+    carve(own);
+    bytes_ = own.used();
+  }
+
+  int64_t end() const { return begin_ + workers_ * bytes_; }
+
+  // A copy of `layout` whose arrays are those of a worker.
+  template <typename Worker, typename... Shapes>
+  Worker Take(int64_t worker, Worker layout, const Shapes&... shapes) const {
+    Carver own(base_ + begin_ + worker * bytes_);
+    layout.Carve(own, shapes...);
+    return layout;
+  }
+
+ private:
+  char* base_;
+  int64_t begin_, workers_, bytes_ = 0;
+};
+
 // Checks that Python, which planned the workspace, made it large enough.
 inline ffi::Error CheckWorkspace(std::string_view op, const ffi::Buffer<ffi::U8>& workspace,
                                  int64_t bytes) {

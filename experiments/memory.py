@@ -1,0 +1,199 @@
+"""Memory of a convolution, sparse and dense, from XLA's own analysis: the paper's table 1.
+
+    python -m experiments.memory                 # r = 32 to 512, in seconds: nothing runs
+    python -m experiments.memory --resolutions 1024 --batch-size 4
+    python -m experiments.memory --resolutions 1024 --batch-size 4 --run  # runs it and reports peak memory
+
+Batch 32, 8 -> 8 channels, float32, rho = rho_up = 1 / r. XLA knows all memory before a program runs:
+outputs are 8 bytes for each of B * C * K slots (a key and a value) and 4 for each of B * C counts of
+candidates; the workspace is at most one grid's 8 * r^3 bytes, the paper's "Sparse Temp", or a fixed
+budget where that is more. A program that computes gradients puts them out too, in the shapes of their
+primals, and stays within the same workspace.
+"""
+
+import argparse
+import dataclasses
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import ilajax
+from experiments import frame, timing, workloads
+
+CHANNELS = 8
+BUDGET = {"cpu": 32 << 20, "gpu": 256 << 20}
+COLUMNS = [
+    *("resolution", "batch", "capacity", "backward", "dense_bytes", "output_bytes"),
+    *("output_bound", "workspace_bytes", "workspace_bound", "holds"),
+]
+
+Row = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> list[Row]:
+    """Runs the experiment; returns the rows of the table."""
+    options = _parser().parse_args(arguments)
+    record = timing.provenance("memory", arguments)
+    rows: list[Row] = []
+    path = options.out / "memory.json"
+    table = frame.Table(path.with_suffix(".csv"), COLUMNS)
+    with frame.Reporter() as reporter:
+        reporter.print(timing.headline(record))
+        reporter.print(HEAD)
+        for resolution in sorted(set(options.resolutions)):
+            for backward in (False, True):
+                row = measure(resolution, options.batch_size, backward=backward)
+                rows.append(row)
+                table.append(row)
+                reporter.print(line(row))
+        if options.run:
+            record["run"] = run(max(options.resolutions), options.batch_size)
+            reporter.print(
+                "r = {resolution}, batch {batch}, forward + backward: {seconds:.1f} s; the process "
+                "took {peak_bytes:,} bytes at most, {before_bytes:,} before".format(**record["run"])
+            )
+        frame.write_json(path, record | {"rows": rows})
+        reporter.print(f"wrote {path.with_suffix('.csv')}, {path}")
+    return rows
+
+
+def measure(resolution: int, batch: int, *, backward: bool) -> Row:
+    """Compiles the layer for shapes alone, and compares XLA's figures with the bound."""
+    x, kernel, bias, cotangent = shapes(resolution, batch)
+    slots = x.capacity
+    operands = (x, kernel, bias, cotangent) if backward else (x, kernel, bias)
+    lowered = jax.jit(step if backward else forward).lower(*operands)
+    memory = lowered.compile().memory_analysis()
+    # XLA counts a table of pointers to the results too.
+    outputs = memory.output_size_in_bytes - 8 * len(jax.tree.leaves(lowered.out_info))
+    output_bound = 8 * batch * CHANNELS * slots + 4 * batch * CHANNELS
+    dense_bytes = 4 * batch * resolution**3 * CHANNELS
+    if backward:
+        gradients = (x.values, kernel.values, bias)
+        output_bound += sum(a.size * a.dtype.itemsize for a in gradients)
+        dense_bytes *= 2
+    workspace_bound = max(8 * resolution**3, BUDGET[jax.default_backend()])
+    return {
+        "resolution": resolution,
+        "batch": batch,
+        "capacity": slots,
+        "backward": backward,
+        "dense_bytes": dense_bytes,
+        "output_bytes": outputs,
+        "output_bound": output_bound,
+        "workspace_bytes": memory.temp_size_in_bytes,
+        "workspace_bound": workspace_bound,
+        "holds": outputs == output_bound and memory.temp_size_in_bytes <= workspace_bound,
+    }
+
+
+def run(resolution: int, batch: int) -> Row:
+    """Runs forward and backward on random data; peak memory is that of the whole process."""
+    x = workloads.random_sites(resolution, CHANNELS, batch=batch)
+    kernel = workloads.kernel(CHANNELS, CHANNELS)
+    operands = (x, kernel, jnp.zeros(CHANNELS), jnp.ones_like(x.values))
+    compiled = jax.jit(step).lower(*operands).compile()
+    before = _peak()
+    start = time.perf_counter()
+    result, gradients = jax.block_until_ready(compiled(*operands))
+    seconds = time.perf_counter() - start
+    return {
+        "resolution": resolution,
+        "batch": batch,
+        "seconds": seconds,
+        "before_bytes": before,
+        "peak_bytes": _peak(),
+        "output_entries": int(result.features.counts.sum()),
+        "finite": bool(all(jnp.isfinite(g).all() for g in gradients)),
+    }
+
+
+def shapes(resolution: int, batch: int) -> tuple[Any, ...]:
+    """Input, kernel, bias and the output values' cotangent, without data."""
+    grid = (resolution,) * 3
+    slots = ilajax.capacity(1 / resolution, grid)
+    keys = jax.ShapeDtypeStruct((batch, CHANNELS, slots), jnp.int32)
+    values = jax.ShapeDtypeStruct(keys.shape, jnp.float32)
+    kernel = jax.eval_shape(
+        ilajax.SparseKernel.from_dense, jnp.zeros((3, 3, 3, CHANNELS, CHANNELS))
+    )
+    bias = jax.ShapeDtypeStruct((CHANNELS,), jnp.float32)
+    return ilajax.SparseTensor(keys, values, grid), kernel, bias, values
+
+
+def forward(x: Any, kernel: Any, bias: Any) -> Any:
+    """The layer, with as many slots as its input."""
+    return ilajax.conv(x, kernel, bias, capacity=x.capacity)
+
+
+def step(x: Any, kernel: Any, bias: Any, cotangent: Any) -> Any:
+    """The layer's result, and the gradients of input values, weights and bias."""
+
+    def values_of(values, weights, bias):
+        live = dataclasses.replace(kernel, values=weights)
+        result = forward(x.with_values(values), live, bias)
+        return result.features.values, result
+
+    _, pull, result = jax.vjp(values_of, x.values, kernel.values, bias, has_aux=True)
+    return result, pull(cotangent)
+
+
+COLUMN = "{:>6}{:>7}{:>11}{:>10}{:>15}{:>15}{:>15}{:>10}{:>8}"
+HEAD = COLUMN.format(
+    *("r", "batch", "capacity", "", "dense MB", "outputs MB", "workspace MB", "of bound", "holds")
+)
+
+
+def line(row: Row) -> str:
+    """A row for the terminal; megabytes are 10^6 bytes, as in the paper."""
+    what = "f + b" if row["backward"] else "forward"
+    sizes = [
+        f"{row[name] / 1e6:,.2f}" for name in ("dense_bytes", "output_bytes", "workspace_bytes")
+    ]
+    share = f"{row['workspace_bytes'] / row['workspace_bound']:.0%}"
+    holds = "yes" if row["holds"] else "NO"
+    named = (row["resolution"], row["batch"], row["capacity"], what)
+    return COLUMN.format(*named, *sizes, share, holds)
+
+
+def _peak() -> int:
+    """The most memory that this process has taken so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.memory",
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--resolutions",
+        type=frame.positive_int,
+        nargs="+",
+        default=[32, 64, 128, 256, 512],
+        metavar="R",
+        help="of each of the three axes",
+    )
+    add("--batch-size", type=frame.positive_int, default=32, metavar="N", help="samples")
+    add("--run", action="store_true", help="run the largest one too, and report peak memory")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/memory"),
+        metavar="DIR",
+        help="folder for table and JSON; a new run replaces an earlier one's",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    if not all(row["holds"] for row in main()):
+        raise SystemExit("the memory bound does not hold")

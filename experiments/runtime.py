@@ -1,0 +1,259 @@
+"""Runtime of a convolution against resolution, sparse and dense: the paper's figure 4.
+
+    python -m experiments.runtime                                 # r = 16 to 256, some minutes
+    python -m experiments.runtime --data shell                    # a thin surface instead of random sites
+    python -m experiments.runtime --data parts --data-dir ../shared/data/kicad
+    python -m experiments.runtime --resolutions 16 32 64 --filter-densities 0.1 1
+    python -m experiments.runtime --resume                        # goes on after the last whole resolution
+
+Batch 1, 1 -> 8 channels, rho = rho_up = 1 / r; generated solids and real parts have the density that
+they have, which is then the bound. Filters have a share rho_f of their weights, once with
+random signs, so that the selection has to choose, and once such that there is nothing to cut. The dense
+convolutions of XLA and, where it is installed, PyTorch get the same data and compute the same. All of
+one resolution is timed in turn, so that ratios hold.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from matplotlib.figure import Figure
+from matplotlib.pyplot import get_cmap
+
+import ilajax
+from experiments import frame, peers, timing, workloads
+
+OUT_CHANNELS = 8
+PEERS = {"xla": "XLA dense", "torch": "PyTorch dense"}
+DENSE = tuple(PEERS.values())
+FIT_FROM = 64  # the exponent's least resolution: below it a call costs more than the work
+COLUMNS = [
+    *("data", "resolution", "network", "rho_f", "cut", "input_entries", "responses_max"),
+    *("median_s", "min_s", "max_s", "calls", *(f"times {name}" for name in DENSE)),
+]
+# What a run that goes on must have in common with the one before.
+FIXED = ("data", "filter_densities", "seed")
+
+Row = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> list[Row]:
+    """Runs the experiment; returns the rows of the table."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.data == "parts" and options.data_dir is None:
+        parser.error("--data parts needs --data-dir, a folder with train.npz")
+    fixed = {name: getattr(options, name) for name in FIXED}
+    path = options.out / f"{options.data}.json"
+    rows: list[Row] = []
+    if options.resume and path.exists():
+        before = json.loads(path.read_text())
+        if before["options"] != fixed:
+            parser.error(f"--resume: {path} was made with {before['options']}, not with {fixed}")
+        rows = before["rows"]
+    record = timing.provenance("runtime", arguments) | {"options": fixed}
+    table = frame.Table(path.with_suffix(".csv"), COLUMNS, rows)
+    done = {row["resolution"] for row in rows}
+    todo = [r for r in sorted(set(options.resolutions)) if r not in done]
+    with frame.Reporter() as reporter:
+        reporter.print(timing.headline(record))
+        reporter.begin("resolutions", len(todo), 0)
+        for resolution in todo:
+            for row in measure(resolution, options):
+                rows.append(row)
+                table.append(row)
+                reporter.print(line(row))
+            frame.write_json(path, record | {"rows": rows, "exponents": exponents(rows)})
+            reporter.step(f"r = {resolution}")
+        for entry in exponents(rows):
+            reporter.print(
+                f"time ~ entries^{entry['exponent']:.2f}, r >= {FIT_FROM}: {legend(entry)}"
+            )
+        draw(path.with_suffix(".png"), rows, options.data)
+        written = [path.with_suffix(suffix) for suffix in (".csv", ".json", ".png")]
+        reporter.print("wrote " + ", ".join(map(str, written)))
+    return rows
+
+
+def measure(resolution: int, options: argparse.Namespace) -> list[Row]:
+    """The rows of one resolution, all timed in one go."""
+    x = features(resolution, options.data, options.seed, options.data_dir)
+    # The dense convolutions do not care how many weights are 0, so they compute the first layer only.
+    layers: dict[tuple[str, float | None, bool | None], peers.Layer] = {}
+    calls = {}
+    for cut in (True, False):
+        for density in options.filter_densities:
+            kernel = workloads.kernel(
+                1, OUT_CHANNELS, density=density, cut=cut, seed=options.seed + 1
+            )
+            layer = peers.Layer(x, kernel, jnp.zeros(OUT_CHANNELS), x.capacity)
+            against = [] if calls else [PEERS[name] for name in options.against]
+            candidates, _ = peers.contest(layer, against)
+            name = ("ilajax", density, cut)
+            layers[name], calls[name] = layer, candidates.pop("ilajax")
+            calls |= {(other, None, None): call for other, call in candidates.items()}
+    timings = timing.side_by_side(calls, budget=options.budget)
+    rows = []
+    for name in calls:
+        seconds = timings.seconds(name)
+        row = {
+            "data": options.data,
+            "resolution": resolution,
+            **dict(zip(("network", "rho_f", "cut"), name, strict=True)),
+            "input_entries": int(x.counts.sum()),
+            "median_s": statistics.median(seconds),
+            "min_s": min(seconds),
+            "max_s": max(seconds),
+            "calls": len(seconds),
+        }
+        if name in layers:
+            row["responses_max"] = int(layers[name].output.responses.max())
+            for other in DENSE:
+                if (other, None, None) in calls:
+                    row[f"times {other}"] = timings.ratio((other, None, None), name)
+        rows.append(row)
+    return rows
+
+
+def features(
+    resolution: int, data: str, seed: int, data_dir: Path | None = None
+) -> ilajax.SparseTensor:
+    """One sample of one channel, with hardly more slots than entries."""
+    if data == "solids":
+        return workloads.solids(resolution, seed=seed)[0]
+    if data == "parts":
+        return workloads.parts(resolution, data_dir, seed=seed)[0]
+    slots = ilajax.capacity(1 / resolution, (resolution,) * 3)
+    if data == "uniform":
+        return workloads.random_sites(resolution, capacity=slots, seed=seed)
+    radius = workloads.fitting_radius(resolution, slots)
+    return workloads.shell(resolution, subset=None, radius=radius, capacity=slots, seed=seed)
+
+
+def exponents(rows: Sequence[Row]) -> list[Row]:
+    """For each line of the picture, the power of the stored entries that its time goes with."""
+    lines: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["resolution"] >= FIT_FROM:
+            lines.setdefault((row["network"], row["rho_f"], row["cut"]), []).append(row)
+    found = []
+    for name, members in lines.items():
+        if len(members) > 1:
+            entries = [row["input_entries"] for row in members]
+            power = timing.exponent(entries, [row["median_s"] for row in members])
+            named = dict(zip(("network", "rho_f", "cut"), name, strict=True))
+            found.append(named | {"exponent": power})
+    return found
+
+
+def legend(row: Row) -> str:
+    """What a row's line is called."""
+    if row["rho_f"] is None:
+        return row["network"]
+    return f"{row['network']}, rho_f = {row['rho_f']:g}, {'cut' if row['cut'] else 'nothing cut'}"
+
+
+def line(row: Row) -> str:
+    """A row for the terminal."""
+    times = ", ".join(f"{row[f'times {o}']:.3g}x {o}" for o in DENSE if f"times {o}" in row)
+    spread = f"{timing.show(row['min_s'])} to {timing.show(row['max_s'])}"
+    return (
+        f"r = {row['resolution']:<4} {legend(row):34} {timing.show(row['median_s']):>9}"
+        f"  ({spread}, {row['calls']} calls)  {times}"
+    ).rstrip()
+
+
+def draw(path: Path, rows: Sequence[Row], data: str) -> None:
+    """Time against resolution, both logarithmic: a line for each rho_f, the dense ones dashed."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure.suptitle(
+        rf"{data}: 1 $\to$ {OUT_CHANNELS} channels, $\rho = \rho_{{up}} \approx 1/r$", fontsize=11
+    )
+    densities = sorted({row["rho_f"] for row in rows if row["rho_f"] is not None})
+    colours = get_cmap("viridis_r")
+    resolutions = sorted({row["resolution"] for row in rows})
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, cut in zip(axes, (True, False), strict=True):
+        for at, density in enumerate(densities):
+            members = [row for row in rows if (row["rho_f"], row["cut"]) == (density, cut)]
+            colour = colours(0.1 + 0.9 * at / max(1, len(densities) - 1))
+            _plot(axis, members, rf"sparse, $\rho_f$ = {density:g}", color=colour, marker="o")
+        for name, colour in zip(DENSE, ("0.2", "0.6"), strict=True):
+            members = [row for row in rows if row["network"] == name]
+            _plot(axis, members, name, color=colour, linestyle="--", marker="s")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(resolutions, [f"${r}^3$" for r in resolutions])
+        axis.set_title("with selection" if cut else "nothing to cut", fontsize=10)
+        axis.set_xlabel("resolution")
+        axis.grid(which="major", color="0.9")
+    axes[0].set_ylabel("time [s]")
+    axes[1].legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=160)
+
+
+def _plot(axis: Any, rows: Sequence[Row], label: str, **style: Any) -> None:
+    if rows:
+        ordered = sorted(rows, key=lambda row: row["resolution"])
+        x = [row["resolution"] for row in ordered]
+        axis.plot(x, [row["median_s"] for row in ordered], label=label, markersize=4, **style)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.runtime",
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--resolutions",
+        type=frame.positive_int,
+        nargs="+",
+        default=[16, 32, 64, 128, 256],
+        metavar="R",
+        help="of each of the three axes",
+    )
+    add(
+        "--filter-densities",
+        type=frame.density_bound,
+        nargs="+",
+        default=[0.1, 0.2, 0.5, 1.0],
+        metavar="RHO_F",
+        help="shares of live weights, in (0, 1]",
+    )
+    add(
+        "--data",
+        choices=("uniform", "shell", "solids", "parts"),
+        default="uniform",
+        help="random sites, a sphere's shell, a generated solid's surface, or a real part",
+    )
+    add("--data-dir", type=Path, metavar="DIR", help="folder with the train.npz of --data parts")
+    add(
+        "--against",
+        nargs="*",
+        choices=tuple(PEERS),
+        default=list(PEERS),
+        help="dense convolutions to compare with, where they are installed",
+    )
+    add(
+        "--budget", type=frame.positive, default=2.0, metavar="S", help="seconds for each candidate"
+    )
+    add("--seed", type=frame.seed, default=0, metavar="N", help="of data and filters")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/runtime"),
+        metavar="DIR",
+        help="folder for table, JSON and picture; a new run replaces an earlier one's",
+    )
+    add("--resume", action="store_true", help="keep the resolutions that --out has already")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+// A grid seen as lines along its last axis, and a sample's stored entries sorted into its lines.
+//
+// All output sites of a line read the same input lines: one for each line of taps, the taps that
+// differ along the last axis only. So a convolution goes from output line to output line, with a
+// small buffer for one, and visits a handful of contiguous lists of entries.
+
+#ifndef ILAJAX_XLA_KERNELS_COMMON_LINES_H_
+#define ILAJAX_XLA_KERNELS_COMMON_LINES_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "xla_kernels/common/ffi.h"
+#include "xla_kernels/common/window.h"
+#include "xla_kernels/common/workspace.h"
+
+namespace ilajax {
+
+// The window without axes of one site that no tap moves along, so that lines are as long as can be.
+inline Window Squeeze(const Window& w) {
+  Window squeezed = w;
+  squeezed.rank = 0;
+  for (int a = 0; a < w.rank; ++a) {
+    const bool idle =
+        w.input_shape[a] == 1 && w.window_shape[a] == 1 && w.low[a] == 0 && w.output_shape[a] == 1;
+    if (idle && squeezed.rank + w.rank - a > 1) continue;
+    const int to = squeezed.rank++;
+    squeezed.input_shape[to] = w.input_shape[a];
+    squeezed.window_shape[to] = w.window_shape[a];
+    squeezed.strides[to] = w.strides[a];
+    squeezed.dilation[to] = w.dilation[a];
+    squeezed.low[to] = w.low[a];
+    squeezed.output_shape[to] = w.output_shape[a];
+  }
+  return squeezed;
+}
+
+// The window along the last axis: tap t of output site o reads o * stride + t * dilation - low.
+struct LineWindow {
+  int64_t input_length, output_length, taps, stride, dilation, low;
+
+  int64_t extent() const { return (taps - 1) * dilation + 1; }
+  // How far entries reach past the ends of the output line, with a stride of 1.
+  int64_t before() const { return std::max<int64_t>(extent() - 1 - low, 0); }
+  int64_t after() const { return std::max<int64_t>(input_length + low - output_length, 0); }
+};
+
+// Where an entry goes through a tap, counted from output site `begin`; -1 outside [begin, end).
+inline int64_t SiteReached(const LineWindow& line, int64_t place, int64_t tap, int64_t begin,
+                           int64_t end) {
+  int64_t p = place + line.low - tap * line.dilation;
+  if (line.stride != 1) {
+    if (p % line.stride != 0) return -1;
+    p /= line.stride;
+  }
+  return p >= begin && p < end ? p - begin : -1;
+}
+
+struct Lines {
+  LineWindow line;
+  int axes;  // the leading ones
+  int64_t input_shape[kMaxRank], output_shape[kMaxRank], strides[kMaxRank], low[kMaxRank];
+  int64_t rows, input_rows;                         // of the leading axis; 1 where there is none
+  int64_t row_lines = 1, input_row_lines = 1;       // lines of a row
+  int64_t row_stride = 1, row_low = 0, extent = 1;  // along the leading axis
+  int64_t tap_lines;
+
+  explicit Lines(const Window& w)
+      : line{w.input_shape[w.rank - 1], w.output_shape[w.rank - 1], w.window_shape[w.rank - 1],
+             w.strides[w.rank - 1],     w.dilation[w.rank - 1],     w.low[w.rank - 1]},
+        axes(w.rank - 1),
+        rows(axes > 0 ? w.output_shape[0] : 1),
+        input_rows(axes > 0 ? w.input_shape[0] : 1),
+        tap_lines(w.taps / line.taps) {
+    for (int a = 0; a < axes; ++a) {
+      input_shape[a] = w.input_shape[a], output_shape[a] = w.output_shape[a];
+      strides[a] = w.strides[a], low[a] = w.low[a];
+      if (a == 0) continue;
+      row_lines *= w.output_shape[a], input_row_lines *= w.input_shape[a];
+    }
+    if (axes > 0) row_stride = w.strides[0], row_low = w.low[0], extent = w.extent();
+  }
+
+  // Input lines that `output_rows` rows read, at most.
+  int64_t InputLines(int64_t output_rows) const {
+    return std::min((output_rows - 1) * row_stride + extent, input_rows) * input_row_lines;
+  }
+  // The input rows that output rows [begin, end) read.
+  void InputRows(int64_t begin, int64_t end, int64_t& first, int64_t& last) const {
+    first = std::clamp<int64_t>(begin * row_stride - row_low, 0, input_rows);
+    last = std::clamp<int64_t>((end - 1) * row_stride - row_low + extent, first, input_rows);
+  }
+  // The output rows that read input rows [begin, end).
+  void OutputRows(int64_t begin, int64_t end, int64_t& first, int64_t& last) const {
+    const int64_t lowest = begin + row_low - extent + 1, highest = end - 1 + row_low;
+    first = std::clamp<int64_t>(lowest <= 0 ? 0 : CeilDiv(lowest, row_stride), 0, rows);
+    last = std::clamp<int64_t>(highest < 0 ? 0 : highest / row_stride + 1, first, rows);
+  }
+};
+
+// An output line's place along the leading axes.
+class LinePlace {
+ public:
+  LinePlace(const Lines& lines, int64_t output_line) : lines_(lines) {
+    for (int a = lines.axes - 1; a >= 0; --a) {
+      base_[a] = output_line % lines.output_shape[a] * lines.strides[a] - lines.low[a];
+      output_line /= lines.output_shape[a];
+    }
+  }
+
+  // The input line that a line of taps reads, -1 outside the grid. `offset` are its tap offsets.
+  int64_t Reads(const int32_t* offset) const {
+    int64_t line = 0;
+    bool inside = true;
+    for (int a = 0; a < lines_.axes; ++a) {
+      const int64_t p = base_[a] + offset[a];
+      inside &= static_cast<uint64_t>(p) < static_cast<uint64_t>(lines_.input_shape[a]);
+      line = line * lines_.input_shape[a] + p;
+    }
+    return inside ? line : -1;
+  }
+
+ private:
+  const Lines& lines_;
+  int64_t base_[kMaxRank];
+};
+
+// n / d for n < 2^32, by a multiplication.
+class Divider {
+ public:
+  explicit Divider(int64_t d) : d_(d), inverse_(d > 1 ? ~uint64_t{0} / d + 1 : 0) {}
+  int64_t Quotient(int64_t n) const {
+    if (d_ == 1) return n;
+    return static_cast<int64_t>(static_cast<unsigned __int128>(inverse_) * n >> 64);
+  }
+
+ private:
+  int64_t d_;
+  uint64_t inverse_;
+};
+
+// The slots of a segment whose keys lie in [begin, end): of broken keys some slots of the segment.
+struct Range {
+  int64_t first, last;
+  Range(const int32_t* keys, int64_t slots, int64_t begin, int64_t end) {
+    first = std::lower_bound(keys, keys + slots, begin) - keys;
+    last = std::lower_bound(keys + first, keys + slots, end) - keys;
+  }
+};
+
+struct Entry {
+  int32_t place;    // along the line
+  int32_t channel;  // of the input
+  float value;
+  int32_t slot;
+};
+
+// The entries of some lines of one sample, [line][channel][place], and a bitmap of the sites in
+// use.
+struct LineEntries {
+  int64_t max_lines = 0, words = 0, room = 0;
+  int64_t first_line = 0, lines = 0;
+  int32_t* starts = nullptr;  // [max_lines + 2]
+  uint64_t* bits = nullptr;   // [max_lines][words]
+  Entry* entries = nullptr;   // [room]
+
+  void Carve(Carver& carver) {
+    starts = carver.Take<int32_t>(max_lines + 2);
+    bits = carver.Take<uint64_t>(max_lines * words);
+    entries = carver.Take<Entry>(room);
+  }
+
+  const Entry* begin(int64_t line) const { return entries + starts[line - first_line]; }
+  const Entry* end(int64_t line) const { return entries + starts[line - first_line + 1]; }
+  const uint64_t* bitmap(int64_t line) const { return bits + (line - first_line) * words; }
+
+  // Sorts the entries of channels [channel_begin, channel_end) whose keys lie in [begin, end) into
+  // `count` lines from `from`. The caller has seen to it that there are at most `room`, and that
+  // the keys belong to these lines. `key_of(channel)` and `value_of(channel)` give the segments.
+  template <typename KeyOf, typename ValueOf>
+  void Sort(int64_t from, int64_t count, int64_t length, int64_t slots, int64_t begin, int64_t end,
+            int64_t channel_begin, int64_t channel_end, KeyOf&& key_of, ValueOf&& value_of) {
+    first_line = from, lines = count;
+    std::memset(starts, 0, (count + 2) * sizeof(int32_t));
+    std::memset(bits, 0, count * words * sizeof(uint64_t));
+    const Divider divider(length);
+    const int64_t base = from * length;
+    auto each = [&](auto&& f) {
+      for (int64_t channel = channel_begin; channel < channel_end; ++channel) {
+        const int32_t* key = key_of(channel);
+        const Range range(key, slots, begin, end);
+        for (int64_t i = range.first; i < range.last; ++i) {
+          if (key[i] < begin || key[i] >= end) continue;
+          const int64_t line = divider.Quotient(key[i] - base);
+          f(line, key[i] - base - line * length, channel, i);
+        }
+      }
+    };
+    each([&](int64_t line, int64_t, int64_t, int64_t) { ++starts[line + 2]; });
+    for (int64_t line = 2; line < count + 2; ++line) starts[line] += starts[line - 1];
+    // starts[line + 1] runs from the line's start to its end, the next one's start.
+    each([&](int64_t line, int64_t place, int64_t channel, int64_t i) {
+      entries[starts[line + 1]++] = {static_cast<int32_t>(place), static_cast<int32_t>(channel),
+                                     static_cast<float>(value_of(channel)[i]),
+                                     static_cast<int32_t>(i)};
+      if (words > 0) bits[line * words + (place >> 6)] |= uint64_t{1} << (place & 63);
+    });
+  }
+};
+
+// to |= from, moved up by `shift` bits (down where it is negative). Bits past `to` are lost.
+inline void OrShifted(uint64_t* to, int64_t to_words, const uint64_t* from, int64_t from_words,
+                      int64_t shift) {
+  const int64_t whole = shift >> 6, rest = shift & 63;
+  for (int64_t i = std::max<int64_t>(0, whole); i < std::min(to_words, from_words + whole + 1);
+       ++i) {
+    const int64_t j = i - whole;
+    uint64_t word = j < from_words ? from[j] << rest : 0;
+    if (rest != 0 && j > 0) word |= from[j - 1] >> (64 - rest);
+    to[i] |= word;
+  }
+}
+
+}  // namespace ilajax
+
+#endif  // ILAJAX_XLA_KERNELS_COMMON_LINES_H_
