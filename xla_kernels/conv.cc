@@ -40,6 +40,17 @@ struct Segment {
   const Entry* end;
   const float* weights;  // [ic][tap][channel of the block]
   const uint8_t* live;   // [ic]
+  bool all_live;
+};
+
+// A line of taps that has live weights in a block of output channels.
+struct TapLine {
+  const int32_t* offsets;  // along the leading axes
+  int64_t lines;           // what they make in input lines
+  const float* weights;    // as in Segment
+  const uint8_t* live;
+  const uint8_t* live_taps;  // [tap]: in any input channel
+  bool all_live;             // each input channel has a weight
 };
 
 // Where a block of output channels stages its responses.
@@ -83,28 +94,71 @@ void DispatchLoops(int64_t block, F&& f) {
   return DispatchOctets<baseline::Loops>(block, f);
 }
 
+// The lines of taps, a list for each block of output channels.
+struct TapLines {
+  int64_t blocks = 0, most = 0;
+  TapLine* list = nullptr;    // [block][most]
+  int64_t* counts = nullptr;  // [block]
+
+  void Carve(Carver& carver) {
+    list = carver.Take<TapLine>(blocks * most);
+    counts = carver.Take<int64_t>(blocks);
+  }
+  const TapLine* begin(int64_t block) const { return list + block * most; }
+  const TapLine* end(int64_t block) const { return begin(block) + counts[block]; }
+
+  void Fill(const Lines& lines, const Filters& filters) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      counts[block] = 0;
+      for (int64_t t = 0; t < most; ++t) {
+        if (!filters.live_lines[block * most + t]) continue;
+        const int32_t* offsets = filters.tap_offsets + t * lines.line.taps * (lines.axes + 1);
+        const int64_t run = filters.Run(block, t, 0);
+        TapLine& tap_line = list[block * most + counts[block]++];
+        tap_line = {
+            offsets,
+            0,
+            filters.rows + run * lines.line.taps * filters.block,
+            filters.live_runs + run,
+            filters.live_taps + (block * most + t) * lines.line.taps,
+            std::all_of(filters.live_runs + run, filters.live_runs + run + filters.in_channels,
+                        [](uint8_t live) { return live != 0; })};
+        for (int a = 0; a < lines.axes; ++a) {
+          tap_line.lines = tap_line.lines * lines.input_shape[a] + offsets[a];
+        }
+      }
+    }
+  }
+};
+
 // The buffer of one output line, or of a piece of it.
+//
+// In a narrow layer the taps of a place follow each other so closely on neighbouring sites that
+// each addition would wait for the last one's store. There each of three taps gets a copy of the
+// buffer.
 struct LineBuffer {
-  int64_t sites = 0, block = 0;  // of the plan
-  bool plain = false;            // stride 1, and room for what taps reach past the ends
-  int64_t piece = 0;             // output sites that it takes at once
+  int64_t sites = 0, block = 0, copies = 1;  // of the plan
+  bool plain = false;                        // stride 1, and room for what taps reach past the ends
+  int64_t piece = 0;                         // output sites that it takes at once
   float* rows = nullptr;
   uint64_t* bits = nullptr;
 
   LineBuffer() = default;
-  LineBuffer(const LineWindow& line, int64_t line_sites, int64_t channel_block)
+  LineBuffer(const LineWindow& line, int64_t line_sites, int64_t channel_block, int64_t tap_copies)
       : sites(line_sites),
         block(channel_block),
+        copies(tap_copies),
         plain(line.stride == 1 && line.output_length + line.before() + line.after() <= sites),
         piece(plain ? line.output_length : std::min(line.output_length, sites)) {}
 
   void Carve(Carver& carver) {
-    rows = carver.Take<float>(sites * block);
+    rows = carver.Take<float>(copies * copy());
     bits = carver.Take<uint64_t>(words());
   }
   int64_t words() const { return CeilDiv(piece, 64); }
-  void Clear() {
-    std::memset(rows, 0, sites * block * sizeof(float));
+  int64_t copy() const { return sites * block; }
+  void Clear() const {
+    std::memset(rows, 0, copies * copy() * sizeof(float));
     std::memset(bits, 0, words() * sizeof(uint64_t));
   }
   // The row of the first output site.
@@ -114,7 +168,7 @@ struct LineBuffer {
 };
 
 struct ForwardPlan {
-  int64_t block, line_sites, max_rows, room, stage, parts, workers;
+  int64_t block, line_sites, copies, max_rows, room, stage, parts, workers;
 };
 
 template <typename T>
@@ -122,14 +176,17 @@ struct ForwardWorker {
   LineBuffer line;
   LineEntries entries;
   Segment* segments = nullptr;
+  uint64_t* read_bits = nullptr;  // [tap]: sites that an output line reads; zero between lines
   RunningTopK<T>* best = nullptr;
   int32_t* digits = nullptr;  // their counts, where there is one part
   Candidates candidates = {};
+  int64_t free_stage = 0;  // room that each stage has at least
 
   void Carve(Carver& carver, const Lines& lines, const ForwardPlan& plan) {
     line.Carve(carver);
     entries.Carve(carver);
     segments = carver.Take<Segment>(lines.tap_lines);
+    read_bits = carver.Take<uint64_t>(lines.line.taps * entries.words);
     best = carver.Take<RunningTopK<T>>(plan.block);
     digits = carver.Take<int32_t>(plan.parts == 1 ? plan.block * kDigits : 0);
     candidates.length = carver.Take<int32_t>(plan.block);
@@ -186,10 +243,11 @@ struct PartSelections {
         kept += stored[part];
         continue;
       }
-      for (int64_t i = first; i < first + stored[part]; ++i) {
-        if (!cut.Keeps(rank(i), ties)) continue;
+      for (int64_t i = first; i < first + stored[part] && kept < wanted; ++i) {
+        const bool keep = cut.Keeps(rank(i), ties);
         out_keys[kept] = keys[i];
-        out_values[kept++] = values[i];
+        out_values[kept] = values[i];
+        kept += keep;
       }
     }
     std::fill(out_keys + kept, out_keys + wanted, static_cast<int32_t>(padding));
@@ -203,6 +261,7 @@ struct Forward {
   const ConvShape& s;
   const Lines& lines;
   const Filters& filters;
+  const TapLines& tap_lines;
   const ForwardPlan& plan;
   Select select;
   int64_t output_sites;
@@ -218,6 +277,9 @@ struct Forward {
   const T* ValuesOf(int64_t item, int64_t ic) const {
     return values + (item * s.in_channels + ic) * s.slots;
   }
+
+  // Where the weights of an input channel stand among those of a line of taps.
+  int64_t WeightsOf(int64_t ic) const { return ic * lines.line.taps * plan.block; }
 
   template <typename Loops, int kOctets>
   void Run(int64_t item, int64_t block, int64_t part, ForwardWorker<T>& worker) const {
@@ -242,12 +304,13 @@ struct Forward {
           whole ? worker.digits + j * kDigits : selections.digits + segment * kDigits, !whole,
           s.capacity);
     }
-    const bool finite = filters.finite && AllFinite(ValuesOf(item, 0), s.in_channels * s.slots);
     const int64_t last = (part + 1) * lines.rows / plan.parts;
     for (int64_t row = part * lines.rows / plan.parts; row < last;) {
       const int64_t rows = SortSlab(item, row, std::min(plan.max_rows, last - row), worker.entries);
+      LineWalk walk(lines, row * lines.row_lines);
       for (int64_t line = row * lines.row_lines; line < (row + rows) * lines.row_lines; ++line) {
-        RunLine<Loops, kOctets>(item, block, line, finite, worker);
+        RunLine<Loops, kOctets>(item, block, line, walk, worker);
+        walk.Next();
       }
       row += rows;
     }
@@ -282,30 +345,29 @@ struct Forward {
         entries.Sort(
             first, last - first, length, s.slots, first * length, last * length, 0, s.in_channels,
             [&](int64_t ic) { return KeysOf(item, ic); },
-            [&](int64_t ic) { return ValuesOf(item, ic); });
+            [&](int64_t ic) { return ValuesOf(item, ic); },
+            [&](int64_t ic, int64_t) { return WeightsOf(ic); });
       }
       return rows;
     }
   }
 
   template <typename Loops, int kOctets>
-  void RunLine(int64_t item, int64_t block, int64_t line, bool finite,
+  void RunLine(int64_t item, int64_t block, int64_t line, const LineWalk& walk,
                ForwardWorker<T>& worker) const {
-    const LinePlace place(lines, line);
     const LineBuffer& buffer = worker.line;
     const bool sorted = worker.entries.lines > 0;
+    const bool plain = buffer.plain && filters.finite && worker.entries.finite;
+    uint64_t* read_bits = worker.read_bits;
+    const int64_t words = worker.entries.words;
     for (int64_t begin = 0; begin < lines.line.output_length; begin += buffer.piece) {
       const int64_t end = std::min(begin + buffer.piece, lines.line.output_length);
       bool any = false;
       Segment* segment = worker.segments;
-      for (int64_t t = 0; t < lines.tap_lines; ++t) {
-        if (!filters.live_lines[block * lines.tap_lines + t]) continue;
-        const int64_t read =
-            place.Reads(filters.tap_offsets + t * lines.line.taps * (lines.axes + 1));
+      for (const TapLine* t = tap_lines.begin(block); t != tap_lines.end(block); ++t) {
+        const int64_t read = walk.Reads(t->offsets, t->lines);
         if (read < 0) continue;
-        const int64_t run = filters.Run(block, t, 0);
-        *segment = {nullptr, nullptr, filters.rows + run * lines.line.taps * plan.block,
-                    filters.live_runs + run};
+        *segment = {nullptr, nullptr, t->weights, t->live, t->all_live};
         if (!sorted) {
           any |= AddUnsorted<Loops, kOctets>(item, read, begin, end, *segment, buffer);
           continue;
@@ -313,13 +375,20 @@ struct Forward {
         segment->begin = worker.entries.begin(read);
         segment->end = worker.entries.end(read);
         if (segment->begin == segment->end) continue;
-        if (buffer.plain && finite) Mark(worker.entries.bitmap(read), buffer);
+        if (plain) {
+          const uint64_t* bitmap = worker.entries.bitmap(read);
+          for (int64_t tap = 0; tap < lines.line.taps; ++tap) {
+            if (!t->live_taps[tap]) continue;
+            for (int64_t i = 0; i < words; ++i) read_bits[tap * words + i] |= bitmap[i];
+          }
+        }
         ++segment;
       }
       if (segment != worker.segments) {
         any = true;
-        if (buffer.plain && finite) {
+        if (plain) {
           AddPlain<Loops, kOctets>(worker.segments, segment, buffer);
+          Loops::kDilate(lines.line, read_bits, buffer.bits);
         } else {
           Loops::template kAddCarefully<kOctets>(worker.segments, segment, lines.line, begin, end,
                                                  buffer.first(lines.line), buffer.bits);
@@ -327,21 +396,10 @@ struct Forward {
       }
       if (!any) continue;
       MakeRoom(end - begin, std::min(plan.block, s.out_channels - block * plan.block), worker);
-      Loops::template kTakeResponses<kOctets, T>(
-          buffer.bits, CeilDiv(end - begin, 64), buffer.first(lines.line),
-          line * lines.line.output_length + begin, worker.candidates);
-    }
-  }
-
-  // Marks the sites that the entries of an input line reach through a line of taps.
-  void Mark(const uint64_t* bitmap, const LineBuffer& buffer) const {
-    for (int64_t t = 0; t < lines.line.taps; ++t) {
-      OrShifted(buffer.bits, buffer.words(), bitmap, CeilDiv(lines.line.input_length, 64),
-                lines.line.low - t * lines.line.dilation);
-    }
-    // What was shifted past the end is in no site.
-    if (const int64_t rest = buffer.piece & 63; rest != 0) {
-      buffer.bits[buffer.words() - 1] &= (uint64_t{1} << rest) - 1;
+      const auto take = buffer.copies > 1 ? Loops::template kTakeResponses<kOctets, 3, T>
+                                          : Loops::template kTakeResponses<kOctets, 1, T>;
+      take(buffer.bits, CeilDiv(end - begin, 64), buffer.first(lines.line), buffer.copy(),
+           line * lines.line.output_length + begin, worker.candidates);
     }
   }
 
@@ -350,10 +408,11 @@ struct Forward {
     const int64_t taps = lines.line.taps, step = lines.line.dilation * plan.block;
     float* origin = buffer.origin(lines.line);
     if (taps == 3) {
-      return Loops::template kAddPlain<kOctets, 3>(segment, last, origin, step, 0, taps);
+      const int64_t to_next = buffer.copies > 1 ? step - buffer.copy() : step;
+      return Loops::template kAddPlain<kOctets, 3>(segment, last, origin, to_next, 0);
     }
     for (int64_t t = 0; t < taps; ++t) {
-      Loops::template kAddPlain<kOctets, 1>(segment, last, origin - t * step, step, t, taps);
+      Loops::template kAddPlain<kOctets, 1>(segment, last, origin - t * step, step, t);
     }
   }
 
@@ -379,7 +438,8 @@ struct Forward {
         for (; i < range.last && count < kAtOnce; ++i) {
           if (key[i] < first || key[i] >= last) continue;
           entries[count++] = {static_cast<int32_t>(key[i] - base), static_cast<int32_t>(ic),
-                              static_cast<float>(ValuesOf(item, ic)[i]), static_cast<int32_t>(i)};
+                              static_cast<float>(ValuesOf(item, ic)[i]),
+                              static_cast<int32_t>(WeightsOf(ic))};
         }
         segment.begin = entries, segment.end = entries + count;
         Loops::template kAddCarefully<kOctets>(&segment, &segment + 1, line, begin, end,
@@ -392,12 +452,18 @@ struct Forward {
 
   // Sees to it that every channel's stage takes in `sites` responses, and a word behind them.
   void MakeRoom(int64_t sites, int64_t channels, ForwardWorker<T>& worker) const {
+    worker.free_stage -= sites;
+    if (worker.free_stage > 0) return;
     Candidates& c = worker.candidates;
+    int32_t longest = 0;
     for (int64_t j = 0; j < channels; ++j) {
-      if (c.length[j] + sites < plan.stage) continue;
-      c.length[j] = static_cast<int32_t>(worker.best[j].Flush(c.length[j]));
-      c.least[j] = worker.best[j].least();
+      if (c.length[j] + 2 * sites >= plan.stage) {
+        c.length[j] = static_cast<int32_t>(worker.best[j].Flush(c.length[j]));
+        c.least[j] = worker.best[j].least();
+      }
+      longest = std::max(longest, c.length[j]);
     }
+    worker.free_stage = plan.stage - longest - sites;
   }
 };
 
@@ -408,7 +474,7 @@ ffi::Error ConvFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
                        ffi::Result<ffi::Buffer<ffi::S32>> responses,
                        ffi::Result<ffi::Buffer<ffi::U8>> workspace, std::string_view select_name,
                        Span input_shape, Span window_shape, Span strides, Span dilation, Span low,
-                       Span output_shape, int64_t channel_block, int64_t line_sites,
+                       Span output_shape, int64_t channel_block, int64_t line_sites, int64_t copies,
                        int64_t max_rows, int64_t room, int64_t stage, int64_t parts,
                        int64_t workers) {
   Window w;
@@ -427,17 +493,21 @@ ffi::Error ConvFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
   }
   w = Squeeze(w);
   const Lines lines(w);
-  const LineBuffer buffer(lines.line, line_sites, channel_block);
+  const LineBuffer buffer(lines.line, line_sites, channel_block, copies);
   if (line_sites < 1 || max_rows < 1 || room < 1 || parts < 1 || parts > lines.rows ||
-      workers < 1 || stage / 2 <= buffer.piece || !IsBlock(channel_block)) {
+      workers < 1 || (copies != 1 && copies != 3) || stage / 2 <= buffer.piece ||
+      !IsBlock(channel_block)) {
     return InvalidArgument("conv: the plan does not fit the shapes");
   }
-  const ForwardPlan plan = {channel_block, line_sites, max_rows, room, stage, parts, workers};
+  const ForwardPlan plan = {channel_block, line_sites, copies, max_rows,
+                            room,          stage,      parts,  workers};
   return DispatchFloat(values.element_type(), [&]<typename T>() -> ffi::Error {
     Carver carver(workspace->untyped_data());
     Filters filters = {plan.block, CeilDiv(s.out_channels, plan.block), s.in_channels, w.taps,
                        lines.line.taps};
     filters.Carve(carver);
+    TapLines tap_lines = {filters.blocks, lines.tap_lines};
+    tap_lines.Carve(carver);
     float* padded_bias = carver.Take<float>(filters.blocks * plan.block);
     PartSelections<T> selections = {
         parts, std::min(s.capacity, CeilDiv(lines.rows, parts) * (w.output_sites / lines.rows)),
@@ -450,12 +520,14 @@ ffi::Error ConvFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
                               [&](Carver& own) { layout.Carve(own, lines, plan); });
     ILAJAX_RETURN_IF_ERROR(CheckWorkspace("conv", *workspace, slices.end()));
     filters.Fill(w, s.weights, s.out_channels, kernel_keys.typed_data(), weights.typed_data());
+    tap_lines.Fill(lines, filters);
     std::fill_n(padded_bias, filters.blocks * plan.block, 0.0f);
     std::copy_n(bias.typed_data(), s.out_channels, padded_bias);
     if (parts > 1) std::fill_n(selections.digits, selections.segments * kDigits, 0);
     const Forward<T> forward = {s,
                                 lines,
                                 filters,
+                                tap_lines,
                                 plan,
                                 select,
                                 w.output_sites,
@@ -466,7 +538,11 @@ ffi::Error ConvFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
                                 Data<T>(*out_values),
                                 responses->typed_data(),
                                 selections};
-    for (int64_t i = 0; i < workers; ++i) slices.Take(i, layout, lines, plan).line.Clear();
+    for (int64_t i = 0; i < workers; ++i) {
+      const ForwardWorker<T> worker = slices.Take(i, layout, lines, plan);
+      worker.line.Clear();
+      std::fill_n(worker.read_bits, lines.line.taps * worker.entries.words, 0);
+    }
     ParallelFor(pool, s.batch * filters.blocks * parts, workers, [&](int64_t task, int64_t id) {
       ForwardWorker<T> worker = slices.Take(id, layout, lines, plan);
       const int64_t rest = task / parts;
@@ -515,6 +591,7 @@ struct Backward {
   const ConvShape& s;
   const Lines& lines;
   const Filters& filters;
+  const TapLines& tap_lines;
   const BackwardPlan& plan;
   const int32_t* keys;
   const T* values;
@@ -530,19 +607,15 @@ struct Backward {
   // Input rows [begin, end) of a sample.
   template <typename Loops, int kOctets>
   void Run(int64_t item, int64_t begin, int64_t end, BackwardWorker& worker) const {
-    const bool finite =
-        filters.finite && AllFinite(ValuesOf(item, 0), s.in_channels * s.slots) &&
-        AllFinite(cotangent + item * s.out_channels * s.capacity, s.out_channels * s.capacity);
     const int64_t row = lines.input_row_lines * lines.line.input_length;
     if (worker.line.piece == lines.line.output_length) {
-      return RunKeys<Loops, kOctets>(item, 0, s.in_channels, begin * row, end * row, finite,
-                                     worker);
+      return RunKeys<Loops, kOctets>(item, 0, s.in_channels, begin * row, end * row, worker);
     }
     // Long lines go in pieces, each of which is within reach of a few pieces of output.
     for (int64_t key = begin * row; key < end * row;) {
       const int64_t stop = std::min(key + worker.line.piece,
                                     (key / lines.line.input_length + 1) * lines.line.input_length);
-      RunKeys<Loops, kOctets>(item, 0, s.in_channels, key, stop, finite, worker);
+      RunKeys<Loops, kOctets>(item, 0, s.in_channels, key, stop, worker);
       key = stop;
     }
   }
@@ -551,7 +624,7 @@ struct Backward {
   // room.
   template <typename Loops, int kOctets>
   void RunKeys(int64_t item, int64_t ic_begin, int64_t ic_end, int64_t begin, int64_t end,
-               bool finite, BackwardWorker& worker) const {
+               BackwardWorker& worker) const {
     int64_t count = 0;
     for (int64_t ic = ic_begin; ic < ic_end; ++ic) {
       const Range range(KeysOf(item, ic), s.slots, begin, end);
@@ -561,12 +634,12 @@ struct Backward {
     if (count > plan.room) {
       if (ic_end - ic_begin > 1) {
         const int64_t middle = (ic_begin + ic_end) / 2;
-        RunKeys<Loops, kOctets>(item, ic_begin, middle, begin, end, finite, worker);
-        RunKeys<Loops, kOctets>(item, middle, ic_end, begin, end, finite, worker);
+        RunKeys<Loops, kOctets>(item, ic_begin, middle, begin, end, worker);
+        RunKeys<Loops, kOctets>(item, middle, ic_end, begin, end, worker);
       } else if (end - begin > 1) {
         const int64_t middle = begin + (end - begin) / 2;
-        RunKeys<Loops, kOctets>(item, ic_begin, ic_end, begin, middle, finite, worker);
-        RunKeys<Loops, kOctets>(item, ic_begin, ic_end, middle, end, finite, worker);
+        RunKeys<Loops, kOctets>(item, ic_begin, ic_end, begin, middle, worker);
+        RunKeys<Loops, kOctets>(item, ic_begin, ic_end, middle, end, worker);
       }
       return;  // a key that stands more often than there is room for is broken
     }
@@ -576,7 +649,7 @@ struct Backward {
     entries.Sort(
         first, last - first, length, s.slots, begin, end, ic_begin, ic_end,
         [&](int64_t ic) { return KeysOf(item, ic); },
-        [&](int64_t ic) { return ValuesOf(item, ic); });
+        [&](int64_t ic) { return ValuesOf(item, ic); }, [](int64_t, int64_t slot) { return slot; });
     const int64_t sorted = entries.starts[last - first];
     std::memset(worker.values_bar, 0, sorted * sizeof(float));
     int64_t row_begin, row_end;
@@ -584,31 +657,29 @@ struct Backward {
                      row_end);
     for (int64_t block = 0; block < filters.blocks; ++block) {
       for (int64_t j = 0; j < plan.block; ++j) worker.ends[j] = -1;
+      LineWalk walk(lines, row_begin * lines.row_lines);
       for (int64_t line = row_begin * lines.row_lines; line < row_end * lines.row_lines; ++line) {
-        RunLine<Loops, kOctets>(item, block, line, begin, end, finite, worker);
+        RunLine<Loops, kOctets>(item, block, line, walk, begin, end, worker);
+        walk.Next();
       }
     }
     for (int64_t i = 0; i < sorted; ++i) {
       const Entry& e = entries.entries[i];
-      values_bar[(item * s.in_channels + e.channel) * s.slots + e.slot] = T(worker.values_bar[i]);
+      values_bar[(item * s.in_channels + e.channel) * s.slots + e.aux] = T(worker.values_bar[i]);
     }
   }
 
   template <typename Loops, int kOctets>
-  void RunLine(int64_t item, int64_t block, int64_t line, int64_t key_begin, int64_t key_end,
-               bool finite, BackwardWorker& worker) const {
-    const LinePlace place(lines, line);
+  void RunLine(int64_t item, int64_t block, int64_t line, const LineWalk& walk, int64_t key_begin,
+               int64_t key_end, BackwardWorker& worker) const {
     const LineWindow& along = lines.line;
     const LineEntries& entries = worker.entries;
     Segment* segment = worker.segments;
-    for (int64_t t = 0; t < lines.tap_lines; ++t) {
-      if (!filters.live_lines[block * lines.tap_lines + t]) continue;
-      const int64_t read = place.Reads(filters.tap_offsets + t * along.taps * (lines.axes + 1));
+    for (const TapLine* t = tap_lines.begin(block); t != tap_lines.end(block); ++t) {
+      const int64_t read = walk.Reads(t->offsets, t->lines);
       if (read < entries.first_line || read >= entries.first_line + entries.lines) continue;
       if (entries.begin(read) == entries.end(read)) continue;
-      const int64_t run = filters.Run(block, t, 0);
-      *segment++ = {entries.begin(read), entries.end(read),
-                    filters.rows + run * along.taps * plan.block, filters.live_runs + run};
+      *segment++ = {entries.begin(read), entries.end(read), t->weights, t->live, t->all_live};
     }
     if (segment == worker.segments) return;
     const LineBuffer& buffer = worker.line;
@@ -626,7 +697,8 @@ struct Backward {
     for (; begin < stop; begin += buffer.piece) {
       const int64_t end = std::min(begin + buffer.piece, along.output_length);
       const int64_t first_key = line * along.output_length + begin;
-      if (!Spread(item, block, first_key, end - begin, worker)) continue;
+      bool finite = filters.finite && entries.finite;
+      if (!Spread(item, block, first_key, end - begin, worker, finite)) continue;
       if (buffer.plain && finite) {
         GatherPlain<Loops, kOctets>(segment, worker);
       } else {
@@ -652,9 +724,9 @@ struct Backward {
   }
 
   // Spreads the cotangents of kept outputs with keys from `first_key` over the line. Returns
-  // whether there are any.
-  bool Spread(int64_t item, int64_t block, int64_t first_key, int64_t sites,
-              BackwardWorker& worker) const {
+  // whether there are any, and clears `finite` if one of them is not.
+  bool Spread(int64_t item, int64_t block, int64_t first_key, int64_t sites, BackwardWorker& worker,
+              bool& finite) const {
     const int64_t channels = std::min(plan.block, s.out_channels - block * plan.block);
     for (int64_t j = 0; j < channels; ++j) {
       const int64_t segment = (item * s.out_channels + block * plan.block + j) * s.capacity;
@@ -668,10 +740,13 @@ struct Backward {
       worker.ends[j] = static_cast<int32_t>(slot);
     }
     bool any = false;
+    uint32_t largest = 0;
     ForKept(item, block, first_key, sites, worker, [&](float& row, int64_t slot) {
       row = static_cast<float>(cotangent[slot]);
+      largest = std::max(largest, FloatBits(row) & 0x7f800000u);
       any = true;
     });
+    finite &= largest != 0x7f800000u;
     return any;
   }
 
@@ -733,18 +808,22 @@ ffi::Error ConvBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
     Filters filters = {plan.block, CeilDiv(s.out_channels, plan.block), s.in_channels, w.taps,
                        lines.line.taps};
     filters.Carve(carver);
+    TapLines tap_lines = {filters.blocks, lines.tap_lines};
+    tap_lines.Carve(carver);
     float* part_sums = carver.Take<float>(groups * parts * s.weights);
     BackwardWorker layout;
-    layout.line = LineBuffer(lines.line, line_sites, channel_block);
+    layout.line = LineBuffer(lines.line, line_sites, channel_block, 1);
     layout.entries = {std::min(slab_rows, lines.input_rows) * lines.input_row_lines, 0, room};
     const WorkerSlices slices(carver, *workspace, workers,
                               [&](Carver& own) { layout.Carve(own, lines, filters); });
     ILAJAX_RETURN_IF_ERROR(CheckWorkspace("conv", *workspace, slices.end()));
     filters.Fill(w, s.weights, s.out_channels, kernel_keys.typed_data(), weights.typed_data());
+    tap_lines.Fill(lines, filters);
     std::memset(values_bar->untyped_data(), 0, values_bar->size_bytes());
     const Backward<T> backward = {s,
                                   lines,
                                   filters,
+                                  tap_lines,
                                   plan,
                                   keys.typed_data(),
                                   Data<T>(values),
@@ -803,6 +882,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ConvFwd, ilajax::ConvFwdImpl,
                                   .Attr<ilajax::Span>("output_shape")
                                   .Attr<int64_t>("channel_block")
                                   .Attr<int64_t>("line_sites")
+                                  .Attr<int64_t>("copies")
                                   .Attr<int64_t>("max_rows")
                                   .Attr<int64_t>("room")
                                   .Attr<int64_t>("stage")

@@ -1,4 +1,4 @@
-"""How a kernel cuts its work, chosen from static shapes at trace time, and the workspace that takes.
+"""How a CPU kernel cuts its work, chosen from static shapes at trace time, and the workspace that takes.
 
 The workspace is bound by max(8 * sites, 32 MiB) on the CPU, where sites is one grid, whatever the batch and
 the number of threads. The sizes below are those that the kernels carve out of it, in the same order.
@@ -18,7 +18,8 @@ _CPU_TABLES = 1 << 20
 _CPU_TASKS = 8
 # Threads that share a workspace. More threads than this take no part in one call.
 _CPU_WORKERS = 16
-_SEGMENT = 32  # sizeof(Segment)
+_SEGMENT = 40  # sizeof(Segment)
+_TAP_LINE = 48  # sizeof(TapLine)
 _MAX_RANK = 8
 _CHUNK = 256  # sites of a submanifold convolution's task
 _TOP_K = 96  # an upper bound of sizeof(RunningTopK)
@@ -49,12 +50,18 @@ def conv_forward(
     budget = cpu_budget(window)
     block, blocks = _blocks(out_channels)
     lines = _Lines(window, block)
-    shared = _filters(window, in_channels, blocks, block) + _align(blocks * block * 4)
+    shared = (
+        _filters(window, in_channels, blocks, block)
+        + lines.tap_tables(blocks)
+        + _align(blocks * block * 4)
+    )
     room = _entries_room(lines, in_channels, slots, budget)
+    copies = 3 if lines.taps == 3 and block == 8 and in_channels > 1 else 1
     worker = (
-        _align(lines.line_sites * block * 4)
+        _align(copies * lines.line_sites * block * 4)
         + _bitmap(lines.line_sites)
         + _align(lines.tap_lines * _SEGMENT)
+        + _align(lines.taps * lines.words * 8)
         + lines.tables
         + _align(room * 16)
         + 3 * _align(block * 4)
@@ -63,7 +70,8 @@ def conv_forward(
     # Half of the stage takes in a whole line at once. With one part, a stage as large as the output keeps
     # the cuts few; with several an early look at the others' counts keeps them few.
     least = 2 * (min(lines.line_sites, lines.output_length) + 1)
-    parts = min(_ceil(_CPU_TASKS, batch * blocks), lines.rows)
+    tasks = batch * blocks
+    parts = 1 if tasks >= _CPU_TASKS // 2 else min(_ceil(_CPU_TASKS, tasks), lines.rows)
     while parts > 1:
         kept = min(capacity, _ceil(lines.rows, parts) * lines.row_sites)
         segments = batch * out_channels * parts
@@ -78,10 +86,10 @@ def conv_forward(
         parts -= 1
     if parts > 1:
         shared += selections
-        stage = max(least, min(capacity, 1 << 13))
+        stage = _stage(max(least, min(capacity, 1 << 11)))
     else:
         most = (budget - shared) // 4 // (block * 8)
-        stage = max(least, min(max(capacity, 1 << 10), 1 << 16, most))
+        stage = _stage(max(least, min(max(capacity, 1 << 10), 1 << 16, most)))
         worker += _align(block * _DIGITS * 4)
     worker += _align(block * stage * 8)
     workers = _workers(batch * blocks * parts, worker, budget - shared)
@@ -90,6 +98,7 @@ def conv_forward(
         {
             "channel_block": block,
             "line_sites": lines.line_sites,
+            "copies": copies,
             "max_rows": lines.max_rows,
             "room": room,
             "stage": stage,
@@ -126,7 +135,7 @@ def conv_backward(
         + 2 * _align(block * 4)
         + _align(blocks * in_channels * window.taps * block * 4)
     )
-    shared = _filters(window, in_channels, blocks, block)
+    shared = _filters(window, in_channels, blocks, block) + lines.tap_tables(blocks)
     units = batch // groups * _ceil(lines.input_rows, slab_rows)
     parts = _parts(units, groups * weights * 4, budget)
     shared += _align(groups * parts * weights * 4)
@@ -170,9 +179,10 @@ class _Lines:
         size, taps, stride, dilation, low, length = axes[-1]
         self.output_length = length
         self.words = _ceil(size, 64)
-        self.tap_lines = window.taps // taps
+        self.taps, self.tap_lines = taps, window.taps // taps
         lead = axes[:-1]
-        self.rows, self.input_rows = (lead[0][5], lead[0][0]) if lead else (1, 1)
+        self.rows: int = lead[0][5] if lead else 1
+        self.input_rows: int = lead[0][0] if lead else 1
         self.row_sites = window.output_sites // self.rows
         self.input_row_lines = window.input_sites // size // self.input_rows
         self.extent = (lead[0][1] - 1) * lead[0][3] + 1 if lead else 1
@@ -192,9 +202,18 @@ class _Lines:
             min((output_rows - 1) * self._stride + self.extent, self.input_rows)
         )
 
+    def tap_tables(self, blocks: int) -> int:
+        return _align(blocks * self.tap_lines * _TAP_LINE) + _align(blocks * 8)
+
     def slab_tables(self, input_rows: int) -> int:
         lines = input_rows * self.input_row_lines
         return _align((lines + 2) * 4) + _align(lines * self.words * 8)
+
+
+def _stage(entries: int) -> int:
+    # The channels' stages fill at the same pace: an odd number of cache lines between them keeps them from
+    # sharing one set of the cache.
+    return _ceil(entries, 512) * 512 + 40
 
 
 def _entries_room(lines: _Lines, in_channels: int, slots: int, budget: int) -> int:
@@ -298,6 +317,7 @@ def _filters(window: Window, in_channels: int, blocks: int, block: int) -> int:
         + _align(taps)
         + _align(blocks * lines * in_channels)
         + _align(blocks * lines)
+        + _align(blocks * window.taps)
         + _align(window.taps * _MAX_RANK * 4)
     )
 

@@ -21,6 +21,7 @@ struct Filters {
   uint8_t* live = nullptr;         // [block][line of taps][ic][tap of the line]: any weight
   uint8_t* live_runs = nullptr;    // [block][line of taps][ic]
   uint8_t* live_lines = nullptr;   // [block][line of taps]
+  uint8_t* live_taps = nullptr;    // [block][line of taps][tap of the line]
   int32_t* tap_offsets = nullptr;  // [taps][rank]
   bool finite = true;
 
@@ -29,6 +30,7 @@ struct Filters {
     live = carver.Take<uint8_t>(blocks * in_channels * taps);
     live_runs = carver.Take<uint8_t>(blocks * tap_lines() * in_channels);
     live_lines = carver.Take<uint8_t>(blocks * tap_lines());
+    live_taps = carver.Take<uint8_t>(blocks * taps);
     tap_offsets = carver.Take<int32_t>(taps * kMaxRank);
   }
 
@@ -57,12 +59,15 @@ struct Filters {
     std::memset(live, 0, blocks * in_channels * taps);
     std::memset(live_runs, 0, blocks * tap_lines() * in_channels);
     std::memset(live_lines, 0, blocks * tap_lines());
+    std::memset(live_taps, 0, blocks * taps);
     for (int64_t n = 0; n < count; ++n) {
       const int64_t place = Place(keys[n], out_channels);
       if (place < 0) continue;
       const int64_t row = place / block;
       rows[place] = weights[n];
-      live[row] = live_runs[row / line_taps] = live_lines[row / line_taps / in_channels] = 1;
+      const int64_t run = row / line_taps, tap_line = run / in_channels;
+      live[row] = live_runs[run] = live_lines[tap_line] = 1;
+      live_taps[tap_line * line_taps + row % line_taps] = 1;
       finite &= std::isfinite(weights[n]);
     }
     TapOffsets(w, tap_offsets);

@@ -99,31 +99,47 @@ struct Lines {
   }
 };
 
-// An output line's place along the leading axes.
-class LinePlace {
+// A walk over output lines, which knows where each stands along the leading axes.
+class LineWalk {
  public:
-  LinePlace(const Lines& lines, int64_t output_line) : lines_(lines) {
+  LineWalk(const Lines& lines, int64_t output_line) : lines_(lines) {
     for (int a = lines.axes - 1; a >= 0; --a) {
-      base_[a] = output_line % lines.output_shape[a] * lines.strides[a] - lines.low[a];
+      place_[a] = output_line % lines.output_shape[a];
       output_line /= lines.output_shape[a];
     }
+    Turn();
   }
 
-  // The input line that a line of taps reads, -1 outside the grid. `offset` are its tap offsets.
-  int64_t Reads(const int32_t* offset) const {
-    int64_t line = 0;
+  void Next() {
+    for (int a = lines_.axes - 1; a >= 0 && ++place_[a] == lines_.output_shape[a]; --a) {
+      place_[a] = 0;
+    }
+    Turn();
+  }
+
+  // The input line that a line of taps reads, -1 outside the grid. `offsets` are its offsets along
+  // the leading axes, and `lines` what they make in lines.
+  int64_t Reads(const int32_t* offsets, int64_t lines) const {
     bool inside = true;
     for (int a = 0; a < lines_.axes; ++a) {
-      const int64_t p = base_[a] + offset[a];
-      inside &= static_cast<uint64_t>(p) < static_cast<uint64_t>(lines_.input_shape[a]);
-      line = line * lines_.input_shape[a] + p;
+      inside &= static_cast<uint64_t>(base_[a] + offsets[a]) <
+                static_cast<uint64_t>(lines_.input_shape[a]);
     }
-    return inside ? line : -1;
+    return inside ? first_ + lines : -1;
   }
 
  private:
+  void Turn() {
+    first_ = 0;
+    for (int a = 0; a < lines_.axes; ++a) {
+      base_[a] = place_[a] * lines_.strides[a] - lines_.low[a];
+      first_ = first_ * lines_.input_shape[a] + base_[a];
+    }
+  }
+
   const Lines& lines_;
-  int64_t base_[kMaxRank];
+  int64_t place_[kMaxRank], base_[kMaxRank];
+  int64_t first_ = 0;  // the line at `base_`, as if the grid had no end
 };
 
 // n / d for n < 2^32, by a multiplication.
@@ -153,7 +169,7 @@ struct Entry {
   int32_t place;    // along the line
   int32_t channel;  // of the input
   float value;
-  int32_t slot;
+  int32_t aux;  // what `aux_of(channel, slot)` of LineEntries::Sort says
 };
 
 // The entries of some lines of one sample, [line][channel][place], and a bitmap of the sites in
@@ -161,6 +177,7 @@ struct Entry {
 struct LineEntries {
   int64_t max_lines = 0, words = 0, room = 0;
   int64_t first_line = 0, lines = 0;
+  bool finite = true;         // all values are
   int32_t* starts = nullptr;  // [max_lines + 2]
   uint64_t* bits = nullptr;   // [max_lines][words]
   Entry* entries = nullptr;   // [room]
@@ -178,9 +195,10 @@ struct LineEntries {
   // Sorts the entries of channels [channel_begin, channel_end) whose keys lie in [begin, end) into
   // `count` lines from `from`. The caller has seen to it that there are at most `room`, and that
   // the keys belong to these lines. `key_of(channel)` and `value_of(channel)` give the segments.
-  template <typename KeyOf, typename ValueOf>
+  template <typename KeyOf, typename ValueOf, typename AuxOf>
   void Sort(int64_t from, int64_t count, int64_t length, int64_t slots, int64_t begin, int64_t end,
-            int64_t channel_begin, int64_t channel_end, KeyOf&& key_of, ValueOf&& value_of) {
+            int64_t channel_begin, int64_t channel_end, KeyOf&& key_of, ValueOf&& value_of,
+            AuxOf&& aux_of) {
     first_line = from, lines = count;
     std::memset(starts, 0, (count + 2) * sizeof(int32_t));
     std::memset(bits, 0, count * words * sizeof(uint64_t));
@@ -199,28 +217,18 @@ struct LineEntries {
     };
     each([&](int64_t line, int64_t, int64_t, int64_t) { ++starts[line + 2]; });
     for (int64_t line = 2; line < count + 2; ++line) starts[line] += starts[line - 1];
+    uint32_t largest = 0;
     // starts[line + 1] runs from the line's start to its end, the next one's start.
     each([&](int64_t line, int64_t place, int64_t channel, int64_t i) {
+      const float value = static_cast<float>(value_of(channel)[i]);
+      largest = std::max(largest, FloatBits(value) & 0x7f800000u);
       entries[starts[line + 1]++] = {static_cast<int32_t>(place), static_cast<int32_t>(channel),
-                                     static_cast<float>(value_of(channel)[i]),
-                                     static_cast<int32_t>(i)};
+                                     value, static_cast<int32_t>(aux_of(channel, i))};
       if (words > 0) bits[line * words + (place >> 6)] |= uint64_t{1} << (place & 63);
     });
+    finite = largest != 0x7f800000u;
   }
 };
-
-// to |= from, moved up by `shift` bits (down where it is negative). Bits past `to` are lost.
-inline void OrShifted(uint64_t* to, int64_t to_words, const uint64_t* from, int64_t from_words,
-                      int64_t shift) {
-  const int64_t whole = shift >> 6, rest = shift & 63;
-  for (int64_t i = std::max<int64_t>(0, whole); i < std::min(to_words, from_words + whole + 1);
-       ++i) {
-    const int64_t j = i - whole;
-    uint64_t word = j < from_words ? from[j] << rest : 0;
-    if (rest != 0 && j > 0) word |= from[j - 1] >> (64 - rest);
-    to[i] |= word;
-  }
-}
 
 }  // namespace ilajax
 

@@ -35,13 +35,12 @@ ILAJAX_HOST_DEVICE inline bool IsCandidate(float value, Select select) {
 }
 
 // Bits that order values as their ranks do: the larger, the stronger. NaN comes first, and the two
-// zeros are equal.
+// zeros are equal. Without branches, since values come in no order.
 ILAJAX_HOST_DEVICE inline uint32_t RankBits(float value, Select select) {
-  if (value != value) return 0xffffffffu;
-  uint32_t bits = FloatBits(value);
-  if (select == Select::kMagnitude) bits &= 0x7fffffffu;
-  if ((bits & 0x7fffffffu) == 0) bits = 0;
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  const uint32_t bits = FloatBits(value), magnitude = bits & 0x7fffffffu;
+  const bool negative = bits != magnitude && magnitude != 0 && select != Select::kMagnitude;
+  const uint32_t rank = negative ? ~bits : magnitude | 0x80000000u;
+  return magnitude > 0x7f800000u ? 0xffffffffu : rank;
 }
 
 // How many candidates have which first digit of their rank: eleven bits, for a float its sign,
@@ -68,9 +67,20 @@ struct RankCut {
       int32_t histogram[kDigits];
       if (shift != kFirstDigit || counted == nullptr) {
         std::memset(histogram, 0, digits * sizeof(int32_t));
-        each([&, shift = shift](uint32_t rank) {
-          if (((rank ^ threshold) & fixed) == 0) ++histogram[rank >> shift & mask];
+        // Those that share the digits so far come in no order: they are listed without a branch.
+        constexpr int kBatch = 1024;
+        uint32_t batch[kBatch];
+        int listed = 0;
+        auto count_batch = [&, shift = shift] {
+          for (int i = 0; i < listed; ++i) ++histogram[batch[i] >> shift & mask];
+          listed = 0;
+        };
+        each([&](uint32_t rank) {
+          batch[listed] = rank;
+          listed += ((rank ^ threshold) & fixed) == 0;
+          if (listed == kBatch) count_batch();
         });
+        count_batch();
         counted = histogram;
       }
       uint32_t digit = mask;
@@ -83,7 +93,10 @@ struct RankCut {
 
   // Whether an entry is kept, asked in the order of the keys; counts `remaining` down from `ties`.
   bool Keeps(uint32_t rank, int64_t& remaining) const {
-    return rank > threshold || (rank == threshold && remaining-- > 0);
+    bool keeps = rank > threshold;
+    if (rank == threshold) [[unlikely]]
+      keeps = remaining-- > 0;
+    return keeps;
   }
 };
 
@@ -145,14 +158,10 @@ class RunningTopK {
       for (int64_t i = 0; i < stored_; ++i) ++counts_[StoredRank(i) >> kFirstDigit];
     }
     if (counting_) {
+      const uint32_t before = least_;
       Count(staged);
-      int64_t kept = 0;
-      for (int64_t i = 0; i < staged; ++i) {
-        stage_[kept] = stage_[i];
-        kept += StagedRank(i) >= least_;
-      }
-      staged = kept;
-      if (stored_ + staged > capacity_) DropWeak();
+      if (least_ != before) staged = DropStaged(staged);
+      if (stored_ + staged > capacity_) DropStored();
     }
     const int64_t moved = std::min(capacity_ - stored_, staged);
     for (int64_t i = 0; i < moved; ++i) Put(stored_ + i, stage_[i]);
@@ -206,7 +215,9 @@ class RunningTopK {
       for (int64_t i = counted_; i < staged; ++i) ++own[StagedRank(i) >> kFirstDigit];
       while (digit > 0 && above < wanted_) {
         --digit;
-        above += __atomic_add_fetch(counts_ + digit, own[digit], __ATOMIC_RELAXED);
+        above += own[digit] == 0
+                     ? __atomic_load_n(counts_ + digit, __ATOMIC_RELAXED)
+                     : __atomic_add_fetch(counts_ + digit, own[digit], __ATOMIC_RELAXED);
       }
       for (int rest = digit - 1; rest >= 0; --rest) {
         if (own[rest] != 0) __atomic_fetch_add(counts_ + rest, own[rest], __ATOMIC_RELAXED);
@@ -218,7 +229,16 @@ class RunningTopK {
     if (above >= wanted_) least_ = std::max(least_, static_cast<uint32_t>(digit) << kFirstDigit);
   }
 
-  void DropWeak() {
+  int64_t DropStaged(int64_t staged) const {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < staged; ++i) {
+      stage_[kept] = stage_[i];
+      kept += StagedRank(i) >= least_;
+    }
+    return kept;
+  }
+
+  void DropStored() {
     int64_t kept = 0;
     for (int64_t i = 0; i < stored_; ++i) {
       const bool keep = StoredRank(i) >= least_;
@@ -231,15 +251,19 @@ class RunningTopK {
 
   // Cuts to the capacity, which there is more than; nothing stays on the stage.
   int64_t Cut(int64_t staged) {
-    const RankCut cut(stored_ + staged, capacity_, [&](auto&& f) {
-      for (int64_t i = 0; i < stored_; ++i) f(StoredRank(i));
-      for (int64_t i = 0; i < staged; ++i) f(StagedRank(i));
-    });
+    const RankCut cut(
+        stored_ + staged, capacity_,
+        [&](auto&& f) {
+          for (int64_t i = 0; i < stored_; ++i) f(StoredRank(i));
+          for (int64_t i = 0; i < staged; ++i) f(StagedRank(i));
+        },
+        counting_ && !shared_ ? counts_ : nullptr);
     int64_t kept = 0, ties = cut.ties;
     for (int64_t i = 0; i < stored_; ++i) {
-      if (!cut.Keeps(StoredRank(i), ties)) continue;
+      const bool keep = cut.Keeps(StoredRank(i), ties);
       if (keys_ != nullptr) keys_[kept] = keys_[i];
-      values_[kept++] = values_[i];
+      values_[kept] = values_[i];
+      kept += keep;
     }
     for (int64_t i = 0; i < staged; ++i) {
       if (cut.Keeps(StagedRank(i), ties)) Put(kept++, stage_[i]);

@@ -21,6 +21,7 @@ namespace ilajax {
 constexpr int kLanes = 8;
 typedef float Floats __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
+typedef int64_t Longs __attribute__((vector_size(32)));
 
 inline bool HasAvx2() {
 #if ILAJAX_HAS_AVX2_TARGET
