@@ -26,10 +26,12 @@ class Contest:
     Attributes:
       candidates: name -> call; "ilajax" first, or what stands for it.
       facts: what else belongs to the row's record.
+      layers: candidate -> the layer that it computes, so that its work can be counted.
     """
 
     candidates: Mapping[str, Candidate]
     facts: Mapping[str, Any]
+    layers: Mapping[str, Layer] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,8 @@ def layer_row(name: str, bars: Mapping[str, float | None], make: Callable[[], La
     def build() -> Contest:
         layer = make()
         candidates, differences = peers.contest(layer, list(bars))
-        return Contest(candidates, layer_facts(layer) | {"largest_difference": differences})
+        facts = layer_facts(layer) | {"largest_difference": differences}
+        return Contest(candidates, facts, {"ilajax": layer})
 
     return Row(name, bars, build)
 
@@ -113,13 +116,10 @@ def pruned_row(name: str, bar: float, make: Callable[[float], Layer]) -> Row:
     """A row about a layer with a tenth of its weights, against the same layer with all of them."""
 
     def build() -> Contest:
-        pruned, full = make(0.1), make(1.0)
-        candidates = {
-            "rho_f=0.1": peers.PEERS["ilajax"](pruned).call,
-            "rho_f=1": peers.PEERS["ilajax"](full).call,
-        }
-        facts = {"rho_f=0.1": layer_facts(pruned), "rho_f=1": layer_facts(full)}
-        return Contest(candidates, facts)
+        layers = {"rho_f=0.1": make(0.1), "rho_f=1": make(1.0)}
+        candidates = {name: peers.PEERS["ilajax"](layer).call for name, layer in layers.items()}
+        facts = {name: layer_facts(layer) for name, layer in layers.items()}
+        return Contest(candidates, facts, layers)
 
     return Row(name, {"rho_f=1": bar}, build)
 

@@ -5,12 +5,16 @@ import csv
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# Files of figures that the documentation quotes.
+RESULTS = Path("experiments/results")
 
 
 def number(
@@ -123,6 +127,27 @@ def markdown_table(cells: Sequence[Sequence[str]]) -> list[str]:
     head, *body = cells
     rule = ["---", *["---:"] * (len(head) - 1)]
     return ["| " + " | ".join(line) + " |" for line in (head, rule, *body)]
+
+
+def add_report(parser: argparse.ArgumentParser, files: str) -> None:
+    """Adds --report [DIR]; without a folder it is `RESULTS`."""
+    parser.add_argument(
+        "--report",
+        type=Path,
+        nargs="?",
+        const=RESULTS,
+        metavar="DIR",
+        help=f"write {files} to this folder, {RESULTS} where none is named",
+    )
+
+
+def report(folder: Path, stem: str, written: Sequence[Path]) -> list[Path]:
+    """Copies the files of a run that has ended to `folder`, under the name `stem`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    copies = [folder / f"{stem}{path.suffix}" for path in written]
+    for path, copy in zip(written, copies, strict=True):
+        shutil.copyfile(path, copy)
+    return copies
 
 
 def write_json(path: Path, content: Any) -> None:

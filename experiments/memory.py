@@ -3,6 +3,7 @@
     python -m experiments.memory                 # r = 32 to 512, in seconds: nothing runs
     python -m experiments.memory --resolutions 1024 --batch-size 4
     python -m experiments.memory --resolutions 1024 --batch-size 4 --run  # runs it and reports peak memory
+    python -m experiments.memory --report        # writes experiments/results/memory.{csv,json} too
 
 Batch 32, 8 -> 8 channels, float32, rho = rho_up = 1 / r. XLA knows all memory before a program runs:
 outputs are 8 bytes for each of B * C * K slots (a key and a value) and 4 for each of B * C counts of
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 import ilajax
 from experiments import frame, timing, workloads
 
+BATCH = 32
 CHANNELS = 8
 BUDGET = {"cpu": 32 << 20, "gpu": 256 << 20}
 COLUMNS = [
@@ -58,7 +60,11 @@ def main(arguments: list[str] | None = None) -> list[Row]:
                 "took {peak_bytes:,} bytes at most, {before_bytes:,} before".format(**record["run"])
             )
         frame.write_json(path, record | {"rows": rows})
-        reporter.print(f"wrote {path.with_suffix('.csv')}, {path}")
+        written = [path.with_suffix(".csv"), path]
+        if options.report:
+            stem = "memory" if options.batch_size == BATCH else f"memory-b{options.batch_size}"
+            written += frame.report(options.report, stem, written)
+        reporter.print("wrote " + ", ".join(map(str, written)))
     return rows
 
 
@@ -182,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="R",
         help="of each of the three axes",
     )
-    add("--batch-size", type=frame.positive_int, default=32, metavar="N", help="samples")
+    add("--batch-size", type=frame.positive_int, default=BATCH, metavar="N", help="samples")
     add("--run", action="store_true", help="run the largest one too, and report peak memory")
     add(
         "--out",
@@ -191,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for table and JSON; a new run replaces an earlier one's",
     )
+    frame.add_report(parser, "memory.{csv,json}, or memory-bN for another batch size, too")
     return parser
 
 

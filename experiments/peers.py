@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ilajax
-from experiments.timing import Candidate, quickest
+from experiments.timing import Candidate, cores, quickest
 
 TOLERANCE = 1e-4  # of the largest entry, for float32 sums in another order
 
@@ -222,7 +222,7 @@ def _torch_dense_in(layer: Layer, memory_format: Any) -> Peer:
         operands = [operand.requires_grad_() for operand in (x, w, bias)]
 
     def call():
-        torch.set_num_threads(_cores())
+        torch.set_num_threads(cores())
         if layer.backward:
             y = forward()
             return y, torch.autograd.grad(y, operands, g)
@@ -299,7 +299,3 @@ def _torch() -> Any:
     import torch
 
     return torch
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,6 +5,7 @@
     python -m experiments.runtime --data parts --data-dir ../shared/data/kicad
     python -m experiments.runtime --resolutions 16 32 64 --filter-densities 0.1 1
     python -m experiments.runtime --resume                        # goes on after the last whole resolution
+    python -m experiments.runtime --report        # writes experiments/results/runtime.{csv,json,png} too
 
 Batch 1, 1 -> 8 channels, rho = rho_up = 1 / r; generated solids and real parts have the density that
 they have, which is then the bound. Filters have a share rho_f of their weights, once with
@@ -75,6 +76,9 @@ def main(arguments: list[str] | None = None) -> list[Row]:
             )
         draw(path.with_suffix(".png"), rows, options.data)
         written = [path.with_suffix(suffix) for suffix in (".csv", ".json", ".png")]
+        if options.report:
+            stem = "runtime" if options.data == "uniform" else f"runtime-{options.data}"
+            written += frame.report(options.report, stem, written)
         reporter.print("wrote " + ", ".join(map(str, written)))
     return rows
 
@@ -252,6 +256,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for table, JSON and picture; a new run replaces an earlier one's",
     )
     add("--resume", action="store_true", help="keep the resolutions that --out has already")
+    frame.add_report(parser, "runtime.{csv,json,png}, or runtime-DATA for other data, too")
     return parser
 
 

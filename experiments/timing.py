@@ -170,11 +170,15 @@ def machine() -> str:
             line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
         ]
         name = models[0].partition(":")[2].strip() if models else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     device = jax.devices()[0]
     accelerator = "" if device.platform == "cpu" else f", {device.device_kind}"
     versions = ", ".join(f"{package} {version(package)}" for package in ("ilajax", "jax", "flax"))
-    return f"{name}, {cores} cores{accelerator}; {versions}, Python {platform.python_version()}"
+    return f"{name}, {cores()} cores{accelerator}; {versions}, Python {platform.python_version()}"
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def headline(record: Mapping[str, Any]) -> str:

@@ -67,8 +67,8 @@ def conv_forward(
         + 3 * _align(block * 4)
         + _align(block * _TOP_K)
     )
-    # Half of the stage takes in a whole line at once. With one part, a stage as large as the output keeps
-    # the cuts few; with several an early look at the others' counts keeps them few.
+    # Half of the stage takes in a whole line at once. With one part, a stage twice as large as the output
+    # mostly takes in all; with several an early look at the others' counts keeps the lists short.
     least = 2 * (min(lines.line_sites, lines.output_length) + 1)
     tasks = batch * blocks
     parts = 1 if tasks >= _CPU_TASKS // 2 else min(_ceil(_CPU_TASKS, tasks), lines.rows)
@@ -89,7 +89,7 @@ def conv_forward(
         stage = _stage(max(least, min(capacity, 1 << 11)))
     else:
         most = (budget - shared) // 4 // (block * 8)
-        stage = _stage(max(least, min(max(capacity, 1 << 10), 1 << 16, most)))
+        stage = _stage(max(least, min(max(2 * capacity, 1 << 10), 1 << 16, most)))
         worker += _align(block * _DIGITS * 4)
     worker += _align(block * stage * 8)
     workers = _workers(batch * blocks * parts, worker, budget - shared)

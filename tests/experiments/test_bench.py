@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import ilajax
-from experiments import bench, peers, workloads
+from experiments import bench, ceilings, peers, workloads
 from experiments.bench_rows import (
     ROWS,
     layer_row,
@@ -78,8 +78,8 @@ def test_the_bench_measures_and_writes(tmp_path, capsys):
         layer_row("no bar", {"XLA dense": None}, LAYERS["random"]),
         pruned_row("pruned", 1e-9, lambda density: random_layer(8, 2, kernel_density=density)),
     ]
-    files = ["--json", str(tmp_path / "b.json"), "--markdown", str(tmp_path / "b.md")]
-    records = bench.main([*BUDGET, *files], rows)
+    limits = ceilings.measure(large=1, matrix=64, rounds=2)
+    records = bench.main([*BUDGET, "--report", str(tmp_path)], rows, limits)
     assert [record["row"] for record in records] == ["layer", "no bar", "pruned"]
     assert records[0]["against"]["XLA dense"]["met"] is False
     assert records[1]["against"]["XLA dense"]["met"] is None
@@ -87,8 +87,17 @@ def test_the_bench_measures_and_writes(tmp_path, capsys):
     assert records[0]["candidates"]["ilajax"]["median_s"] > 0
     assert records[0]["input_entries"] == 2 * 64
     assert records[2]["rho_f=0.1"]["weights"] < records[2]["rho_f=1"]["weights"]
-    assert json.loads((tmp_path / "b.json").read_text())["rows"] == records
-    assert "| layer |" in (tmp_path / "b.md").read_text()
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert written["rows"] == records
+    assert written["ceilings"] == limits
+    work = records[2]["work"]
+    assert work["rho_f=0.1"]["products"] < work["rho_f=1"]["products"]
+    for each in ("ns_per_product", "ns_per_candidate"):
+        assert records[0]["work"]["ilajax"]["reached"][each] > 0
+    bars, table = (tmp_path / "bench.md").read_text().split(f"## {bench.WORK}")
+    assert "| layer |" in bars
+    assert "| layer |" in table
+    assert "| pruned, rho_f=0.1 |" in table
     output = capsys.readouterr().out
     assert "NOT MET" in output
     assert "1 of 2 bars met" in output
@@ -104,12 +113,12 @@ def test_a_row_that_fails_leaves_the_others(tmp_path):
     assert second["candidates"]["ilajax"]["median_s"] > 0
 
 
-def test_rows_are_picked_by_the_beginning_of_their_names():
-    rows = [layer_row(name, {}, LAYERS["random"]) for name in ("r64 a", "r64 b", "r8")]
-    assert [r["row"] for r in bench.main([*BUDGET, "--rows", "r64 b", "r8"], rows)] == [
-        "r64 b",
-        "r8",
-    ]
+def test_rows_are_picked_by_a_part_of_their_names(capsys):
+    rows = [layer_row(name, {}, LAYERS["random"]) for name in ("r64 A", "r64 b", "r8")]
+    assert [r["row"] for r in bench.main([*BUDGET, "--rows", "4 a", "R8"], rows)] == ["r64 A", "r8"]
+    capsys.readouterr()
+    assert bench.main(["--list", "--rows", "r64"], rows) == []
+    assert capsys.readouterr().out == "r64 A\nr64 b\n"
     with pytest.raises(SystemExit):
         bench.main(["--rows", "none"], rows)
 
@@ -132,6 +141,7 @@ def test_the_digits_step_learns_as_its_dense_twin_does():
         assert min(others) < first
 
 
-def test_the_solids_step_learns():
-    first, *others = losses(solids_step(False, resolution=16, batch=2))
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_solids_step_learns(dense):
+    first, *others = losses(solids_step(dense, resolution=16, batch=2))
     assert min(others) < first

@@ -13,6 +13,7 @@ from experiments import memory
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("memory")
     options = ["--resolutions", "16", "8", "--batch-size", "3", "--run", "--out", str(out)]
+    options += ["--report", str(out / "results")]
     return memory.main(options), out
 
 
@@ -51,6 +52,9 @@ def test_what_is_written(finished):
     ]
     record = json.loads((out / "memory.json").read_text())
     assert record["rows"] == rows
+    for file in ("memory.csv", "memory.json"):
+        report = (out / "results" / file.replace(".", "-b3.")).read_text()
+        assert report == (out / file).read_text()
     run = record["run"]
     assert (run["resolution"], run["batch"]) == (16, 3)
     assert run["peak_bytes"] >= run["before_bytes"] > 0

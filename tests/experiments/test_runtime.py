@@ -13,7 +13,8 @@ OPTIONS = ["--filter-densities", "0.2", "1", "--against", "xla", "--budget", "0.
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runtime")
-    rows = runtime.main([*OPTIONS, "--resolutions", "16", "--out", str(out)])
+    files = ["--out", str(out), "--report", str(out / "results")]
+    rows = runtime.main([*OPTIONS, "--resolutions", "16", *files])
     return rows, out
 
 
@@ -41,6 +42,9 @@ def test_what_is_written(finished):
     assert [row["network"] for row in table] == [row["network"] for row in rows]
     assert json.loads((out / "uniform.json").read_text())["rows"] == rows
     assert (out / "uniform.png").read_bytes().startswith(b"\x89PNG")
+    for suffix in (".csv", ".json", ".png"):
+        report = (out / "results" / f"runtime{suffix}").read_bytes()
+        assert report == (out / f"uniform{suffix}").read_bytes()
 
 
 def test_a_resumed_run_keeps_what_is_there(finished):

@@ -49,7 +49,7 @@ constexpr int kFirstDigit = 21;
 constexpr int kDigits = 2048;
 
 // The rank of the weakest of the `capacity` strongest among `count` candidates, found eleven bits
-// at a time from the highest: three passes, 8 kB of memory.
+// at a time from the highest: two passes or three, 24 kB of memory.
 struct RankCut {
   uint32_t threshold = 0;
   int64_t ties = 0;  // entries of just that rank to keep, those with the lowest keys
@@ -60,34 +60,40 @@ struct RankCut {
   RankCut(int64_t count, int64_t capacity, Each&& each, const int32_t* counted = nullptr)
       : ties(capacity) {
     if (count <= capacity) return;
-    uint32_t fixed = 0;
-    for (const auto& [shift, digits] :
-         {std::pair{kFirstDigit, kDigits}, {kFirstDigit - 11, 2048}, {0, 1024}}) {
-      const uint32_t mask = digits - 1;
-      int32_t histogram[kDigits];
-      if (shift != kFirstDigit || counted == nullptr) {
-        std::memset(histogram, 0, digits * sizeof(int32_t));
-        // Those that share the digits so far come in no order: they are listed without a branch.
-        constexpr int kBatch = 1024;
-        uint32_t batch[kBatch];
-        int listed = 0;
-        auto count_batch = [&, shift = shift] {
-          for (int i = 0; i < listed; ++i) ++histogram[batch[i] >> shift & mask];
-          listed = 0;
-        };
+    int32_t histogram[kDigits];
+    if (counted == nullptr) {
+      std::memset(histogram, 0, sizeof(histogram));
+      each([&](uint32_t rank) { ++histogram[rank >> kFirstDigit]; });
+      counted = histogram;
+    }
+    Settle(counted, kFirstDigit, kDigits);
+    // Those that share the first digit come in no order: they are listed without a branch. Mostly
+    // the list holds them all, and the last digit needs no pass of its own.
+    constexpr int kRoom = 4096;
+    uint32_t list[kRoom];
+    int listed = 0;
+    bool all = true;
+    for (const auto& [shift, digits] : {std::pair{kFirstDigit - 11, 2048}, {0, 1024}}) {
+      std::memset(histogram, 0, digits * sizeof(int32_t));
+      const uint32_t fixed = ~uint32_t{0} << shift << (shift == 0 ? 10 : 11);
+      auto count_list = [&, shift = shift, digits = digits] {
+        for (int i = 0; i < listed; ++i) {
+          if (((list[i] ^ threshold) & fixed) == 0) ++histogram[list[i] >> shift & (digits - 1)];
+        }
+      };
+      if (shift != 0 || !all) {
+        listed = 0;
         each([&](uint32_t rank) {
-          batch[listed] = rank;
+          list[listed] = rank;
           listed += ((rank ^ threshold) & fixed) == 0;
-          if (listed == kBatch) count_batch();
+          if (listed < kRoom) return;
+          count_list();
+          listed = 0;
+          all = false;
         });
-        count_batch();
-        counted = histogram;
       }
-      uint32_t digit = mask;
-      while (digit > 0 && counted[digit] < ties) ties -= counted[digit--];
-      counted = nullptr;
-      threshold |= digit << shift;
-      fixed |= mask << shift;
+      count_list();
+      Settle(histogram, shift, digits);
     }
   }
 
@@ -97,6 +103,14 @@ struct RankCut {
     if (rank == threshold) [[unlikely]]
       keeps = remaining-- > 0;
     return keeps;
+  }
+
+ private:
+  // Sets the digit of the threshold at `shift`, from how many candidates have which.
+  void Settle(const int32_t* counts, int shift, int digits) {
+    uint32_t digit = digits - 1;
+    while (digit > 0 && counts[digit] < ties) ties -= counts[digit--];
+    threshold |= digit << shift;
   }
 };
 
@@ -152,17 +166,8 @@ class RunningTopK {
   // Takes entries off the stage, which has the first `staged`; returns how many stay, in front and
   // half of the room at most. Others may fill the stage as well.
   int64_t Flush(int64_t staged) {
-    if (!counting_ && stored_ + staged > capacity_) {
-      counting_ = true;
-      std::memset(counts_, 0, kDigits * sizeof(int32_t));
-      for (int64_t i = 0; i < stored_; ++i) ++counts_[StoredRank(i) >> kFirstDigit];
-    }
-    if (counting_) {
-      const uint32_t before = least_;
-      Count(staged);
-      if (least_ != before) staged = DropStaged(staged);
-      if (stored_ + staged > capacity_) DropStored();
-    }
+    staged = Sift(staged);
+    if (stored_ + staged > capacity_) DropStored();
     const int64_t moved = std::min(capacity_ - stored_, staged);
     for (int64_t i = 0; i < moved; ++i) Put(stored_ + i, stage_[i]);
     stored_ += moved;
@@ -182,8 +187,13 @@ class RunningTopK {
 
   // Takes all of the stage, and cuts to the capacity. Returns how many entries are stored.
   int64_t Close(int64_t staged) {
-    staged = Flush(staged);
-    if (staged > 0) Cut(staged);
+    staged = Sift(staged);
+    if (stored_ + staged > capacity_) {
+      Cut(staged);
+    } else {
+      for (int64_t i = 0; i < staged; ++i) Put(stored_ + i, stage_[i]);
+      stored_ += staged;
+    }
     staged_ = counted_ = 0;
     return stored_;
   }
@@ -204,6 +214,20 @@ class RunningTopK {
   uint32_t StoredRank(int64_t i) const { return RankBits(static_cast<float>(values_[i]), select_); }
   uint32_t StagedRank(int64_t i) const {
     return RankBits(BitsFloat(static_cast<uint32_t>(stage_[i] >> 32)), select_);
+  }
+
+  // Counts what has come to the stage, once there may be too much, and drops from it what cannot be
+  // among the best. Returns how many are left.
+  int64_t Sift(int64_t staged) {
+    if (!counting_ && stored_ + staged > capacity_) {
+      counting_ = true;
+      std::memset(counts_, 0, kDigits * sizeof(int32_t));
+      for (int64_t i = 0; i < stored_; ++i) ++counts_[StoredRank(i) >> kFirstDigit];
+    }
+    if (!counting_) return staged;
+    const uint32_t before = least_;
+    Count(staged);
+    return least_ == before ? staged : DropStaged(staged);
   }
 
   // Counts what has come to the stage, and raises the least rank that may be among the best.

@@ -1,0 +1,221 @@
+// The gradient of conv.cc.
+
+#ifndef ILAJAX_XLA_KERNELS_CONV_BACKWARD_H_
+#define ILAJAX_XLA_KERNELS_CONV_BACKWARD_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "xla_kernels/conv.h"
+#include "xla_kernels/conv_line.h"
+
+namespace ilajax {
+
+struct BackwardPlan {
+  int64_t block, line_sites, slab_rows, room, parts, workers;
+};
+
+struct BackwardWorker {
+  LineBuffer line;
+  LineEntries entries;
+  Segment* segments = nullptr;
+  float* values_bar = nullptr;   // [entry]
+  int32_t* begins = nullptr;     // [oc]: the kept outputs of the line, as slots [begin, end)
+  int32_t* ends = nullptr;       // [oc]
+  float* weights_bar = nullptr;  // as Filters::rows
+
+  void Carve(Carver& carver, const Lines& lines, const Filters& filters) {
+    line.Carve(carver);
+    entries.Carve(carver);
+    segments = carver.Take<Segment>(lines.tap_lines);
+    values_bar = carver.Take<float>(entries.room);
+    begins = carver.Take<int32_t>(filters.block);
+    ends = carver.Take<int32_t>(filters.block);
+    weights_bar = carver.Take<float>(filters.size());
+  }
+};
+
+template <typename T>
+struct Backward {
+  const ConvShape& s;
+  const Lines& lines;
+  const Filters& filters;
+  const TapLines& tap_lines;
+  const BackwardPlan& plan;
+  const int32_t* keys;
+  const T* values;
+  const int32_t* out_keys;
+  const T* cotangent;
+  T* values_bar;
+
+  const int32_t* KeysOf(int64_t item, int64_t ic) const { return keys + s.KeyOffset(item, ic); }
+  const T* ValuesOf(int64_t item, int64_t ic) const {
+    return values + (item * s.in_channels + ic) * s.slots;
+  }
+
+  // Input rows [begin, end) of a sample.
+  template <typename Loops, int kOctets>
+  void Run(int64_t item, int64_t begin, int64_t end, BackwardWorker& worker) const {
+    const int64_t row = lines.input_row_lines * lines.line.input_length;
+    if (worker.line.piece == lines.line.output_length) {
+      return RunKeys<Loops, kOctets>(item, 0, s.in_channels, begin * row, end * row, worker);
+    }
+    // Long lines go in pieces, each of which is within reach of a few pieces of output.
+    for (int64_t key = begin * row; key < end * row;) {
+      const int64_t stop = std::min(key + worker.line.piece,
+                                    (key / lines.line.input_length + 1) * lines.line.input_length);
+      RunKeys<Loops, kOctets>(item, 0, s.in_channels, key, stop, worker);
+      key = stop;
+    }
+  }
+
+  // The entries of channels [ic_begin, ic_end) with keys in [begin, end), halved until they have
+  // room.
+  template <typename Loops, int kOctets>
+  void RunKeys(int64_t item, int64_t ic_begin, int64_t ic_end, int64_t begin, int64_t end,
+               BackwardWorker& worker) const {
+    int64_t count = 0;
+    for (int64_t ic = ic_begin; ic < ic_end; ++ic) {
+      const Range range(KeysOf(item, ic), s.slots, begin, end);
+      count += range.last - range.first;
+    }
+    if (count == 0) return;
+    if (count > plan.room) {
+      if (ic_end - ic_begin > 1) {
+        const int64_t middle = (ic_begin + ic_end) / 2;
+        RunKeys<Loops, kOctets>(item, ic_begin, middle, begin, end, worker);
+        RunKeys<Loops, kOctets>(item, middle, ic_end, begin, end, worker);
+      } else if (end - begin > 1) {
+        const int64_t middle = begin + (end - begin) / 2;
+        RunKeys<Loops, kOctets>(item, ic_begin, ic_end, begin, middle, worker);
+        RunKeys<Loops, kOctets>(item, ic_begin, ic_end, middle, end, worker);
+      }
+      return;  // a key that stands more often than there is room for is broken
+    }
+    const int64_t length = lines.line.input_length;
+    const int64_t first = begin / length, last = CeilDiv(end, length);
+    LineEntries& entries = worker.entries;
+    entries.Sort(
+        first, last - first, length, s.slots, begin, end, ic_begin, ic_end,
+        [&](int64_t ic) { return KeysOf(item, ic); },
+        [&](int64_t ic) { return ValuesOf(item, ic); }, [](int64_t, int64_t slot) { return slot; });
+    const int64_t sorted = entries.starts[last - first];
+    std::memset(worker.values_bar, 0, sorted * sizeof(float));
+    int64_t row_begin, row_end;
+    lines.OutputRows(first / lines.input_row_lines, CeilDiv(last, lines.input_row_lines), row_begin,
+                     row_end);
+    for (int64_t block = 0; block < filters.blocks; ++block) {
+      for (int64_t j = 0; j < plan.block; ++j) worker.ends[j] = -1;
+      LineWalk walk(lines, row_begin * lines.row_lines);
+      for (int64_t line = row_begin * lines.row_lines; line < row_end * lines.row_lines; ++line) {
+        RunLine<Loops, kOctets>(item, block, line, walk, begin, end, worker);
+        walk.Next();
+      }
+    }
+    for (int64_t i = 0; i < sorted; ++i) {
+      const Entry& e = entries.entries[i];
+      values_bar[(item * s.in_channels + e.channel) * s.slots + e.aux] = T(worker.values_bar[i]);
+    }
+  }
+
+  template <typename Loops, int kOctets>
+  void RunLine(int64_t item, int64_t block, int64_t line, const LineWalk& walk, int64_t key_begin,
+               int64_t key_end, BackwardWorker& worker) const {
+    const LineWindow& along = lines.line;
+    const LineEntries& entries = worker.entries;
+    Segment* segment = worker.segments;
+    for (const TapLine* t = tap_lines.begin(block); t != tap_lines.end(block); ++t) {
+      const int64_t read = walk.Reads(t->offsets, t->lines);
+      if (read < entries.first_line || read >= entries.first_line + entries.lines) continue;
+      if (entries.begin(read) == entries.end(read)) continue;
+      *segment++ = {entries.begin(read), entries.end(read), t->weights, t->live, t->all_live};
+    }
+    if (segment == worker.segments) return;
+    const LineBuffer& buffer = worker.line;
+    // The pieces within reach: all of a line, unless it is a long one.
+    int64_t begin = 0, stop = along.output_length;
+    if (buffer.piece < along.output_length) {
+      const int64_t place_begin = key_begin % along.input_length;
+      const int64_t place_end = place_begin + key_end - key_begin;
+      const int64_t lowest = place_begin + along.low - along.extent() + 1;
+      begin = std::clamp<int64_t>(lowest, 0, stop * along.stride) / along.stride;
+      begin -= begin % buffer.piece;
+      stop = std::clamp<int64_t>(place_end + along.low, 0, stop * along.stride);
+      stop = std::min(CeilDiv(stop, along.stride), along.output_length);
+    }
+    for (; begin < stop; begin += buffer.piece) {
+      const int64_t end = std::min(begin + buffer.piece, along.output_length);
+      const int64_t first_key = line * along.output_length + begin;
+      bool finite = filters.finite && entries.finite;
+      if (!Spread(item, block, first_key, end - begin, worker, finite)) continue;
+      if (buffer.plain && finite) {
+        GatherPlain<Loops, kOctets>(segment, worker);
+      } else {
+        Loops::template kGatherCarefully<kOctets>(
+            worker.segments, segment, along, begin, end, buffer.first(along), entries.entries,
+            worker.values_bar, filters.rows, worker.weights_bar);
+      }
+      ForKept(item, block, first_key, end - begin, worker,
+              [&](float& row, int64_t) { row = 0.0f; });
+    }
+  }
+
+  template <typename Loops, int kOctets>
+  void GatherPlain(const Segment* last, BackwardWorker& worker) const {
+    const int64_t taps = lines.line.taps, step = lines.line.dilation * plan.block;
+    const float* origin = worker.line.origin(lines.line);
+    auto gather = [&](auto loop, int64_t tap) {
+      loop(worker.segments, last, origin - tap * step, step, tap, taps, worker.entries.entries,
+           worker.values_bar, filters.rows, worker.weights_bar);
+    };
+    if (taps == 3) return gather(Loops::template kGatherPlain<kOctets, 3>, 0);
+    for (int64_t t = 0; t < taps; ++t) gather(Loops::template kGatherPlain<kOctets, 1>, t);
+  }
+
+  // Spreads the cotangents of kept outputs with keys from `first_key` over the line. Returns
+  // whether there are any, and clears `finite` if one of them is not.
+  bool Spread(int64_t item, int64_t block, int64_t first_key, int64_t sites, BackwardWorker& worker,
+              bool& finite) const {
+    const int64_t channels = std::min(plan.block, s.out_channels - block * plan.block);
+    for (int64_t j = 0; j < channels; ++j) {
+      const int64_t segment = (item * s.out_channels + block * plan.block + j) * s.capacity;
+      const int32_t* key = out_keys + segment;
+      // Lines come in ascending order, so that the first one alone needs a search.
+      int64_t slot = worker.ends[j];
+      if (slot < 0) slot = std::lower_bound(key, key + s.capacity, first_key) - key;
+      while (slot < s.capacity && key[slot] < first_key) ++slot;
+      worker.begins[j] = static_cast<int32_t>(slot);
+      while (slot < s.capacity && key[slot] < first_key + sites) ++slot;
+      worker.ends[j] = static_cast<int32_t>(slot);
+    }
+    bool any = false;
+    uint32_t largest = 0;
+    ForKept(item, block, first_key, sites, worker, [&](float& row, int64_t slot) {
+      row = static_cast<float>(cotangent[slot]);
+      largest = std::max(largest, FloatBits(row) & 0x7f800000u);
+      any = true;
+    });
+    finite &= largest != 0x7f800000u;
+    return any;
+  }
+
+  // Calls f(the place in the line's buffer, slot) for the kept outputs that Spread has found.
+  template <typename F>
+  void ForKept(int64_t item, int64_t block, int64_t first_key, int64_t sites,
+               const BackwardWorker& worker, F&& f) const {
+    const int64_t channels = std::min(plan.block, s.out_channels - block * plan.block);
+    float* rows = worker.line.first(lines.line);
+    for (int64_t j = 0; j < channels; ++j) {
+      const int64_t segment = (item * s.out_channels + block * plan.block + j) * s.capacity;
+      for (int64_t i = segment + worker.begins[j]; i < segment + worker.ends[j]; ++i) {
+        const int64_t site = out_keys[i] - first_key;
+        if (site >= 0 && site < sites) f(rows[site * plan.block + j], i);
+      }
+    }
+  }
+};
+
+}  // namespace ilajax
+
+#endif  // ILAJAX_XLA_KERNELS_CONV_BACKWARD_H_

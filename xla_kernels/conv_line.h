@@ -1,0 +1,157 @@
+// What both directions of conv.cc know of a line: its taps, its buffer, and the loops over it.
+
+#ifndef ILAJAX_XLA_KERNELS_CONV_LINE_H_
+#define ILAJAX_XLA_KERNELS_CONV_LINE_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "xla_kernels/common/filters.h"
+#include "xla_kernels/common/lines.h"
+#include "xla_kernels/common/selection.h"
+#include "xla_kernels/common/simd.h"
+#include "xla_kernels/common/workspace.h"
+
+namespace ilajax {
+
+// What an output line reads through one line of taps.
+struct Segment {
+  const Entry* begin;
+  const Entry* end;
+  const float* weights;  // [ic][tap][channel of the block]
+  const uint8_t* live;   // [ic]
+  bool all_live;
+};
+
+// A line of taps that has live weights in a block of output channels.
+struct TapLine {
+  const int32_t* offsets;  // along the leading axes
+  int64_t lines;           // what they make in input lines
+  const float* weights;    // as in Segment
+  const uint8_t* live;
+  const uint8_t* live_taps;  // [tap]: in any input channel
+  bool all_live;             // each input channel has a weight
+};
+
+// Where a block of output channels stages its responses.
+struct Candidates {
+  const float* bias;
+  int32_t* length;  // entries staged so far
+  float* least;     // what a rank must not be less than; NaN: anything will do
+  int32_t* counts;  // candidates seen
+  uint64_t* stage;  // [channel][room]
+  int64_t room;
+  float floor;        // what a value has to exceed; NaN: nothing
+  int32_t rank_mask;  // the bits of a value that rank it
+};
+
+}  // namespace ilajax
+
+#define ILAJAX_SIMD_FILE "xla_kernels/conv_loops.inc"
+#include "xla_kernels/common/simd_targets.h"
+
+namespace ilajax {
+
+// Calls f.template operator()<Loops, kOctets>() for a block of 8 * kOctets channels.
+template <typename Loops, typename F>
+void DispatchOctets(int64_t block, F&& f) {
+  switch (block / kLanes) {
+    case 1:
+      return f.template operator()<Loops, 1>();
+    case 2:
+      return f.template operator()<Loops, 2>();
+    case 3:
+      return f.template operator()<Loops, 3>();
+    default:
+      return f.template operator()<Loops, 4>();
+  }
+}
+inline bool IsBlock(int64_t channels) {
+  return channels % kLanes == 0 && channels >= 8 && channels <= 32;
+}
+template <typename F>
+void DispatchLoops(int64_t block, F&& f) {
+  if (HasAvx2()) return DispatchOctets<avx2::Loops>(block, f);
+  return DispatchOctets<baseline::Loops>(block, f);
+}
+
+// The lines of taps, a list for each block of output channels.
+struct TapLines {
+  int64_t blocks = 0, most = 0;
+  TapLine* list = nullptr;    // [block][most]
+  int64_t* counts = nullptr;  // [block]
+
+  void Carve(Carver& carver) {
+    list = carver.Take<TapLine>(blocks * most);
+    counts = carver.Take<int64_t>(blocks);
+  }
+  const TapLine* begin(int64_t block) const { return list + block * most; }
+  const TapLine* end(int64_t block) const { return begin(block) + counts[block]; }
+
+  void Fill(const Lines& lines, const Filters& filters) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      counts[block] = 0;
+      for (int64_t t = 0; t < most; ++t) {
+        if (!filters.live_lines[block * most + t]) continue;
+        const int32_t* offsets = filters.tap_offsets + t * lines.line.taps * (lines.axes + 1);
+        const int64_t run = filters.Run(block, t, 0);
+        TapLine& tap_line = list[block * most + counts[block]++];
+        tap_line = {
+            offsets,
+            0,
+            filters.rows + run * lines.line.taps * filters.block,
+            filters.live_runs + run,
+            filters.live_taps + (block * most + t) * lines.line.taps,
+            std::all_of(filters.live_runs + run, filters.live_runs + run + filters.in_channels,
+                        [](uint8_t live) { return live != 0; })};
+        for (int a = 0; a < lines.axes; ++a) {
+          tap_line.lines = tap_line.lines * lines.input_shape[a] + offsets[a];
+        }
+      }
+    }
+  }
+};
+
+// The buffer of one output line, or of a piece of it.
+//
+// In a narrow layer the taps of a place follow each other so closely on neighbouring sites that
+// each addition would wait for the last one's store. There each of three taps gets a copy of the
+// buffer.
+struct LineBuffer {
+  int64_t sites = 0, block = 0, copies = 1;  // of the plan
+  bool plain = false;                        // stride 1, and room for what taps reach past the ends
+  int64_t piece = 0;                         // output sites that it takes at once
+  float* rows = nullptr;
+  uint64_t* bits = nullptr;
+
+  LineBuffer() = default;
+  LineBuffer(const LineWindow& line, int64_t line_sites, int64_t channel_block, int64_t tap_copies)
+      : sites(line_sites),
+        block(channel_block),
+        copies(tap_copies),
+        plain(line.stride == 1 && line.output_length + line.before() + line.after() <= sites),
+        piece(plain ? line.output_length : std::min(line.output_length, sites)) {}
+
+  void Carve(Carver& carver) {
+    rows = carver.Take<float>(copies * copy());
+    bits = carver.Take<uint64_t>(words());
+  }
+  int64_t words() const { return CeilDiv(piece, 64); }
+  int64_t copy() const { return sites * block; }
+  void Clear() const {
+    std::memset(rows, 0, copies * copy() * sizeof(float));
+    std::memset(bits, 0, words() * sizeof(uint64_t));
+  }
+  // The row of the first output site.
+  float* first(const LineWindow& line) const { return rows + (plain ? line.before() * block : 0); }
+  // The row that place 0 of an input line reaches through tap 0, where the buffer is plain.
+  float* origin(const LineWindow& line) const { return rows + (line.before() + line.low) * block; }
+};
+
+// What ilajax/ops/_plans.py counts for each.
+static_assert(sizeof(Segment) == 40 && sizeof(TapLine) == 48);
+
+}  // namespace ilajax
+
+#endif  // ILAJAX_XLA_KERNELS_CONV_LINE_H_
