@@ -75,12 +75,17 @@ struct Backward {
   template <typename Loops, int kOctets>
   void RunKeys(int64_t item, int64_t ic_begin, int64_t ic_end, int64_t begin, int64_t end,
                BackwardWorker& worker) const {
-    int64_t count = 0;
+    int64_t count = 0, lowest = end, highest = begin;
     for (int64_t ic = ic_begin; ic < ic_end; ++ic) {
-      const Range range(KeysOf(item, ic), s.slots, begin, end);
+      const int32_t* key = KeysOf(item, ic);
+      const Range range(key, s.slots, begin, end);
+      if (range.first == range.last) continue;
       count += range.last - range.first;
+      lowest = std::min<int64_t>(lowest, key[range.first]);
+      highest = std::max<int64_t>(highest, key[range.last - 1]);
     }
-    if (count == 0) return;
+    begin = std::max(begin, lowest), end = std::min(end, highest + 1);
+    if (count == 0 || begin >= end) return;
     if (count > plan.room) {
       if (ic_end - ic_begin > 1) {
         const int64_t middle = (ic_begin + ic_end) / 2;

@@ -151,11 +151,13 @@ struct Forward {
     }
     const int64_t last = (part + 1) * lines.rows / plan.parts;
     for (int64_t row = part * lines.rows / plan.parts; row < last;) {
-      const int64_t rows = SortSlab(item, row, std::min(plan.max_rows, last - row), worker.entries);
-      LineWalk walk(lines, row * lines.row_lines);
-      for (int64_t line = row * lines.row_lines; line < (row + rows) * lines.row_lines; ++line) {
-        RunLine<Loops, kOctets>(item, block, line, walk, worker);
-        walk.Next();
+      int64_t rows = std::min(plan.max_rows, last - row);
+      if (SortSlab(item, row, rows, worker)) {
+        LineWalk walk(lines, row * lines.row_lines);
+        for (int64_t line = row * lines.row_lines; line < (row + rows) * lines.row_lines; ++line) {
+          RunLine<Loops, kOctets>(item, block, line, walk, worker);
+          walk.Next();
+        }
       }
       row += rows;
     }
@@ -172,28 +174,30 @@ struct Forward {
     }
   }
 
-  // Sorts the input lines of as many output rows from `row` as the room allows, `rows` at most, and
-  // returns how many. No lines are sorted where already one row has too many entries.
-  int64_t SortSlab(int64_t item, int64_t row, int64_t rows, LineEntries& entries) const {
+  // Sorts the input lines of as many of `rows` output rows from `row` as there is room for, and
+  // sets `rows` to that. Lines that go in pieces, and a row that alone has too many entries, stay
+  // unsorted. Returns whether there are any entries.
+  bool SortSlab(int64_t item, int64_t row, int64_t& rows, ForwardWorker<T>& worker) const {
+    LineEntries& entries = worker.entries;
+    const int64_t length = lines.line.input_length;
     for (;; rows = CeilDiv(rows, 2)) {
       int64_t first, last, count = 0;
       lines.InputRows(row, row + rows, first, last);
       first *= lines.input_row_lines, last *= lines.input_row_lines;
-      const int64_t length = lines.line.input_length;
       for (int64_t ic = 0; ic < s.in_channels; ++ic) {
         const Range range(KeysOf(item, ic), s.slots, first * length, last * length);
         count += range.last - range.first;
       }
       if (count > entries.room && rows > 1) continue;
       entries.lines = 0;
-      if (count <= entries.room) {
+      if (count <= entries.room && worker.line.piece == lines.line.output_length) {
         entries.Sort(
             first, last - first, length, s.slots, first * length, last * length, 0, s.in_channels,
             [&](int64_t ic) { return KeysOf(item, ic); },
             [&](int64_t ic) { return ValuesOf(item, ic); },
             [&](int64_t ic, int64_t) { return WeightsOf(ic); });
       }
-      return rows;
+      return count > 0;
     }
   }
 

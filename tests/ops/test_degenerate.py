@@ -1,8 +1,8 @@
-"""Degenerate loads: nothing that is stored, or asked for, may hang an operation, blow it up, or go wrong in it.
+"""Degenerate loads: whatever is stored, or asked for, an operation neither hangs nor explodes nor goes wrong.
 
-All in one channel, no room or too much, windows above the grid, huge grids with next to nothing in them, lines
-longer than a kernel's buffer, ties everywhere, nothing but NaN. Numbers are small integers, so that results
-are compared exactly with NumPy loops.
+All in one channel, no room or too much, windows above the grid, huge grids with next to nothing in them,
+lines longer than a kernel's buffer, ties everywhere, nothing but NaN. Numbers are small integers, so that
+results are compared exactly with NumPy loops.
 
 What the CPU kernels do only where a problem is large (entries that have no room at once, a stage that
 overflows, a sample cut into many parts) they do here on small ones, by a plan that leaves less room.
@@ -76,7 +76,7 @@ LOADS = {
 }
 
 
-@pytest.mark.crossed(12)
+@pytest.mark.crossed(24)
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("capacity", [1, 7, 30, 41])
 @pytest.mark.parametrize("select", SELECTS)
@@ -110,11 +110,11 @@ WINDOWS = {
 }
 
 
-@pytest.mark.crossed(9)
+@pytest.mark.crossed(18)
 @pytest.mark.parametrize("capacity", ["one", "sites", "above"])
 @pytest.mark.parametrize("name", WINDOWS)
 def test_windows(backend, name, capacity):
-    """Catches a window without a neighbour, or one that the grid does not fill, that is left out or out of bounds."""
+    """Catches taps out of bounds or left out where a window has one site, or more than the grid."""
     grid, window, strides, padding, dilation = WINDOWS[name]
     geometry = oracles.Geometry(grid, window, strides, padding, dilation)
     slots = {"one": 1, "sites": geometry.sites, "above": geometry.sites + 3}[capacity]
@@ -138,8 +138,8 @@ HUGE = {
     # A line along the last axis has one site here, and each line costs a little.
     "2d-column": ((10**7, 1), (3, 3), 1, 1, (1, 8)),
 }
-# Most take a hundredth of that. A pass over the grid for each sample, pair of channels and tap takes more, and
-# whatever is quadratic in the sites does not end.
+# Most take a hundredth of that. A pass over the grid for each sample, pair of channels and tap takes more,
+# and whatever is quadratic in the sites does not end.
 SECONDS = 5.0
 
 
@@ -206,8 +206,15 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", test_conv.GEOMETRIES)
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        (name, plan)
+        for i, name in enumerate(test_conv.GEOMETRIES)
+        for j, plan in enumerate(PLANS)
+        if (i + j) % 2 == 0  # two plans each
+    ],
+)
 def test_plans(squeeze, name, plan):
     """Catches a result that depends on how the work is cut up, in any crossing of the options."""
     made = squeeze(**PLANS[plan])
@@ -325,12 +332,12 @@ def identity(window, centre, channels):
     )
 
 
-@pytest.mark.parametrize("tasks", [1, 7, 64])
-@pytest.mark.parametrize("capacity", [1, 60, 300])
+@pytest.mark.parametrize("tasks", [1, 64])
+@pytest.mark.parametrize("capacity", [1, 60])
 @pytest.mark.parametrize("dtype", samples.DTYPES)
 @pytest.mark.parametrize("select", SELECTS)
 def test_stages_that_overflow(squeeze, select, dtype, capacity, tasks):
-    """Catches an entry that is dropped, or a tie that is broken otherwise, when a stage is emptied again and again."""
+    """Catches an entry lost, or a tie broken otherwise, where a stage is emptied again and again."""
     made = squeeze(_CPU_TASKS=tasks, _stage=lambda entries: 102)
     x, bias = patterns(dtype), jnp.zeros(len(PATTERNS))
     window, centre = CENTRES[(capacity + tasks) % 2]
@@ -367,7 +374,7 @@ def test_selections_of_cells(backend, dtype, capacity):
 
 
 @pytest.mark.nans
-@pytest.mark.crossed(6)
+@pytest.mark.crossed(18)
 @pytest.mark.parametrize("dtype", samples.DTYPES)
 @pytest.mark.parametrize("select", SELECTS)
 def test_all_nan(backend, select, dtype):

@@ -250,7 +250,9 @@ class RunningTopK {
       for (int64_t i = counted_; i < staged; ++i) ++counts_[StagedRank(i) >> kFirstDigit];
       while (digit > 0 && above < wanted_) above += counts_[--digit];
     }
-    if (above >= wanted_) least_ = std::max(least_, static_cast<uint32_t>(digit) << kFirstDigit);
+    if (above < wanted_) return;
+    bound_ = static_cast<uint32_t>(digit) << kFirstDigit;
+    least_ = std::max(least_, bound_);
   }
 
   int64_t DropStaged(int64_t staged) const {
@@ -265,7 +267,7 @@ class RunningTopK {
   void DropStored() {
     int64_t kept = 0;
     for (int64_t i = 0; i < stored_; ++i) {
-      const bool keep = StoredRank(i) >= least_;
+      const bool keep = StoredRank(i) >= bound_;
       if (keys_ != nullptr) keys_[kept] = keys_[i];
       values_[kept] = values_[i];
       kept += keep;
@@ -305,7 +307,9 @@ class RunningTopK {
   uint64_t* stage_ = nullptr;
   int32_t* counts_ = nullptr;
   int64_t stored_ = 0, staged_ = 0, counted_ = 0;
-  uint32_t least_ = 0;
+  uint32_t bound_ = 0;  // below it nothing is among the best
+  uint32_t least_ =
+      0;  // below it nothing that is still to come: after a cut its ties, too, are late
 };
 
 // What ilajax/ops/_plans.py counts for each.
