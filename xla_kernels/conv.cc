@@ -16,8 +16,9 @@
 // gathers from there what its own cotangent and the weights' need. Partial sums of the weights are
 // added in the order of the tasks.
 //
-// A sum's order does not depend on threads, slabs or parts: line of taps, input channel, place,
-// tap. Results are repeatable.
+// Nothing depends on threads. A response's sum goes by line of taps, input channel, place, tap (in
+// a narrow layer by tap last), whatever the slabs and parts; only where a slab holds an inf or NaN
+// do its sums take the careful loops' order. Results are repeatable.
 
 #include <algorithm>
 #include <cstdint>

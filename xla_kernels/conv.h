@@ -1,9 +1,13 @@
 // The shapes of conv, the same for both platforms:
 //
-//   keys         s32[B, Cin or 1, K]   ascending in each segment; a key outside the input grid is
-//   padding values       T[B, Cin, K]          T = float32, bfloat16 or float16 kernel_keys  s32[N]
-//   (oc * Cin + ic) * taps + tap; anything else is padding weights      f32[N] bias f32[Cout]
-//   out_keys     s32[B, Cout, K']      out_values T[B, Cout, K'], responses s32[B, Cout]
+//   keys         s32[B, Cin or 1, K]   ascending in each segment; outside the grid: padding
+//   values       T[B, Cin, K]          T = float32, bfloat16 or float16
+//   kernel_keys  s32[N]                (oc * Cin + ic) * taps + tap; anything else is padding
+//   weights      f32[N]
+//   bias         f32[Cout]
+//   out_keys     s32[B, Cout, K']
+//   out_values   T[B, Cout, K']
+//   responses    s32[B, Cout]
 //
 // and of its gradient, where the batch holds `groups` independent calls, one behind the other:
 //
