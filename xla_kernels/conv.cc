@@ -23,6 +23,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 
 #include "xla_kernels/common/parallel.h"
 #include "xla_kernels/conv_backward.h"
@@ -38,9 +39,9 @@ ffi::Error ConvFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
                        ffi::Result<ffi::Buffer<ffi::S32>> responses,
                        ffi::Result<ffi::Buffer<ffi::U8>> workspace, std::string_view select_name,
                        Span input_shape, Span window_shape, Span strides, Span dilation, Span low,
-                       Span output_shape, int64_t channel_block, int64_t line_sites, int64_t copies,
-                       int64_t max_rows, int64_t room, int64_t stage, int64_t parts,
-                       int64_t workers) {
+                       Span output_shape, int64_t channel_block, int64_t line_sites,
+                       int64_t max_rows, int64_t dense_rows, int64_t room, int64_t stage,
+                       int64_t parts, int64_t workers) {
   Window w;
   ConvShape s;
   Select select;
@@ -57,14 +58,19 @@ ffi::Error ConvFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
   }
   w = Squeeze(w);
   const Lines lines(w);
-  const LineBuffer buffer(lines.line, line_sites, channel_block, copies);
+  const LineBuffer buffer(lines.line, line_sites, channel_block);
   if (line_sites < 1 || max_rows < 1 || room < 1 || parts < 1 || parts > lines.rows ||
-      workers < 1 || (copies != 1 && copies != 3) || stage / 2 <= buffer.piece ||
-      !IsBlock(channel_block)) {
+      workers < 1 || stage / 2 <= buffer.piece || !IsBlock(channel_block)) {
     return InvalidArgument("conv: the plan does not fit the shapes");
   }
-  const ForwardPlan plan = {channel_block, line_sites, copies, max_rows,
-                            room,          stage,      parts,  workers};
+  const DenseLines dense_lines(lines.line, s.in_channels);
+  if (dense_rows < 0 || dense_rows > max_rows ||
+      (dense_rows > 0 &&
+       (!buffer.plain || lines.InputLines(dense_rows) * dense_lines.size() > 4 * room))) {
+    return InvalidArgument("conv: the plan's dense form does not fit the shapes");
+  }
+  const ForwardPlan plan = {channel_block, line_sites, max_rows, dense_rows,
+                            room,          stage,      parts,    workers};
   return DispatchFloat(values.element_type(), [&]<typename T>() -> ffi::Error {
     Carver carver(workspace->untyped_data());
     Filters filters = {plan.block, CeilDiv(s.out_channels, plan.block), s.in_channels, w.taps,
@@ -72,6 +78,8 @@ ffi::Error ConvFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
     filters.Carve(carver);
     TapLines tap_lines = {filters.blocks, lines.tap_lines};
     tap_lines.Carve(carver);
+    LiveTaps live_taps = {s.out_channels, lines.tap_lines, s.weights};
+    if (dense_rows > 0) live_taps.Carve(carver);
     float* padded_bias = carver.Take<float>(filters.blocks * plan.block);
     PartSelections<T> selections = {
         parts, std::min(s.capacity, CeilDiv(lines.rows, parts) * (w.output_sites / lines.rows)),
@@ -85,6 +93,10 @@ ffi::Error ConvFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
     ILAJAX_RETURN_IF_ERROR(CheckWorkspace("conv", *workspace, slices.end()));
     filters.Fill(w, s.weights, s.out_channels, kernel_keys.typed_data(), weights.typed_data());
     tap_lines.Fill(lines, filters);
+    if (dense_rows > 0) {
+      live_taps.Fill(lines, dense_lines, filters.tap_offsets, kernel_keys.typed_data(),
+                     weights.typed_data(), s.in_channels, false);
+    }
     std::fill_n(padded_bias, filters.blocks * plan.block, 0.0f);
     std::copy_n(bias.typed_data(), s.out_channels, padded_bias);
     if (parts > 1) std::fill_n(selections.digits, selections.segments * kDigits, 0);
@@ -92,6 +104,8 @@ ffi::Error ConvFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
                                 lines,
                                 filters,
                                 tap_lines,
+                                dense_lines,
+                                live_taps,
                                 plan,
                                 select,
                                 w.output_sites,
@@ -105,7 +119,7 @@ ffi::Error ConvFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
     for (int64_t i = 0; i < workers; ++i) {
       const ForwardWorker<T> worker = slices.Take(i, layout, lines, plan);
       worker.line.Clear();
-      std::fill_n(worker.read_bits, lines.line.taps * worker.entries.words, 0);
+      std::fill_n(worker.read_bits, (lines.line.taps + 1) * worker.entries.words, 0);
     }
     ParallelFor(pool, s.batch * filters.blocks * parts, workers, [&](int64_t task, int64_t id) {
       ForwardWorker<T> worker = slices.Take(id, layout, lines, plan);
@@ -134,8 +148,8 @@ ffi::Error ConvBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
                        ffi::Result<ffi::Buffer<ffi::F32>> bias_bar,
                        ffi::Result<ffi::Buffer<ffi::U8>> workspace, Span input_shape,
                        Span window_shape, Span strides, Span dilation, Span low, Span output_shape,
-                       int64_t channel_block, int64_t line_sites, int64_t slab_rows, int64_t room,
-                       int64_t parts, int64_t workers) {
+                       int64_t channel_block, int64_t line_sites, int64_t slab_rows,
+                       int64_t dense_rows, int64_t room, int64_t parts, int64_t workers) {
   Window w;
   ConvShape s;
   ILAJAX_RETURN_IF_ERROR(
@@ -161,7 +175,13 @@ ffi::Error ConvBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
       !IsBlock(channel_block)) {
     return InvalidArgument("conv: the plan does not fit the shapes");
   }
-  const BackwardPlan plan = {channel_block, line_sites, slab_rows, room, parts, workers};
+  const LineBuffer buffer(lines.line, line_sites, channel_block);
+  if (dense_rows < 0 || (dense_rows > 0 && (HasStrides(w) || !buffer.plain))) {
+    return InvalidArgument("conv: the plan's dense form does not fit the shapes");
+  }
+  const Lines transposed(Transposed(w));
+  const BackwardPlan plan = {channel_block, line_sites, slab_rows, dense_rows,
+                             room,          parts,      workers};
 
   return DispatchFloat(values.element_type(), [&]<typename T>() -> ffi::Error {
     Carver carver(workspace->untyped_data());
@@ -170,32 +190,47 @@ ffi::Error ConvBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
     filters.Carve(carver);
     TapLines tap_lines = {filters.blocks, lines.tap_lines};
     tap_lines.Carve(carver);
+    DenseGradient dense = {transposed,
+                           DenseLines(transposed.line, s.out_channels),
+                           {s.in_channels, lines.tap_lines, s.weights}};
+    if (dense_rows > 0) dense.taps.Carve(carver);
     float* part_sums = carver.Take<float>(groups * parts * s.weights);
     BackwardWorker layout;
-    layout.line = LineBuffer(lines.line, line_sites, channel_block, 1);
+    layout.line = buffer;
     layout.entries = {std::min(slab_rows, lines.input_rows) * lines.input_row_lines, 0, room};
     const WorkerSlices slices(carver, *workspace, workers,
-                              [&](Carver& own) { layout.Carve(own, lines, filters); });
+                              [&](Carver& own) { layout.Carve(own, lines, filters, plan, dense); });
     ILAJAX_RETURN_IF_ERROR(CheckWorkspace("conv", *workspace, slices.end()));
     filters.Fill(w, s.weights, s.out_channels, kernel_keys.typed_data(), weights.typed_data());
     tap_lines.Fill(lines, filters);
+    if (dense_rows > 0) {
+      dense.taps.Fill(transposed, dense.layout, filters.tap_offsets, kernel_keys.typed_data(),
+                      weights.typed_data(), s.in_channels, true);
+    }
     std::memset(values_bar->untyped_data(), 0, values_bar->size_bytes());
     const Backward<T> backward = {s,
                                   lines,
                                   filters,
                                   tap_lines,
+                                  dense,
                                   plan,
                                   keys.typed_data(),
                                   Data<T>(values),
                                   out_keys.typed_data(),
                                   Data<T>(cotangent),
                                   Data<T>(*values_bar)};
-    for (int64_t i = 0; i < workers; ++i) slices.Take(i, layout, lines, filters).line.Clear();
+    for (int64_t i = 0; i < workers; ++i) {
+      const BackwardWorker worker = slices.Take(i, layout, lines, filters, plan, dense);
+      worker.line.Clear();
+      if (dense_rows > 0) std::fill_n(worker.own, dense.layout.vectors * kLanes, 0.0f);
+    }
     const int64_t slabs = CeilDiv(lines.input_rows, slab_rows);
     const int64_t units = s.batch / groups * slabs;
     ParallelFor(pool, groups * parts, workers, [&](int64_t task, int64_t id) {
-      BackwardWorker worker = slices.Take(id, layout, lines, filters);
+      BackwardWorker worker = slices.Take(id, layout, lines, filters, plan, dense);
       std::memset(worker.weights_bar, 0, filters.size() * sizeof(float));
+      const int64_t live = dense_rows > 0 ? dense.taps.count(0, s.in_channels) : 0;
+      std::fill_n(worker.products, live * kLanes, 0.0f);
       const int64_t group = task / parts, part = task % parts;
       for (int64_t unit = part * units / parts; unit < (part + 1) * units / parts; ++unit) {
         const int64_t item = group * (s.batch / groups) + unit / slabs;
@@ -207,6 +242,11 @@ ffi::Error ConvBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
       }
       filters.Gather(kernel_keys.typed_data(), s.weights, s.out_channels, worker.weights_bar,
                      part_sums + task * s.weights);
+      for (int64_t i = 0; i < live; ++i) {
+        const float* lanes = worker.products + i * kLanes;
+        part_sums[task * s.weights + dense.taps.taps[i].number] +=
+            std::accumulate(lanes, lanes + kLanes, 0.0f);
+      }
     });
     AddParts(part_sums, groups, parts, s.weights, weights_bar->typed_data());
     const KeptCotangents<T> kept = {s.batch / groups, s.out_channels,        s.capacity,
@@ -242,8 +282,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ConvFwd, ilajax::ConvFwdImpl,
                                   .Attr<ilajax::Span>("output_shape")
                                   .Attr<int64_t>("channel_block")
                                   .Attr<int64_t>("line_sites")
-                                  .Attr<int64_t>("copies")
                                   .Attr<int64_t>("max_rows")
+                                  .Attr<int64_t>("dense_rows")
                                   .Attr<int64_t>("room")
                                   .Attr<int64_t>("stage")
                                   .Attr<int64_t>("parts")
@@ -271,6 +311,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ConvBwd, ilajax::ConvBwdImpl,
                                   .Attr<int64_t>("channel_block")
                                   .Attr<int64_t>("line_sites")
                                   .Attr<int64_t>("slab_rows")
+                                  .Attr<int64_t>("dense_rows")
                                   .Attr<int64_t>("room")
                                   .Attr<int64_t>("parts")
                                   .Attr<int64_t>("workers"));

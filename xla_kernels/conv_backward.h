@@ -13,7 +13,14 @@
 namespace ilajax {
 
 struct BackwardPlan {
-  int64_t block, line_sites, slab_rows, room, parts, workers;
+  int64_t block, line_sites, slab_rows, dense_rows, room, parts, workers;
+};
+
+// The dense form of the gradient.
+struct DenseGradient {
+  const Lines& lines;  // of the transposed window
+  DenseLines layout;   // of the cotangents
+  LiveTaps taps;
 };
 
 struct BackwardWorker {
@@ -24,8 +31,15 @@ struct BackwardWorker {
   int32_t* begins = nullptr;     // [oc]: the kept outputs of the line, as slots [begin, end)
   int32_t* ends = nullptr;       // [oc]
   float* weights_bar = nullptr;  // as Filters::rows
+  // Of the dense form:
+  float* cotangents = nullptr;    // DenseSlab::values
+  float* products = nullptr;      // [live tap][lane]: shares of the weights' gradient
+  float* own = nullptr;           // one input line of one channel; zero in between
+  float* sums = nullptr;          // what it gets
+  const float** bases = nullptr;  // [line of taps]
 
-  void Carve(Carver& carver, const Lines& lines, const Filters& filters) {
+  void Carve(Carver& carver, const Lines& lines, const Filters& filters, const BackwardPlan& plan,
+             const DenseGradient& dense) {
     line.Carve(carver);
     entries.Carve(carver);
     segments = carver.Take<Segment>(lines.tap_lines);
@@ -33,6 +47,12 @@ struct BackwardWorker {
     begins = carver.Take<int32_t>(filters.block);
     ends = carver.Take<int32_t>(filters.block);
     weights_bar = carver.Take<float>(filters.size());
+    if (plan.dense_rows == 0) return;
+    cotangents = carver.Take<float>(dense.lines.InputLines(plan.dense_rows) * dense.layout.size());
+    products = carver.Take<float>(dense.taps.weights * kLanes);
+    own = carver.Take<float>(dense.layout.vectors * kLanes);
+    sums = carver.Take<float>(dense.layout.vectors * kLanes);
+    bases = carver.Take<const float*>(lines.tap_lines);
   }
 };
 
@@ -42,6 +62,7 @@ struct Backward {
   const Lines& lines;
   const Filters& filters;
   const TapLines& tap_lines;
+  const DenseGradient& dense;
   const BackwardPlan& plan;
   const int32_t* keys;
   const T* values;
@@ -59,7 +80,12 @@ struct Backward {
   void Run(int64_t item, int64_t begin, int64_t end, BackwardWorker& worker) const {
     const int64_t row = lines.input_row_lines * lines.line.input_length;
     if (worker.line.piece == lines.line.output_length) {
-      return RunKeys<Loops, kOctets>(item, 0, s.in_channels, begin * row, end * row, worker);
+      const int64_t step = plan.dense_rows > 0 ? plan.dense_rows : end - begin;
+      for (; begin < end; begin += step) {
+        RunKeys<Loops, kOctets>(item, 0, s.in_channels, begin * row,
+                                std::min(begin + step, end) * row, worker);
+      }
+      return;
     }
     // Long lines go in pieces, each of which is within reach of a few pieces of output.
     for (int64_t key = begin * row; key < end * row;) {
@@ -101,27 +127,72 @@ struct Backward {
     const int64_t length = lines.line.input_length;
     const int64_t first = begin / length, last = CeilDiv(end, length);
     LineEntries& entries = worker.entries;
-    entries.Sort(
-        first, last - first, length, s.slots, begin, end, ic_begin, ic_end,
+    Loops::Sort(
+        first, last - first, length, s.slots, begin, end, ic_begin, ic_end, false,
         [&](int64_t ic) { return KeysOf(item, ic); },
-        [&](int64_t ic) { return ValuesOf(item, ic); }, [](int64_t, int64_t slot) { return slot; });
+        [&](int64_t ic) { return ValuesOf(item, ic); }, [](int64_t, int64_t slot) { return slot; },
+        entries);
     const int64_t sorted = entries.starts[last - first];
     std::memset(worker.values_bar, 0, sorted * sizeof(float));
-    int64_t row_begin, row_end;
-    lines.OutputRows(first / lines.input_row_lines, CeilDiv(last, lines.input_row_lines), row_begin,
-                     row_end);
-    for (int64_t block = 0; block < filters.blocks; ++block) {
-      for (int64_t j = 0; j < plan.block; ++j) worker.ends[j] = -1;
-      LineWalk walk(lines, row_begin * lines.row_lines);
-      for (int64_t line = row_begin * lines.row_lines; line < row_end * lines.row_lines; ++line) {
-        RunLine<Loops, kOctets>(item, block, line, walk, begin, end, worker);
-        walk.Next();
+    if (!DensePays(last - first, sorted, entries) || !RunDense<Loops>(item, first, last, worker)) {
+      int64_t row_begin, row_end;
+      lines.OutputRows(first / lines.input_row_lines, CeilDiv(last, lines.input_row_lines),
+                       row_begin, row_end);
+      for (int64_t block = 0; block < filters.blocks; ++block) {
+        for (int64_t j = 0; j < plan.block; ++j) worker.ends[j] = -1;
+        LineWalk walk(lines, row_begin * lines.row_lines);
+        for (int64_t line = row_begin * lines.row_lines; line < row_end * lines.row_lines; ++line) {
+          RunLine<Loops, kOctets>(item, block, line, walk, begin, end, worker);
+          walk.Next();
+        }
       }
     }
     for (int64_t i = 0; i < sorted; ++i) {
       const Entry& e = entries.entries[i];
       values_bar[(item * s.in_channels + e.channel) * s.slots + e.aux] = T(worker.values_bar[i]);
     }
+  }
+
+  bool DensePays(int64_t count, int64_t sorted, const LineEntries& entries) const {
+    return plan.dense_rows > 0 && filters.finite && entries.finite &&
+           kDenseBackward.Pays(dense.layout, count, s.in_channels, lines.tap_lines,
+                               dense.taps.count(0, s.in_channels), sorted,
+                               lines.line.taps * filters.blocks * plan.block / kLanes);
+  }
+
+  // The dense form for the entries of input lines [first, last); false where a cotangent is not
+  // finite.
+  template <typename Loops>
+  bool RunDense(int64_t item, int64_t first, int64_t last, BackwardWorker& worker) const {
+    const Lines& t = dense.lines;
+    int64_t begin, end;
+    t.InputRows(first / t.row_lines, CeilDiv(last, t.row_lines), begin, end);
+    DenseSlab slab = {dense.layout, 0, 0, worker.cotangents};
+    slab.Fill(
+        begin * t.input_row_lines, (end - begin) * t.input_row_lines, s.capacity,
+        [&](int64_t oc) { return out_keys + (item * s.out_channels + oc) * s.capacity; },
+        [&](int64_t oc) { return cotangent + (item * s.out_channels + oc) * s.capacity; });
+    if (!slab.finite) return false;
+    const LineEntries& entries = worker.entries;
+    LineWalk walk(t, first);
+    for (int64_t line = first; line < last; ++line, walk.Next()) {
+      const Entry* const stop = entries.end(line);
+      if (entries.begin(line) == stop) continue;
+      slab.Reads(walk, dense.taps, filters.tap_offsets, t.line.taps * (t.axes + 1), worker.bases);
+      for (const Entry *run = entries.begin(line), *end; run != stop; run = end) {
+        for (end = run; end != stop && end->channel == run->channel; ++end) {
+          worker.own[end->place] += end->value;
+        }
+        Loops::kGatherAlong(dense.taps.taps, dense.taps.list(run->channel), t.tap_lines,
+                            worker.bases, dense.layout.vectors, worker.own, worker.products,
+                            worker.sums);
+        for (const Entry* e = run; e != end; ++e) {
+          worker.values_bar[e - entries.entries] = worker.sums[e->place];
+          worker.own[e->place] = 0.0f;
+        }
+      }
+    }
+    return true;
   }
 
   template <typename Loops, int kOctets>
@@ -134,7 +205,7 @@ struct Backward {
       const int64_t read = walk.Reads(t->offsets, t->lines);
       if (read < entries.first_line || read >= entries.first_line + entries.lines) continue;
       if (entries.begin(read) == entries.end(read)) continue;
-      *segment++ = {entries.begin(read), entries.end(read), t->weights, t->live, t->all_live};
+      *segment++ = {entries.begin(read), entries.end(read), t->weights, t->live, t->all_live, 0};
     }
     if (segment == worker.segments) return;
     const LineBuffer& buffer = worker.line;

@@ -13,7 +13,7 @@
 namespace ilajax {
 
 struct ForwardPlan {
-  int64_t block, line_sites, copies, max_rows, room, stage, parts, workers;
+  int64_t block, line_sites, max_rows, dense_rows, room, stage, parts, workers;
 };
 
 template <typename T>
@@ -21,9 +21,10 @@ struct ForwardWorker {
   LineBuffer line;
   LineEntries entries;
   Segment* segments = nullptr;
-  uint64_t* read_bits = nullptr;  // [tap]: sites that an output line reads; zero between lines
+  uint64_t* read_bits = nullptr;  // sites that an output line reads, see Dilate; zero between lines
   RunningTopK<T>* best = nullptr;
-  int32_t* digits = nullptr;  // their counts, where there is one part
+  int32_t* digits = nullptr;      // their counts, where there is one part
+  const float** bases = nullptr;  // [line of taps]: what the dense form reads
   Candidates candidates = {};
   int64_t free_stage = 0;  // room that each stage has at least
 
@@ -31,7 +32,8 @@ struct ForwardWorker {
     line.Carve(carver);
     entries.Carve(carver);
     segments = carver.Take<Segment>(lines.tap_lines);
-    read_bits = carver.Take<uint64_t>(lines.line.taps * entries.words);
+    read_bits = carver.Take<uint64_t>((lines.line.taps + 1) * entries.words);
+    bases = carver.Take<const float*>(lines.tap_lines);
     best = carver.Take<RunningTopK<T>>(plan.block);
     digits = carver.Take<int32_t>(plan.parts == 1 ? plan.block * kDigits : 0);
     candidates.length = carver.Take<int32_t>(plan.block);
@@ -107,6 +109,8 @@ struct Forward {
   const Lines& lines;
   const Filters& filters;
   const TapLines& tap_lines;
+  const DenseLines& dense_lines;
+  const LiveTaps& live_taps;
   const ForwardPlan& plan;
   Select select;
   int64_t output_sites;
@@ -150,9 +154,14 @@ struct Forward {
           s.capacity);
     }
     const int64_t last = (part + 1) * lines.rows / plan.parts;
+    const bool dense = DensePays(item, first, channels);
     for (int64_t row = part * lines.rows / plan.parts; row < last;) {
-      int64_t rows = std::min(plan.max_rows, last - row);
-      if (SortSlab(item, row, rows, worker)) {
+      int64_t rows = std::min(dense ? plan.dense_rows : plan.max_rows, last - row);
+      if (dense && RunDense<Loops, kOctets>(item, block, row, rows, worker)) {
+        row += rows;
+        continue;
+      }
+      if (SortSlab<Loops>(item, row, rows, worker)) {
         LineWalk walk(lines, row * lines.row_lines);
         for (int64_t line = row * lines.row_lines; line < (row + rows) * lines.row_lines; ++line) {
           RunLine<Loops, kOctets>(item, block, line, walk, worker);
@@ -174,9 +183,52 @@ struct Forward {
     }
   }
 
+  bool DensePays(int64_t item, int64_t first, int64_t channels) const {
+    if (plan.dense_rows == 0 || !filters.finite) return false;
+    int64_t entries = 0;
+    for (int64_t ic = 0; ic < s.in_channels; ++ic) {
+      const Range range(KeysOf(item, ic), s.slots, 0, lines.input_sites());
+      entries += range.last - range.first;
+    }
+    return kDenseForward.Pays(dense_lines, lines.rows * lines.row_lines, channels, lines.tap_lines,
+                              live_taps.count(first, first + channels), entries,
+                              lines.line.taps * plan.block / kLanes);
+  }
+
+  // The dense form for output rows [row, row + rows); false where a value is not finite.
+  template <typename Loops, int kOctets>
+  bool RunDense(int64_t item, int64_t block, int64_t row, int64_t rows,
+                ForwardWorker<T>& worker) const {
+    const int64_t length = lines.line.output_length, first = block * plan.block;
+    const int64_t channels = std::min(plan.block, s.out_channels - first);
+    int64_t begin, end;
+    lines.InputRows(row, row + rows, begin, end);
+    DenseSlab slab = {dense_lines, 0, 0, reinterpret_cast<float*>(worker.entries.entries)};
+    slab.Fill(
+        begin * lines.input_row_lines, (end - begin) * lines.input_row_lines, s.slots,
+        [&](int64_t ic) { return KeysOf(item, ic); },
+        [&](int64_t ic) { return ValuesOf(item, ic); });
+    if (!slab.finite) return false;
+    LineWalk walk(lines, row * lines.row_lines);
+    for (int64_t line = row * lines.row_lines; line < (row + rows) * lines.row_lines; ++line) {
+      slab.Reads(walk, live_taps, filters.tap_offsets, lines.line.taps * (lines.axes + 1),
+                 worker.bases);
+      walk.Next();
+      Loops::template kRespondAlong<kOctets>(live_taps.taps, live_taps.list(first), channels,
+                                             lines.tap_lines, worker.bases, length,
+                                             worker.line.first(lines.line));
+      for (int64_t i = 0; i < length; i += 64) {
+        worker.line.bits[i / 64] = ~uint64_t{0} >> std::max<int64_t>(64 - (length - i), 0);
+      }
+      TakeResponses<Loops, kOctets>(block, line * length, length, worker);
+    }
+    return true;
+  }
+
   // Sorts the input lines of as many of `rows` output rows from `row` as there is room for, and
   // sets `rows` to that. Lines that go in pieces, and a row that alone has too many entries, stay
   // unsorted. Returns whether there are any entries.
+  template <typename Loops>
   bool SortSlab(int64_t item, int64_t row, int64_t& rows, ForwardWorker<T>& worker) const {
     LineEntries& entries = worker.entries;
     const int64_t length = lines.line.input_length;
@@ -191,11 +243,17 @@ struct Forward {
       if (count > entries.room && rows > 1) continue;
       entries.lines = 0;
       if (count <= entries.room && worker.line.piece == lines.line.output_length) {
-        entries.Sort(
-            first, last - first, length, s.slots, first * length, last * length, 0, s.in_channels,
-            [&](int64_t ic) { return KeysOf(item, ic); },
-            [&](int64_t ic) { return ValuesOf(item, ic); },
-            [&](int64_t ic, int64_t) { return WeightsOf(ic); });
+        const auto sort = [&](bool rows) {
+          Loops::Sort(
+              first, last - first, length, s.slots, first * length, last * length, 0, s.in_channels,
+              rows, [&](int64_t ic) { return KeysOf(item, ic); },
+              [&](int64_t ic) { return ValuesOf(item, ic); },
+              [&](int64_t ic, int64_t) { return WeightsOf(ic); }, entries);
+        };
+        const bool rows = worker.line.plain && filters.finite && s.in_channels > 1;
+        sort(rows);
+        // The careful loops take entries.
+        if (rows && !entries.finite) sort(false);
       }
       return count > 0;
     }
@@ -216,7 +274,7 @@ struct Forward {
       for (const TapLine* t = tap_lines.begin(block); t != tap_lines.end(block); ++t) {
         const int64_t read = walk.Reads(t->offsets, t->lines);
         if (read < 0) continue;
-        *segment = {nullptr, nullptr, t->weights, t->live, t->all_live};
+        *segment = {nullptr, nullptr, t->weights, t->live, t->all_live, 0};
         if (!sorted) {
           any |= AddUnsorted<Loops, kOctets>(item, read, begin, end, *segment, buffer);
           continue;
@@ -224,11 +282,18 @@ struct Forward {
         segment->begin = worker.entries.begin(read);
         segment->end = worker.entries.end(read);
         if (segment->begin == segment->end) continue;
+        segment->row_sites = worker.entries.rows_of(read);
         if (plain) {
           const uint64_t* bitmap = worker.entries.bitmap(read);
-          for (int64_t tap = 0; tap < lines.line.taps; ++tap) {
-            if (!t->live_taps[tap]) continue;
-            for (int64_t i = 0; i < words; ++i) read_bits[tap * words + i] |= bitmap[i];
+          const auto mark = [&](uint64_t* to) {
+            for (int64_t i = 0; i < words; ++i) to[i] |= bitmap[i];
+          };
+          if (t->all_taps) {
+            mark(read_bits + lines.line.taps * words);
+          } else {
+            for (int64_t tap = 0; tap < lines.line.taps; ++tap) {
+              if (t->live_taps[tap]) mark(read_bits + tap * words);
+            }
           }
         }
         ++segment;
@@ -244,12 +309,19 @@ struct Forward {
         }
       }
       if (!any) continue;
-      MakeRoom(end - begin, std::min(plan.block, s.out_channels - block * plan.block), worker);
-      const auto take = buffer.copies > 1 ? Loops::template kTakeResponses<kOctets, 3, T>
-                                          : Loops::template kTakeResponses<kOctets, 1, T>;
-      take(buffer.bits, CeilDiv(end - begin, 64), buffer.first(lines.line), buffer.copy(),
-           line * lines.line.output_length + begin, worker.candidates);
+      TakeResponses<Loops, kOctets>(block, line * lines.line.output_length + begin, end - begin,
+                                    worker);
     }
+  }
+
+  // Takes the responses of marked sites off the line's buffer.
+  template <typename Loops, int kOctets>
+  void TakeResponses(int64_t block, int64_t first_key, int64_t sites,
+                     ForwardWorker<T>& worker) const {
+    MakeRoom(sites, std::min(plan.block, s.out_channels - block * plan.block), worker);
+    Loops::template kTakeResponses<kOctets, T>(worker.line.bits, CeilDiv(sites, 64),
+                                               worker.line.first(lines.line), first_key,
+                                               worker.candidates);
   }
 
   template <typename Loops, int kOctets>
@@ -257,11 +329,12 @@ struct Forward {
     const int64_t taps = lines.line.taps, step = lines.line.dilation * plan.block;
     float* origin = buffer.origin(lines.line);
     if (taps == 3) {
-      const int64_t to_next = buffer.copies > 1 ? step - buffer.copy() : step;
-      return Loops::template kAddPlain<kOctets, 3>(segment, last, origin, to_next, 0);
+      return Loops::template kAddPlain<kOctets, 3>(segment, last, s.in_channels, origin, step, 0,
+                                                   taps);
     }
     for (int64_t t = 0; t < taps; ++t) {
-      Loops::template kAddPlain<kOctets, 1>(segment, last, origin - t * step, step, t);
+      Loops::template kAddPlain<kOctets, 1>(segment, last, s.in_channels, origin - t * step, step,
+                                            t, taps);
     }
   }
 

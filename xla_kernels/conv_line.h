@@ -12,6 +12,7 @@
 #include "xla_kernels/common/selection.h"
 #include "xla_kernels/common/simd.h"
 #include "xla_kernels/common/workspace.h"
+#include "xla_kernels/conv_dense.h"
 
 namespace ilajax {
 
@@ -22,6 +23,7 @@ struct Segment {
   const float* weights;  // [ic][tap][channel of the block]
   const uint8_t* live;   // [ic]
   bool all_live;
+  int32_t row_sites;  // of a line of rows, see LineEntries; 0 in a line of entries
 };
 
 // A line of taps that has live weights in a block of output channels.
@@ -32,6 +34,7 @@ struct TapLine {
   const uint8_t* live;
   const uint8_t* live_taps;  // [tap]: in any input channel
   bool all_live;             // each input channel has a weight
+  bool all_taps;             // and each tap
 };
 
 // Where a block of output channels stages its responses.
@@ -104,6 +107,9 @@ struct TapLines {
             filters.live_runs + run,
             filters.live_taps + (block * most + t) * lines.line.taps,
             std::all_of(filters.live_runs + run, filters.live_runs + run + filters.in_channels,
+                        [](uint8_t live) { return live != 0; }),
+            std::all_of(filters.live_taps + (block * most + t) * lines.line.taps,
+                        filters.live_taps + (block * most + t + 1) * lines.line.taps,
                         [](uint8_t live) { return live != 0; })};
         for (int a = 0; a < lines.axes; ++a) {
           tap_line.lines = tap_line.lines * lines.input_shape[a] + offsets[a];
@@ -114,33 +120,27 @@ struct TapLines {
 };
 
 // The buffer of one output line, or of a piece of it.
-//
-// In a narrow layer the taps of a place follow each other so closely on neighbouring sites that
-// each addition would wait for the last one's store. There each of three taps gets a copy of the
-// buffer.
 struct LineBuffer {
-  int64_t sites = 0, block = 0, copies = 1;  // of the plan
-  bool plain = false;                        // stride 1, and room for what taps reach past the ends
-  int64_t piece = 0;                         // output sites that it takes at once
+  int64_t sites = 0, block = 0;  // of the plan
+  bool plain = false;            // stride 1, and room for what taps reach past the ends
+  int64_t piece = 0;             // output sites that it takes at once
   float* rows = nullptr;
   uint64_t* bits = nullptr;
 
   LineBuffer() = default;
-  LineBuffer(const LineWindow& line, int64_t line_sites, int64_t channel_block, int64_t tap_copies)
+  LineBuffer(const LineWindow& line, int64_t line_sites, int64_t channel_block)
       : sites(line_sites),
         block(channel_block),
-        copies(tap_copies),
         plain(line.stride == 1 && line.output_length + line.before() + line.after() <= sites),
         piece(plain ? line.output_length : std::min(line.output_length, sites)) {}
 
   void Carve(Carver& carver) {
-    rows = carver.Take<float>(copies * copy());
+    rows = carver.Take<float>(sites * block);
     bits = carver.Take<uint64_t>(words());
   }
   int64_t words() const { return CeilDiv(piece, 64); }
-  int64_t copy() const { return sites * block; }
   void Clear() const {
-    std::memset(rows, 0, copies * copy() * sizeof(float));
+    std::memset(rows, 0, sites * block * sizeof(float));
     std::memset(bits, 0, words() * sizeof(uint64_t));
   }
   // The row of the first output site.

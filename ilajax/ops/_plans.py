@@ -18,6 +18,10 @@ _CPU_TABLES = 1 << 20
 _CPU_TASKS = 8
 # Threads that share a workspace. More threads than this take no part in one call.
 _CPU_WORKERS = 16
+# The dense form of convolution: what a worker lays out at once, and the grids it may pay on.
+_CPU_DENSE = 1 << 20
+_CPU_DENSE_SHARE = 32  # a channel stores at least one in so many sites
+_LIVE_TAP = 12  # sizeof(LiveTap)
 _SEGMENT = 40  # sizeof(Segment)
 _TAP_LINE = 48  # sizeof(TapLine)
 _MAX_RANK = 8
@@ -42,6 +46,7 @@ def conv_forward(
     slots: int,
     capacity: int,
     itemsize: int,
+    weights: int,
 ) -> Plan:
     """Tasks are (sample, block of output channels, part of the rows), each over all lines of its part.
 
@@ -56,14 +61,22 @@ def conv_forward(
         + _align(blocks * block * 4)
     )
     room = _entries_room(lines, in_channels, slots, budget)
-    copies = 3 if lines.taps == 3 and block == 8 and in_channels > 1 else 1
+    live_taps = _live_taps(out_channels, lines, weights)
+    dense_rows = 0
+    if lines.may_be_dense(slots) and live_taps <= budget // 16:
+        dense_line = in_channels * lines.dense_pitch
+        dense_rows = lines.rows_within(lines.max_rows, _CPU_DENSE // 4 // dense_line)
+        if dense_rows > 0:
+            room = max(room, _ceil(lines.read_lines(dense_rows) * dense_line, 4))
+            shared += live_taps
     worker = (
-        _align(copies * lines.line_sites * block * 4)
+        _align(lines.line_sites * block * 4)
         + _bitmap(lines.line_sites)
         + _align(lines.tap_lines * _SEGMENT)
-        + _align(lines.taps * lines.words * 8)
+        + _align((lines.taps + 1) * lines.words * 8)
         + lines.tables
         + _align(room * 16)
+        + _align(lines.tap_lines * 8)
         + 3 * _align(block * 4)
         + _align(block * _TOP_K)
     )
@@ -98,8 +111,8 @@ def conv_forward(
         {
             "channel_block": block,
             "line_sites": lines.line_sites,
-            "copies": copies,
             "max_rows": lines.max_rows,
+            "dense_rows": dense_rows,
             "room": room,
             "stage": stage,
             "parts": parts,
@@ -136,6 +149,20 @@ def conv_backward(
         + _align(blocks * in_channels * window.taps * block * 4)
     )
     shared = _filters(window, in_channels, blocks, block) + lines.tap_tables(blocks)
+    transposed = _Lines(_transposed(window), block)
+    live_taps = _live_taps(in_channels, transposed, weights)
+    dense_rows = 0
+    if lines.may_be_dense(slots) and set(window.strides) == {1} and live_taps <= budget // 16:
+        dense_line = out_channels * transposed.dense_pitch
+        dense_rows = transposed.rows_within(slab_rows, _CPU_DENSE // 4 // dense_line)
+        if dense_rows > 0:
+            shared += live_taps
+            worker += (
+                _align(transposed.read_lines(dense_rows) * dense_line * 4)
+                + _align(weights * 32)
+                + 2 * _align(_ceil(transposed.output_length, 8) * 32)
+                + _align(lines.tap_lines * 8)
+            )
     units = batch // groups * _ceil(lines.input_rows, slab_rows)
     parts = _parts(units, groups * weights * 4, budget)
     shared += _align(groups * parts * weights * 4)
@@ -146,6 +173,7 @@ def conv_backward(
             "channel_block": block,
             "line_sites": lines.line_sites,
             "slab_rows": slab_rows,
+            "dense_rows": dense_rows,
             "room": room,
             "parts": parts,
             "workers": workers,
@@ -160,6 +188,7 @@ class _Lines:
       line_sites: sites of a line's buffer, with what taps reach past its ends.
       max_rows: output rows whose input lines are sorted at once, at most.
       tables: bytes of the tables over these lines.
+      dense_pitch: floats of an input line in the dense form, see xla_kernels/conv_dense.h.
     """
 
     def __init__(self, window: Window, block: int):
@@ -196,18 +225,38 @@ class _Lines:
         while self.max_rows > 1 and self._tables(self.max_rows) > _CPU_TABLES:
             self.max_rows = _ceil(self.max_rows, 2)
         self.tables = self._tables(self.max_rows)
+        self._plain = stride == 1 and self.line_sites == length + around
+        self._input_sites = window.input_sites
+        before = max(low, 0)
+        read = before - low + _ceil(length, 8) * 8 + (taps - 1) * dilation
+        self.dense_pitch = _ceil(max(before + size, read), 8) * 8
+
+    def may_be_dense(self, slots: int) -> bool:
+        """Whether the dense form can be used, and entries are not too rare for it."""
+        return self._plain and slots * _CPU_DENSE_SHARE >= self._input_sites
+
+    def read_lines(self, output_rows: int) -> int:
+        """Input lines that so many output rows read, at most."""
+        rows = min((output_rows - 1) * self._stride + self.extent, self.input_rows)
+        return rows * self.input_row_lines
+
+    def rows_within(self, output_rows: int, lines: int) -> int:
+        """Of `output_rows`, how many read no more than so many lines."""
+        rows = (lines // self.input_row_lines - self.extent) // self._stride + 1
+        if self.read_lines(output_rows) <= lines:
+            return output_rows
+        return max(0, min(output_rows, rows))
 
     def _tables(self, output_rows: int) -> int:
-        return self.slab_tables(
-            min((output_rows - 1) * self._stride + self.extent, self.input_rows)
-        )
+        lines = self.read_lines(output_rows)
+        bitmaps = _align(lines * self.words * 8) + _align(lines * self.words * 4)
+        return self.slab_tables(lines // self.input_row_lines) + _align(lines * 4) + bitmaps
 
     def tap_tables(self, blocks: int) -> int:
         return _align(blocks * self.tap_lines * _TAP_LINE) + _align(blocks * 8)
 
     def slab_tables(self, input_rows: int) -> int:
-        lines = input_rows * self.input_row_lines
-        return _align((lines + 2) * 4) + _align(lines * self.words * 8)
+        return _align((input_rows * self.input_row_lines + 2) * 4)
 
 
 def _stage(entries: int) -> int:
@@ -220,6 +269,29 @@ def _entries_room(lines: _Lines, in_channels: int, slots: int, budget: int) -> i
     """Entries that are sorted at once: those of a few rows if they are spread over the grid."""
     rows = in_channels * _ceil(slots, lines.input_rows) * 4 * lines.extent
     return min(in_channels * slots, max(1 << 17, min(rows, budget // 64)))
+
+
+def _live_taps(targets: int, lines: _Lines, weights: int) -> int:
+    return (
+        _align((targets * lines.tap_lines + 2) * 4)
+        + _align(weights * _LIVE_TAP)
+        + _align(lines.tap_lines * 4)
+    )
+
+
+def _transposed(window: Window) -> Window:
+    """The window of the gradient of the values, for strides of 1."""
+    return dataclasses.replace(
+        window,
+        input_shape=window.output_shape,
+        output_shape=window.input_shape,
+        low=tuple(
+            (taps - 1) * dilation - low
+            for taps, dilation, low in zip(
+                window.window_shape, window.dilation, window.low, strict=True
+            )
+        ),
+    )
 
 
 def _blocks(out_channels: int) -> tuple[int, int]:

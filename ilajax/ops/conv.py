@@ -286,7 +286,7 @@ def _forward_native(config, platform, groups, keys, values, kernel_keys, weights
     else:
         itemsize = values.dtype.itemsize
         plan = _plans.conv_forward(
-            window, batch, in_channels, out_channels, slots, capacity, itemsize
+            window, batch, in_channels, out_channels, slots, capacity, itemsize, kernel_keys.size
         )
     shape = (batch, out_channels, capacity)
     outputs = (

@@ -178,6 +178,55 @@ def test_algorithms_1_and_2(backend, name, number):
     cross(backend, name, draw(100 * number + list(GEOMETRIES).index(name)))
 
 
+STRIDE_1 = [name for name, (_, _, strides, _, _) in GEOMETRIES.items() if strides == 1]
+
+
+@pytest.mark.parametrize("fill", ["dense-lines", "rows", "entries"])
+@pytest.mark.parametrize("name", STRIDE_1)
+def test_forms_of_a_line(name, fill):
+    """The CPU kernel lays lines out in three ways, by how full they are and how sparse the filters are."""
+    grid, window, strides, padding, dilation = GEOMETRIES[name]
+    geometry = oracles.Geometry(grid, window, strides, padding, dilation)
+    sites = math.prod(grid)
+    density, kernel_density = {
+        "dense-lines": (0.9, 0.1),
+        "rows": (0.3, 1.0),
+        "entries": (0.1, 1.0),
+    }[fill]
+    # 19 -> 21 channels: a block of 24, and vectors that are not full; rows have one support.
+    x = samples.tensor(3, 2, 19, grid, capacity=sites, density=density, shared=fill == "rows")
+    if fill == "rows":
+        keys = jnp.broadcast_to(x.keys, x.values.shape)
+        x = ilajax.SparseTensor(keys, x.values, grid)
+    kernel = samples.kernel(3, window, 19, 21, density=kernel_density)
+    bias = samples.integers(3, (21,))
+    run = program("auto", geometry.sites, "value", (padding, strides, dilation))
+    check(run, x, kernel, bias, geometry, geometry.sites, "value")
+
+
+@pytest.mark.nans
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_forms_of_a_line_where_a_value_is_not_finite(bad):
+    """A zero factor adds nothing, whatever it meets, in each form and its gradient."""
+    grid = (9, 20)
+    x = samples.tensor(4, 2, 5, grid, capacity=180, density=0.9, zeros=True)
+    x = x.with_values(x.values.at[0, 2, 70].set(bad))
+    kernel = samples.kernel(4, (3, 3), 5, 6, density=0.2, zeros=True)
+    bias = samples.integers(4, (6,))
+    run = program("auto", 180, "value")
+    g = cotangent(4, 2, 6, 180).at[1, 3, 50].set(bad)
+    features, responses, gradients = run(x, kernel, bias, g)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ILAJAX_BACKEND", "reference")
+        program.cache_clear()
+        want = program("auto", 180, "value")(x, kernel, bias, g)
+    program.cache_clear()
+    oracles.assert_tensor(features, want[0].keys, want[0].values)
+    np.testing.assert_array_equal(responses, want[1])
+    for got, wanted in zip(gradients, want[2], strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
 # --- One shape, many contents: a single compilation for each mode ----------------------------------
 
 GRID = (5, 6)

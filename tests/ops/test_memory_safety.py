@@ -27,10 +27,21 @@ def gradients(f, x, *weights):
 
 
 def conv_program(
-    seed, grid, window, cin, cout, capacity, *, shared=False, dtype="float32", **options
+    seed,
+    grid,
+    window,
+    cin,
+    cout,
+    capacity,
+    *,
+    slots=40,
+    density=0.7,
+    shared=False,
+    dtype="float32",
+    **options,
 ):
-    x = samples.tensor(seed, 2, cin, grid, capacity=40, shared=shared, dtype=dtype)
-    kernel = samples.kernel(seed, window, cin, cout)
+    x = samples.tensor(seed, 2, cin, grid, capacity=slots, shared=shared, dtype=dtype)
+    kernel = samples.kernel(seed, window, cin, cout, density=density)
     bias = jnp.ones(cout)
     if capacity:
         options["capacity"] = capacity
@@ -57,6 +68,12 @@ PROGRAMS = {
     "conv-3d": conv_program(4, (6, 5, 7), (3, 3, 3), 2, 4, 1, strides=2, kernel_dilation=2),
     "conv-4d": conv_program(5, (3, 4, 3, 4), (2, 2, 2, 2), 1, 2, 60, padding="VALID"),
     "conv-slabs": conv_program(6, (300, 700), (3, 3), 2, 7, 500, select="value"),
+    # Nearly full lines and few weights; most of the channels at each site; both: see conv_dense.h.
+    "conv-dense": conv_program(10, (9, 40), (3, 3), 5, 9, 300, slots=360, density=0.1),
+    "conv-dense-odd": conv_program(
+        12, (2, 7, 3), (1, 4, 3), 3, 2, 42, slots=42, density=0.3, padding="VALID"
+    ),
+    "conv-rows": conv_program(11, (9, 130), (3, 3), 9, 9, 300, shared=True, slots=200),
     "conv-many-channels": conv_program(7, (9, 10), (1, 1), 40, 50, 20),
     "submanifold-2d": conv_program(8, (9, 10), (3, 3), 2, 3, None, shared=True, support="input"),
     "submanifold-3d": conv_program(

@@ -82,6 +82,7 @@ struct Lines {
     if (axes > 0) row_stride = w.strides[0], row_low = w.low[0], extent = w.extent();
   }
 
+  int64_t input_sites() const { return input_rows * input_row_lines * line.input_length; }
   // Input lines that `output_rows` rows read, at most.
   int64_t InputLines(int64_t output_rows) const {
     return std::min((output_rows - 1) * row_stride + extent, input_rows) * input_row_lines;
@@ -169,65 +170,34 @@ struct Entry {
   int32_t place;    // along the line
   int32_t channel;  // of the input
   float value;
-  int32_t aux;  // what `aux_of(channel, slot)` of LineEntries::Sort says
+  int32_t aux;  // what `aux_of(channel, slot)` of the sort says
 };
 
-// The entries of some lines of one sample, [line][channel][place], and a bitmap of the sites in
-// use.
+// The entries of some lines of one sample, and a bitmap of the sites in use. A line holds either
+// entries, [channel][place], or, where most channels are stored at its sites, a row of all channels
+// for each: [site][channel], and behind them the sites' places. Rows need no more room.
 struct LineEntries {
   int64_t max_lines = 0, words = 0, room = 0;
   int64_t first_line = 0, lines = 0;
-  bool finite = true;         // all values are
-  int32_t* starts = nullptr;  // [max_lines + 2]
-  uint64_t* bits = nullptr;   // [max_lines][words]
-  Entry* entries = nullptr;   // [room]
+  bool finite = true;             // all values are
+  int32_t* starts = nullptr;      // [max_lines + 2]
+  uint64_t* bits = nullptr;       // [max_lines][words]
+  int32_t* row_sites = nullptr;   // [max_lines]: sites that have rows, 0 in a line of entries
+  int32_t* row_starts = nullptr;  // [max_lines][words]: where the word's rows begin, in floats
+  Entry* entries = nullptr;       // [room]
 
   void Carve(Carver& carver) {
     starts = carver.Take<int32_t>(max_lines + 2);
     bits = carver.Take<uint64_t>(max_lines * words);
+    if (words > 0) row_sites = carver.Take<int32_t>(max_lines);
+    row_starts = carver.Take<int32_t>(max_lines * words);
     entries = carver.Take<Entry>(room);
   }
 
   const Entry* begin(int64_t line) const { return entries + starts[line - first_line]; }
   const Entry* end(int64_t line) const { return entries + starts[line - first_line + 1]; }
+  int32_t rows_of(int64_t line) const { return row_sites[line - first_line]; }
   const uint64_t* bitmap(int64_t line) const { return bits + (line - first_line) * words; }
-
-  // Sorts the entries of channels [channel_begin, channel_end) whose keys lie in [begin, end) into
-  // `count` lines from `from`. The caller has seen to it that there are at most `room`, and that
-  // the keys belong to these lines. `key_of(channel)` and `value_of(channel)` give the segments.
-  template <typename KeyOf, typename ValueOf, typename AuxOf>
-  void Sort(int64_t from, int64_t count, int64_t length, int64_t slots, int64_t begin, int64_t end,
-            int64_t channel_begin, int64_t channel_end, KeyOf&& key_of, ValueOf&& value_of,
-            AuxOf&& aux_of) {
-    first_line = from, lines = count;
-    std::memset(starts, 0, (count + 2) * sizeof(int32_t));
-    std::memset(bits, 0, count * words * sizeof(uint64_t));
-    const Divider divider(length);
-    const int64_t base = from * length;
-    auto each = [&](auto&& f) {
-      for (int64_t channel = channel_begin; channel < channel_end; ++channel) {
-        const int32_t* key = key_of(channel);
-        const Range range(key, slots, begin, end);
-        for (int64_t i = range.first; i < range.last; ++i) {
-          if (key[i] < begin || key[i] >= end) continue;
-          const int64_t line = divider.Quotient(key[i] - base);
-          f(line, key[i] - base - line * length, channel, i);
-        }
-      }
-    };
-    each([&](int64_t line, int64_t, int64_t, int64_t) { ++starts[line + 2]; });
-    for (int64_t line = 2; line < count + 2; ++line) starts[line] += starts[line - 1];
-    uint32_t largest = 0;
-    // starts[line + 1] runs from the line's start to its end, the next one's start.
-    each([&](int64_t line, int64_t place, int64_t channel, int64_t i) {
-      const float value = static_cast<float>(value_of(channel)[i]);
-      largest = std::max(largest, FloatBits(value) & 0x7f800000u);
-      entries[starts[line + 1]++] = {static_cast<int32_t>(place), static_cast<int32_t>(channel),
-                                     value, static_cast<int32_t>(aux_of(channel, i))};
-      if (words > 0) bits[line * words + (place >> 6)] |= uint64_t{1} << (place & 63);
-    });
-    finite = largest != 0x7f800000u;
-  }
 };
 
 }  // namespace ilajax

@@ -187,7 +187,12 @@ class RunningTopK {
 
   // Takes all of the stage, and cuts to the capacity. Returns how many entries are stored.
   int64_t Close(int64_t staged) {
-    staged = Sift(staged);
+    // What one list drops the cut drops as well; of several, few may be worth a cut.
+    if (shared_) {
+      staged = Sift(staged);
+    } else if (StartsCounting(staged)) {
+      Count(staged);
+    }
     if (stored_ + staged > capacity_) {
       Cut(staged);
     } else {
@@ -212,22 +217,42 @@ class RunningTopK {
     values_[i] = T(BitsFloat(static_cast<uint32_t>(entry >> 32)));
   }
   uint32_t StoredRank(int64_t i) const { return RankBits(static_cast<float>(values_[i]), select_); }
-  uint32_t StagedRank(int64_t i) const {
-    return RankBits(BitsFloat(static_cast<uint32_t>(stage_[i] >> 32)), select_);
+  // Calls f(i, its rank) for staged entries [begin, end). Ranks are taken a chunk at a time, by a
+  // loop that compilers turn into vectors.
+  template <typename F>
+  void ForStaged(int64_t begin, int64_t end, F&& f) const {
+    constexpr int64_t kChunk = 128;
+    uint32_t ranks[kChunk];
+    for (; begin < end; begin += kChunk) {
+      const int64_t count = std::min(kChunk, end - begin);
+      const uint64_t* entry = stage_ + begin;
+      const auto take = [&](Select select) {
+        for (int64_t i = 0; i < count; ++i) {
+          ranks[i] = RankBits(BitsFloat(static_cast<uint32_t>(entry[i] >> 32)), select);
+        }
+      };
+      select_ == Select::kMagnitude ? take(Select::kMagnitude) : take(Select::kValue);
+      for (int64_t i = 0; i < count; ++i) f(begin + i, ranks[i]);
+    }
   }
 
   // Counts what has come to the stage, once there may be too much, and drops from it what cannot be
   // among the best. Returns how many are left.
   int64_t Sift(int64_t staged) {
+    if (!StartsCounting(staged)) return staged;
+    const uint32_t before = least_;
+    Count(staged);
+    return least_ == before ? staged : DropStaged(staged);
+  }
+
+  // Whether entries are counted, from here on if there may be too many for the first time.
+  bool StartsCounting(int64_t staged) {
     if (!counting_ && stored_ + staged > capacity_) {
       counting_ = true;
       std::memset(counts_, 0, kDigits * sizeof(int32_t));
       for (int64_t i = 0; i < stored_; ++i) ++counts_[StoredRank(i) >> kFirstDigit];
     }
-    if (!counting_) return staged;
-    const uint32_t before = least_;
-    Count(staged);
-    return least_ == before ? staged : DropStaged(staged);
+    return counting_;
   }
 
   // Counts what has come to the stage, and raises the least rank that may be among the best.
@@ -236,7 +261,7 @@ class RunningTopK {
     int digit = kDigits;
     if (shared_) {
       int32_t own[kDigits] = {};
-      for (int64_t i = counted_; i < staged; ++i) ++own[StagedRank(i) >> kFirstDigit];
+      ForStaged(counted_, staged, [&own](int64_t, uint32_t rank) { ++own[rank >> kFirstDigit]; });
       while (digit > 0 && above < wanted_) {
         --digit;
         above += own[digit] == 0
@@ -247,7 +272,8 @@ class RunningTopK {
         if (own[rest] != 0) __atomic_fetch_add(counts_ + rest, own[rest], __ATOMIC_RELAXED);
       }
     } else {
-      for (int64_t i = counted_; i < staged; ++i) ++counts_[StagedRank(i) >> kFirstDigit];
+      ForStaged(counted_, staged,
+                [counts = counts_](int64_t, uint32_t rank) { ++counts[rank >> kFirstDigit]; });
       while (digit > 0 && above < wanted_) above += counts_[--digit];
     }
     if (above < wanted_) return;
@@ -257,10 +283,10 @@ class RunningTopK {
 
   int64_t DropStaged(int64_t staged) const {
     int64_t kept = 0;
-    for (int64_t i = 0; i < staged; ++i) {
-      stage_[kept] = stage_[i];
-      kept += StagedRank(i) >= least_;
-    }
+    ForStaged(0, staged, [&kept, stage = stage_, least = least_](int64_t i, uint32_t rank) {
+      stage[kept] = stage[i];
+      kept += rank >= least;
+    });
     return kept;
   }
 
@@ -281,7 +307,7 @@ class RunningTopK {
         stored_ + staged, capacity_,
         [&](auto&& f) {
           for (int64_t i = 0; i < stored_; ++i) f(StoredRank(i));
-          for (int64_t i = 0; i < staged; ++i) f(StagedRank(i));
+          ForStaged(0, staged, [&f](int64_t, uint32_t rank) { f(rank); });
         },
         counting_ && !shared_ ? counts_ : nullptr);
     int64_t kept = 0, ties = cut.ties;
@@ -291,9 +317,12 @@ class RunningTopK {
       values_[kept] = values_[i];
       kept += keep;
     }
-    for (int64_t i = 0; i < staged; ++i) {
-      if (cut.Keeps(StagedRank(i), ties)) Put(kept++, stage_[i]);
-    }
+    // Written before it is known whether to keep it: there is room until all are.
+    ForStaged(0, staged, [&](int64_t i, uint32_t rank) {
+      if (kept == capacity_) return;
+      Put(kept, stage_[i]);
+      kept += cut.Keeps(rank, ties);
+    });
     stored_ = kept;
     if (cut.threshold != 0xffffffffu) least_ = std::max(least_, cut.threshold + 1);
     return 0;

@@ -26,7 +26,8 @@ typedef int64_t Longs __attribute__((vector_size(32)));
 inline bool HasAvx2() {
 #if ILAJAX_HAS_AVX2_TARGET
   static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+                          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                          __builtin_cpu_supports("popcnt");
   return has;
 #else
   return false;

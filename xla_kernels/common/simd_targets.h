@@ -9,7 +9,7 @@ namespace ilajax::baseline {
 #undef ILAJAX_TARGET
 
 #if ILAJAX_HAS_AVX2_TARGET
-#define ILAJAX_TARGET __attribute__((target("avx2,fma,bmi,bmi2")))
+#define ILAJAX_TARGET __attribute__((target("avx2,fma,bmi,bmi2,popcnt")))
 namespace ilajax::avx2 {
 #include ILAJAX_SIMD_FILE
 }  // namespace ilajax::avx2
