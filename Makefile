@@ -1,7 +1,7 @@
 # make test and make mnist need Python, make and a compiler, nothing else: the rest goes into .venv.
 #
 #   PYTHON=python3.12   the interpreter to build .venv with
-#   ARGS='...'          more arguments for pytest or the experiment
+#   ARGS='...'          more arguments for pytest, the experiment or the check
 #   JOBS=2              processes of the test run
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard xla_kernels/*.* xla_kernels/common/*.*)
 CXX_FILES = $(shell find xla_kernels tests -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inc')
 
-.PHONY: help test mnist lint format cuda-on-host wheel sanitize bazel clean
+.PHONY: help test mnist lint format cuda-on-host gpu-check wheel sanitize bazel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make wheel     a wheel in dist/"
 	@echo "make sanitize  the kernels on broken keys under AddressSanitizer and UBSan"
 	@echo "make cuda-on-host  the tests of the ops on CUDA kernels compiled for the CPU"
+	@echo "make gpu-check  all CUDA kernels on this machine's GPU: build, tests, sanitizer, benchmark"
 	@echo "make bazel     the CPU extension built and smoke-tested by Bazel"
 	@echo "make clean     remove what was built, .venv too"
 
@@ -44,6 +45,10 @@ format: $(VENV)/.lint
 
 cuda-on-host: $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python -m pytest -q tests/test_cuda_on_host.py tests/cuda_on_host/check_ops.py
+
+# With $(PYTHON) and what is installed for it, offline; ARGS=--dry-run: on the CPU, to try the check itself.
+gpu-check:
+	$(PYTHON) -m experiments.gpu_check $(ARGS)
 
 wheel: $(VENV)/.build
 	$(PIP) wheel -qq --no-deps --no-build-isolation -Cbuild-dir=build/wheel --wheel-dir dist .

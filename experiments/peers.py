@@ -75,9 +75,9 @@ class Layer:
         features = self.output.features
         return features.with_values(jnp.ones_like(features.values)).map(lambda v: v)
 
-    @functools.cached_property
-    def program(self) -> tuple[Any, tuple[Any, ...]]:
-        """ilajax's compiled program, and its operands."""
+    @property
+    def function(self) -> Callable[..., Any]:
+        """What is timed, of `operands`."""
 
         def step(x, kernel, bias, g):
             def features(values, weights, bias):
@@ -87,11 +87,18 @@ class Layer:
             values, pull = jax.vjp(features, x.values, kernel.values, bias)
             return values, pull(g)
 
-        operands: tuple[Any, ...] = (self.x, self.kernel, self.bias)
-        if self.backward:
-            operands += (self.cotangent.values,)
-        function = step if self.backward else self.forward
-        return jax.jit(function).lower(*operands).compile(), operands
+        return step if self.backward else self.forward
+
+    @functools.cached_property
+    def operands(self) -> tuple[Any, ...]:
+        """Input, filters and bias; if it is differentiated, the cotangent too."""
+        given = (self.x, self.kernel, self.bias)
+        return (*given, self.cotangent.values) if self.backward else given
+
+    @functools.cached_property
+    def program(self) -> tuple[Any, tuple[Any, ...]]:
+        """ilajax's compiled program, and its operands."""
+        return jax.jit(self.function).lower(*self.operands).compile(), self.operands
 
 
 def contest(layer: Layer, names: Sequence[str]) -> tuple[dict[str, Candidate], dict[str, float]]:
@@ -161,14 +168,21 @@ def _xla_dense(layer: Layer) -> Peer:
     return found[quickest({name: peer.call for name, peer in found.items()})]
 
 
-def _xla_dense_in(layer: Layer, layout: str) -> Peer:
+def dense_function(
+    layer: Layer, layout: str, precision: jax.lax.Precision = jax.lax.Precision.HIGHEST
+) -> Callable[..., Any]:
+    """A layer as XLA's dense convolution and a ReLU, of `dense_operands`.
+
+    Args:
+      layer: the layer.
+      layout: one of `LAYOUTS`.
+      precision: by default float32 on a GPU too, as ilajax's sums.
+    """
     first = layout == "channels first"
 
     def forward(x, w, bias):
         y = jax.lax.conv_general_dilated(
-            *(x, w, (1, 1, 1), "SAME"),
-            dimension_numbers=LAYOUTS[layout],
-            precision=jax.lax.Precision.HIGHEST,  # float32 on a GPU too, as ilajax's sums
+            *(x, w, (1, 1, 1), "SAME"), dimension_numbers=LAYOUTS[layout], precision=precision
         )
         return jax.nn.relu(y + bias.reshape((-1, 1, 1, 1) if first else (-1,)))
 
@@ -176,14 +190,28 @@ def _xla_dense_in(layer: Layer, layout: str) -> Peer:
         y, pull = jax.vjp(forward, x, w, bias)
         return y, pull(g)
 
-    x, w = ilajax.to_dense(layer.x), layer.kernel.to_dense()
-    if first:
-        x, w = jnp.moveaxis(x, -1, 1), jnp.transpose(w, (4, 3, 0, 1, 2))
-    operands = (x, w, layer.bias)
-    if layer.backward:
-        g = ilajax.to_dense(layer.cotangent)
-        operands += (jnp.moveaxis(g, -1, 1) if first else g,)
-    compiled = jax.jit(step if layer.backward else forward).lower(*operands).compile()
+    return step if layer.backward else forward
+
+
+def dense_operands(layer: Layer, layout: str) -> tuple[jax.Array, ...]:
+    """A layer's operands as dense arrays."""
+    w = layer.kernel.to_dense()
+    if layout == "channels first":
+        w = jnp.transpose(w, (4, 3, 0, 1, 2))
+    operands = (dense_grid(layer.x, layout), w, layer.bias)
+    return (*operands, dense_grid(layer.cotangent, layout)) if layer.backward else operands
+
+
+def dense_grid(x: ilajax.SparseTensor, layout: str) -> jax.Array:
+    """Features as a dense array."""
+    grid = ilajax.to_dense(x)
+    return jnp.moveaxis(grid, -1, 1) if layout == "channels first" else grid
+
+
+def _xla_dense_in(layer: Layer, layout: str) -> Peer:
+    first = layout == "channels first"
+    operands = dense_operands(layer, layout)
+    compiled = jax.jit(dense_function(layer, layout)).lower(*operands).compile()
 
     def read(result):
         y, w = (result[0], result[1][1]) if layer.backward else (result, None)
@@ -238,8 +266,9 @@ def _torch_dense_in(layer: Layer, memory_format: Any) -> Peer:
 
 
 def _spconv(layer: Layer) -> Peer:
-    """SparseConv3d and a ReLU, or SubMConv3d, on one core; each call builds its maps anew."""
+    """SparseConv3d and a ReLU, or SubMConv3d, on the GPU or one core; each call builds its maps anew."""
     torch = _torch()
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     import spconv.pytorch as spconv
 
     if not layer.x.shared or layer.backward:
@@ -247,8 +276,8 @@ def _spconv(layer: Layer) -> Peer:
     keys = np.asarray(layer.x.keys[:, 0])
     batch, slot = np.nonzero(keys < layer.x.sites)
     position = np.unravel_index(keys[batch, slot], layer.x.spatial_shape)
-    indices = torch.from_numpy(np.stack([batch, *position], axis=1).astype(np.int32))
-    features = torch.from_numpy(np.asarray(layer.x.values)[batch, :, slot].copy())
+    indices = torch.from_numpy(np.stack([batch, *position], axis=1).astype(np.int32)).to(device)
+    features = torch.from_numpy(np.asarray(layer.x.values)[batch, :, slot].copy()).to(device)
     cin, cout = layer.kernel.in_channels, layer.kernel.out_channels
     window = list(layer.kernel.window_shape)
     submanifold = layer.support == "input"
@@ -262,6 +291,7 @@ def _spconv(layer: Layer) -> Peer:
             torch.from_numpy(np.array(jnp.moveaxis(layer.kernel.to_dense(), -1, 0)))
         )
         module.bias.copy_(torch.from_numpy(np.array(layer.bias)))
+    module.to(device)
 
     def call():
         torch.set_num_threads(1)
@@ -270,11 +300,15 @@ def _spconv(layer: Layer) -> Peer:
                 features, indices, list(layer.x.spatial_shape), layer.x.batch_size
             )
             y = module(x)
-            return y if submanifold else y.replace_feature(torch.relu(y.features))
+            if not submanifold:
+                y = y.replace_feature(torch.relu(y.features))
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return y
 
     def read(result):
         y = np.zeros((layer.x.batch_size, *layer.x.spatial_shape, cout), np.float32)
-        y[tuple(result.indices.numpy().T)] = result.features.numpy()
+        y[tuple(result.indices.cpu().numpy().T)] = result.features.cpu().numpy()
         return y, None
 
     return Peer(call, read)

@@ -50,6 +50,7 @@ def main():
     results["avg_pool"] = jax.jit(
         lambda x: pooling(lambda x: ilajax.avg_pool(x, 4, capacity=500), x)
     )(x)
+    results["k_select"] = jax.jit(lambda x: pooling(lambda x: ilajax.k_select(x, 900), x))(x)
     results["dense"] = jax.jit(lambda x: ilajax.from_dense(ilajax.to_dense(x), 1000))(x)
     print(json.dumps({name: digest(result) for name, result in results.items()}))
 
