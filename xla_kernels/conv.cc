@@ -1,33 +1,44 @@
 // Direct sparse convolution with k-selection on the CPU, and its gradient.
 //
-// The grid is seen as lines along its last axis (common/lines.h). A sample's entries are sorted
-// into their input lines, over all channels, slab by slab of rows of the leading axis. Then each
-// output line gathers a handful of contiguous lists, one for each line of taps, in a buffer
-// [site][channel of a block] that stays in the first-level cache; a bitmap, the shifted bitmaps of
-// the input lines, says which sites to read, hand to the selection and clear. The grid itself is
-// never allocated, cleared or scanned: work follows stored entries x live taps, plus a few
-// operations a line, and a bit a site.
+// The grid is seen as lines along its last axis (common/lines.h), and a convolution goes from
+// output line to output line, each of which reads a handful of input lines, one for each line of
+// taps. Its sums stand in a buffer [site][channel of a block] in the first-level cache. The grid
+// itself is never allocated, cleared or scanned. An input line comes in one of three forms, chosen
+// by what it holds:
 //
-// Forward, a task for each (sample, block of output channels, part of the rows). With several parts
-// each part selects for itself, and the lists are merged at the end.
+//   entries   of all channels, sorted into the line. Each adds its weights to the sites it reaches;
+//             work follows stored entries x live taps.
+//   rows      of all channels, for each site in use, where most of them are stored there. A site's
+//             channels are summed in registers (common/lines.h, conv_sort.inc).
+//   dense     site by site, where filters are pruned or the grid is nearly full. One live weight at
+//             a time is added along the line; work follows lines x live weights (conv_dense.h).
 //
-// Backward, a task for each of a fixed number of runs of (sample, slab of input rows). Each output
-// line within reach gets the cotangents of its kept outputs, and every stored input of the lists
-// gathers from there what its own cotangent and the weights' need. Partial sums of the weights are
-// added in the order of the tasks.
+// A bitmap, the shifted bitmaps of the input lines, says which sites of a line to read, hand to the
+// selection and clear.
 //
-// Nothing depends on threads. A response's sum goes by line of taps, input channel, place, tap (in
-// a narrow layer by tap last), whatever the slabs and parts; only where a slab holds an inf or NaN
-// do its sums take the careful loops' order. Results are repeatable.
+// Forward (conv_sums.h, conv_forward.h), a task for each (sample, block of output channels, part of
+// the rows). With several parts each part selects for itself, and the lists are merged at the end.
+//
+// Backward (conv_backward.h), a task for each of a fixed number of runs of (sample, slab of input
+// rows). Each output line within reach gets the cotangents of its kept outputs, and every stored
+// input of the lists gathers from there what its own cotangent and the weights' need; or the same
+// in the dense form of the transposed convolution. Partial sums of the weights are added in the
+// order of the tasks.
+//
+// Nothing depends on threads. A response's sum goes by line of taps, and within it as the form of
+// the input line has it; the form depends on the sample alone, except that a slab that holds an inf
+// or NaN takes the careful loops. Results are repeatable.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <numeric>
+#include <string>
 
 #include "xla_kernels/common/parallel.h"
 #include "xla_kernels/conv_backward.h"
 #include "xla_kernels/conv_forward.h"
+#include "xla_kernels/conv_gradient.h"
 
 namespace ilajax {
 namespace {
@@ -58,75 +69,48 @@ ffi::Error ConvFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
   }
   w = Squeeze(w);
   const Lines lines(w);
+  const ForwardPlan plan = {
+      {channel_block, line_sites, max_rows, dense_rows, room}, stage, parts, workers};
   const LineBuffer buffer(lines.line, line_sites, channel_block);
-  if (line_sites < 1 || max_rows < 1 || room < 1 || parts < 1 || parts > lines.rows ||
-      workers < 1 || stage / 2 <= buffer.piece || !IsBlock(channel_block)) {
+  if (!IsBlock(channel_block) || !Fits(plan.sums, lines, s.in_channels, buffer) || parts < 1 ||
+      parts > lines.rows || workers < 1 || stage / 2 <= buffer.piece) {
     return InvalidArgument("conv: the plan does not fit the shapes");
   }
-  const DenseLines dense_lines(lines.line, s.in_channels);
-  if (dense_rows < 0 || dense_rows > max_rows ||
-      (dense_rows > 0 &&
-       (!buffer.plain || lines.InputLines(dense_rows) * dense_lines.size() > 4 * room))) {
-    return InvalidArgument("conv: the plan's dense form does not fit the shapes");
-  }
-  const ForwardPlan plan = {channel_block, line_sites, max_rows, dense_rows,
-                            room,          stage,      parts,    workers};
   return DispatchFloat(values.element_type(), [&]<typename T>() -> ffi::Error {
     Carver carver(workspace->untyped_data());
-    Filters filters = {plan.block, CeilDiv(s.out_channels, plan.block), s.in_channels, w.taps,
-                       lines.line.taps};
-    filters.Carve(carver);
-    TapLines tap_lines = {filters.blocks, lines.tap_lines};
-    tap_lines.Carve(carver);
-    LiveTaps live_taps = {s.out_channels, lines.tap_lines, s.weights};
-    if (dense_rows > 0) live_taps.Carve(carver);
-    float* padded_bias = carver.Take<float>(filters.blocks * plan.block);
+    SumsTables tables(s, w, lines, plan.sums);
+    tables.Carve(carver);
+    const int64_t blocks = tables.filters.blocks;
+    float* padded_bias = carver.Take<float>(blocks * channel_block);
     PartSelections<T> selections = {
         parts, std::min(s.capacity, CeilDiv(lines.rows, parts) * (w.output_sites / lines.rows)),
         s.batch * s.out_channels};
     selections.Carve(carver);
     ForwardWorker<T> layout;
-    layout.line = buffer;
-    layout.entries = {lines.InputLines(plan.max_rows), CeilDiv(lines.line.input_length, 64), room};
+    layout.sums = SumsWorker(lines, plan.sums, buffer);
     const WorkerSlices slices(carver, *workspace, workers,
                               [&](Carver& own) { layout.Carve(own, lines, plan); });
     ILAJAX_RETURN_IF_ERROR(CheckWorkspace("conv", *workspace, slices.end()));
-    filters.Fill(w, s.weights, s.out_channels, kernel_keys.typed_data(), weights.typed_data());
-    tap_lines.Fill(lines, filters);
-    if (dense_rows > 0) {
-      live_taps.Fill(lines, dense_lines, filters.tap_offsets, kernel_keys.typed_data(),
-                     weights.typed_data(), s.in_channels, false);
-    }
-    std::fill_n(padded_bias, filters.blocks * plan.block, 0.0f);
+    tables.Fill(s, w, lines, kernel_keys.typed_data(), weights.typed_data());
+    std::fill_n(padded_bias, blocks * channel_block, 0.0f);
     std::copy_n(bias.typed_data(), s.out_channels, padded_bias);
     if (parts > 1) std::fill_n(selections.digits, selections.segments * kDigits, 0);
-    const Forward<T> forward = {s,
-                                lines,
-                                filters,
-                                tap_lines,
-                                dense_lines,
-                                live_taps,
+    const LineSums<T> sums = {s, lines, tables, plan.sums, keys.typed_data(), Data<T>(values)};
+    const Forward<T> forward = {sums,
                                 plan,
                                 select,
                                 w.output_sites,
-                                keys.typed_data(),
-                                Data<T>(values),
                                 padded_bias,
                                 out_keys->typed_data(),
                                 Data<T>(*out_values),
                                 responses->typed_data(),
                                 selections};
-    for (int64_t i = 0; i < workers; ++i) {
-      const ForwardWorker<T> worker = slices.Take(i, layout, lines, plan);
-      worker.line.Clear();
-      std::fill_n(worker.read_bits, (lines.line.taps + 1) * worker.entries.words, 0);
-    }
-    ParallelFor(pool, s.batch * filters.blocks * parts, workers, [&](int64_t task, int64_t id) {
+    for (int64_t i = 0; i < workers; ++i) slices.Take(i, layout, lines, plan).sums.Clear(lines);
+    ParallelFor(pool, s.batch * blocks * parts, workers, [&](int64_t task, int64_t id) {
       ForwardWorker<T> worker = slices.Take(id, layout, lines, plan);
       const int64_t rest = task / parts;
-      DispatchLoops(plan.block, [&]<typename Loops, int kOctets>() {
-        forward.template Run<Loops, kOctets>(rest / filters.blocks, rest % filters.blocks,
-                                             task % parts, worker);
+      DispatchLoops(channel_block, [&]<typename Loops, int kOctets>() {
+        forward.template Run<Loops, kOctets>(rest / blocks, rest % blocks, task % parts, worker);
       });
     });
     if (parts == 1) return ffi::Error::Success();
@@ -155,110 +139,122 @@ ffi::Error ConvBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
   ILAJAX_RETURN_IF_ERROR(
       Window::Read(input_shape, window_shape, strides, dilation, low, output_shape, w));
   ILAJAX_RETURN_IF_ERROR(ConvShape::Read(keys, values, kernel_keys, weights, out_keys, w, s));
-  ILAJAX_RETURN_IF_ERROR(
-      CheckShape("conv: cotangent", cotangent, {s.batch, s.out_channels, s.capacity}));
-  ILAJAX_RETURN_IF_ERROR(
-      CheckShape("conv: values_bar", *values_bar, {s.batch, s.in_channels, s.slots}));
-  if (cotangent.element_type() != values.element_type() ||
-      values_bar->element_type() != values.element_type()) {
-    return InvalidArgument("conv: values, cotangent and values_bar have different dtypes");
-  }
-  const int64_t groups = weights_bar->dimensions().size() == 2 ? weights_bar->dimensions()[0] : 0;
-  if (groups < 1 || s.batch % groups != 0) {
-    return InvalidArgument("conv: a batch of ", s.batch, " does not hold ", groups, " groups");
-  }
-  ILAJAX_RETURN_IF_ERROR(CheckShape("conv: weights_bar", *weights_bar, {groups, s.weights}));
-  ILAJAX_RETURN_IF_ERROR(CheckShape("conv: bias_bar", *bias_bar, {groups, s.out_channels}));
-  w = Squeeze(w);
-  const Lines lines(w);
-  if (line_sites < 1 || slab_rows < 1 || room < 1 || parts < 1 || workers < 1 ||
-      !IsBlock(channel_block)) {
-    return InvalidArgument("conv: the plan does not fit the shapes");
-  }
-  const LineBuffer buffer(lines.line, line_sites, channel_block);
-  if (dense_rows < 0 || (dense_rows > 0 && (HasStrides(w) || !buffer.plain))) {
-    return InvalidArgument("conv: the plan's dense form does not fit the shapes");
-  }
-  const Lines transposed(Transposed(w));
-  const BackwardPlan plan = {channel_block, line_sites, slab_rows, dense_rows,
-                             room,          parts,      workers};
+  return ConvGradient("conv", pool, s, w, false,
+                      {channel_block, line_sites, slab_rows, dense_rows, room, parts, workers},
+                      {keys, values, kernel_keys, weights, out_keys, cotangent, values_bar,
+                       weights_bar, bias_bar, workspace});
+}
 
-  return DispatchFloat(values.element_type(), [&]<typename T>() -> ffi::Error {
-    Carver carver(workspace->untyped_data());
+}  // namespace
+
+ffi::Error ConvGradient(std::string_view op, ffi::ThreadPool& pool, const ConvShape& s,
+                        Window window, bool out_shared, const GradientPlan& plan,
+                        GradientBuffers b) {
+  const std::string name(op);
+  ILAJAX_RETURN_IF_ERROR(
+      CheckShape(name + ": cotangent", b.cotangent, {s.batch, s.out_channels, s.capacity}));
+  ILAJAX_RETURN_IF_ERROR(
+      CheckShape(name + ": values_bar", *b.values_bar, {s.batch, s.in_channels, s.slots}));
+  const auto dtype = b.values.element_type();
+  if (b.cotangent.element_type() != dtype || b.values_bar->element_type() != dtype) {
+    return InvalidArgument(op, ": values, cotangent and values_bar have different dtypes");
+  }
+  const auto sums = b.weights_bar->dimensions();
+  const int64_t groups = sums.size() == 2 ? sums[0] : 0;
+  if (groups < 1 || s.batch % groups != 0) {
+    return InvalidArgument(op, ": a batch of ", s.batch, " does not hold ", groups, " groups");
+  }
+  ILAJAX_RETURN_IF_ERROR(CheckShape(name + ": weights_bar", *b.weights_bar, {groups, s.weights}));
+  ILAJAX_RETURN_IF_ERROR(CheckShape(name + ": bias_bar", *b.bias_bar, {groups, s.out_channels}));
+  const Window w = Squeeze(window);
+  const Lines lines(w), transposed(Transposed(w));
+  const LineBuffer buffer(lines.line, plan.line_sites, plan.block);
+  if (!IsBlock(plan.block) || plan.line_sites < 1 || plan.slab_rows < 1 || plan.room < 1 ||
+      plan.parts < 1 || plan.workers < 1 || plan.dense_rows < 0 ||
+      (plan.dense_rows > 0 && (HasStrides(w) || !buffer.plain))) {
+    return InvalidArgument(op, ": the plan does not fit the shapes");
+  }
+
+  return DispatchFloat(dtype, [&]<typename T>() -> ffi::Error {
+    Carver carver(b.workspace->untyped_data());
     Filters filters = {plan.block, CeilDiv(s.out_channels, plan.block), s.in_channels, w.taps,
                        lines.line.taps};
     filters.Carve(carver);
     TapLines tap_lines = {filters.blocks, lines.tap_lines};
     tap_lines.Carve(carver);
+    const bool has_dense = plan.dense_rows > 0;
     DenseGradient dense = {transposed,
                            DenseLines(transposed.line, s.out_channels),
                            {s.in_channels, lines.tap_lines, s.weights}};
-    if (dense_rows > 0) dense.taps.Carve(carver);
-    float* part_sums = carver.Take<float>(groups * parts * s.weights);
+    if (has_dense) dense.taps.Carve(carver);
+    float* part_sums = carver.Take<float>(groups * plan.parts * s.weights);
     BackwardWorker layout;
     layout.line = buffer;
-    layout.entries = {std::min(slab_rows, lines.input_rows) * lines.input_row_lines, 0, room};
-    const WorkerSlices slices(carver, *workspace, workers,
+    layout.entries = {std::min(plan.slab_rows, lines.input_rows) * lines.input_row_lines, 0,
+                      plan.room};
+    const WorkerSlices slices(carver, *b.workspace, plan.workers,
                               [&](Carver& own) { layout.Carve(own, lines, filters, plan, dense); });
-    ILAJAX_RETURN_IF_ERROR(CheckWorkspace("conv", *workspace, slices.end()));
-    filters.Fill(w, s.weights, s.out_channels, kernel_keys.typed_data(), weights.typed_data());
+    ILAJAX_RETURN_IF_ERROR(CheckWorkspace(op, *b.workspace, slices.end()));
+    const int32_t* kernel_keys = b.kernel_keys.typed_data();
+    filters.Fill(w, s.weights, s.out_channels, kernel_keys, b.weights.typed_data());
     tap_lines.Fill(lines, filters);
-    if (dense_rows > 0) {
-      dense.taps.Fill(transposed, dense.layout, filters.tap_offsets, kernel_keys.typed_data(),
-                      weights.typed_data(), s.in_channels, true);
+    if (has_dense) {
+      dense.taps.Fill(transposed, dense.layout, filters.tap_offsets, kernel_keys,
+                      b.weights.typed_data(), s.in_channels, true);
     }
-    std::memset(values_bar->untyped_data(), 0, values_bar->size_bytes());
+    const int64_t live = has_dense ? dense.taps.count(0, s.in_channels) : 0;
+    std::memset(b.values_bar->untyped_data(), 0, b.values_bar->size_bytes());
     const Backward<T> backward = {s,
                                   lines,
                                   filters,
                                   tap_lines,
                                   dense,
                                   plan,
-                                  keys.typed_data(),
-                                  Data<T>(values),
-                                  out_keys.typed_data(),
-                                  Data<T>(cotangent),
-                                  Data<T>(*values_bar)};
-    for (int64_t i = 0; i < workers; ++i) {
+                                  b.keys.typed_data(),
+                                  Data<T>(b.values),
+                                  b.out_keys.typed_data(),
+                                  out_shared,
+                                  Data<T>(b.cotangent),
+                                  Data<T>(*b.values_bar)};
+    for (int64_t i = 0; i < plan.workers; ++i) {
       const BackwardWorker worker = slices.Take(i, layout, lines, filters, plan, dense);
       worker.line.Clear();
-      if (dense_rows > 0) std::fill_n(worker.own, dense.layout.vectors * kLanes, 0.0f);
+      if (has_dense) std::fill_n(worker.own, dense.layout.vectors * kLanes, 0.0f);
     }
-    const int64_t slabs = CeilDiv(lines.input_rows, slab_rows);
+    const int64_t slabs = CeilDiv(lines.input_rows, plan.slab_rows);
     const int64_t units = s.batch / groups * slabs;
-    ParallelFor(pool, groups * parts, workers, [&](int64_t task, int64_t id) {
+    ParallelFor(pool, groups * plan.parts, plan.workers, [&](int64_t task, int64_t id) {
       BackwardWorker worker = slices.Take(id, layout, lines, filters, plan, dense);
       std::memset(worker.weights_bar, 0, filters.size() * sizeof(float));
-      const int64_t live = dense_rows > 0 ? dense.taps.count(0, s.in_channels) : 0;
       std::fill_n(worker.products, live * kLanes, 0.0f);
-      const int64_t group = task / parts, part = task % parts;
-      for (int64_t unit = part * units / parts; unit < (part + 1) * units / parts; ++unit) {
+      const int64_t group = task / plan.parts, part = task % plan.parts;
+      for (int64_t unit = part * units / plan.parts; unit < (part + 1) * units / plan.parts;
+           ++unit) {
         const int64_t item = group * (s.batch / groups) + unit / slabs;
-        const int64_t row = unit % slabs * slab_rows;
+        const int64_t row = unit % slabs * plan.slab_rows;
         DispatchLoops(plan.block, [&]<typename Loops, int kOctets>() {
           backward.template Run<Loops, kOctets>(
-              item, row, std::min(row + slab_rows, lines.input_rows), worker);
+              item, row, std::min(row + plan.slab_rows, lines.input_rows), worker);
         });
       }
-      filters.Gather(kernel_keys.typed_data(), s.weights, s.out_channels, worker.weights_bar,
-                     part_sums + task * s.weights);
+      float* part_sum = part_sums + task * s.weights;
+      filters.Gather(kernel_keys, s.weights, s.out_channels, worker.weights_bar, part_sum);
       for (int64_t i = 0; i < live; ++i) {
         const float* lanes = worker.products + i * kLanes;
-        part_sums[task * s.weights + dense.taps.taps[i].number] +=
-            std::accumulate(lanes, lanes + kLanes, 0.0f);
+        part_sum[dense.taps.taps[i].number] += std::accumulate(lanes, lanes + kLanes, 0.0f);
       }
     });
-    AddParts(part_sums, groups, parts, s.weights, weights_bar->typed_data());
-    const KeptCotangents<T> kept = {s.batch / groups, s.out_channels,        s.capacity,
-                                    w.output_sites,   out_keys.typed_data(), Data<T>(cotangent)};
-    ParallelFor(pool, groups * s.out_channels, workers, [&](int64_t task, int64_t) {
-      bias_bar->typed_data()[task] = kept.Sum(task / s.out_channels, task % s.out_channels);
+    AddParts(part_sums, groups, plan.parts, s.weights, b.weights_bar->typed_data());
+    const KeptCotangents<T> kept = {s.batch / groups, s.out_channels,          s.capacity,
+                                    w.output_sites,   b.out_keys.typed_data(), Data<T>(b.cotangent),
+                                    out_shared};
+    ParallelFor(pool, groups * s.out_channels, plan.workers, [&](int64_t task, int64_t) {
+      b.bias_bar->typed_data()[task] = kept.Sum(task / s.out_channels, task % s.out_channels);
     });
     return ffi::Error::Success();
   });
 }
 
-}  // namespace
 }  // namespace ilajax
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ConvFwd, ilajax::ConvFwdImpl,

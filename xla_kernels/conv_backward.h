@@ -8,13 +8,10 @@
 #include <cstring>
 
 #include "xla_kernels/conv.h"
+#include "xla_kernels/conv_gradient.h"
 #include "xla_kernels/conv_line.h"
 
 namespace ilajax {
-
-struct BackwardPlan {
-  int64_t block, line_sites, slab_rows, dense_rows, room, parts, workers;
-};
 
 // The dense form of the gradient.
 struct DenseGradient {
@@ -38,7 +35,7 @@ struct BackwardWorker {
   float* sums = nullptr;          // what it gets
   const float** bases = nullptr;  // [line of taps]
 
-  void Carve(Carver& carver, const Lines& lines, const Filters& filters, const BackwardPlan& plan,
+  void Carve(Carver& carver, const Lines& lines, const Filters& filters, const GradientPlan& plan,
              const DenseGradient& dense) {
     line.Carve(carver);
     entries.Carve(carver);
@@ -63,16 +60,21 @@ struct Backward {
   const Filters& filters;
   const TapLines& tap_lines;
   const DenseGradient& dense;
-  const BackwardPlan& plan;
+  const GradientPlan& plan;
   const int32_t* keys;
   const T* values;
   const int32_t* out_keys;
+  bool out_shared;  // one list of output keys for all channels of a sample
   const T* cotangent;
   T* values_bar;
 
   const int32_t* KeysOf(int64_t item, int64_t ic) const { return keys + s.KeyOffset(item, ic); }
   const T* ValuesOf(int64_t item, int64_t ic) const {
     return values + (item * s.in_channels + ic) * s.slots;
+  }
+
+  const int32_t* OutKeysOf(int64_t item, int64_t oc) const {
+    return out_keys + (out_shared ? item : item * s.out_channels + oc) * s.capacity;
   }
 
   // Input rows [begin, end) of a sample.
@@ -128,7 +130,7 @@ struct Backward {
     const int64_t first = begin / length, last = CeilDiv(end, length);
     LineEntries& entries = worker.entries;
     Loops::Sort(
-        first, last - first, length, s.slots, begin, end, ic_begin, ic_end, false,
+        first, last - first, length, s.slots, begin, end, ic_begin, ic_end, false, false,
         [&](int64_t ic) { return KeysOf(item, ic); },
         [&](int64_t ic) { return ValuesOf(item, ic); }, [](int64_t, int64_t slot) { return slot; },
         entries);
@@ -170,7 +172,7 @@ struct Backward {
     DenseSlab slab = {dense.layout, 0, 0, worker.cotangents};
     slab.Fill(
         begin * t.input_row_lines, (end - begin) * t.input_row_lines, s.capacity,
-        [&](int64_t oc) { return out_keys + (item * s.out_channels + oc) * s.capacity; },
+        [&](int64_t oc) { return OutKeysOf(item, oc); },
         [&](int64_t oc) { return cotangent + (item * s.out_channels + oc) * s.capacity; });
     if (!slab.finite) return false;
     const LineEntries& entries = worker.entries;
@@ -255,8 +257,7 @@ struct Backward {
               bool& finite) const {
     const int64_t channels = std::min(plan.block, s.out_channels - block * plan.block);
     for (int64_t j = 0; j < channels; ++j) {
-      const int64_t segment = (item * s.out_channels + block * plan.block + j) * s.capacity;
-      const int32_t* key = out_keys + segment;
+      const int32_t* key = OutKeysOf(item, block * plan.block + j);
       // Lines come in ascending order, so that the first one alone needs a search.
       int64_t slot = worker.ends[j];
       if (slot < 0) slot = std::lower_bound(key, key + s.capacity, first_key) - key;
@@ -283,10 +284,12 @@ struct Backward {
     const int64_t channels = std::min(plan.block, s.out_channels - block * plan.block);
     float* rows = worker.line.first(lines.line);
     for (int64_t j = 0; j < channels; ++j) {
-      const int64_t segment = (item * s.out_channels + block * plan.block + j) * s.capacity;
-      for (int64_t i = segment + worker.begins[j]; i < segment + worker.ends[j]; ++i) {
-        const int64_t site = out_keys[i] - first_key;
-        if (site >= 0 && site < sites) f(rows[site * plan.block + j], i);
+      const int64_t oc = block * plan.block + j;
+      const int32_t* key = OutKeysOf(item, oc);
+      for (int64_t i = worker.begins[j]; i < worker.ends[j]; ++i) {
+        const int64_t site = key[i] - first_key;
+        if (site < 0 || site >= sites) continue;
+        f(rows[site * plan.block + j], (item * s.out_channels + oc) * s.capacity + i);
       }
     }
   }

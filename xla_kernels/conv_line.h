@@ -150,7 +150,7 @@ struct LineBuffer {
 };
 
 // What ilajax/ops/_plans.py counts for each.
-static_assert(sizeof(Segment) == 40 && sizeof(TapLine) == 48);
+static_assert(sizeof(Segment) == 40 && sizeof(TapLine) == 48 && sizeof(LiveTap) == 12);
 
 }  // namespace ilajax
 

@@ -25,7 +25,6 @@ _LIVE_TAP = 12  # sizeof(LiveTap)
 _SEGMENT = 40  # sizeof(Segment)
 _TAP_LINE = 48  # sizeof(TapLine)
 _MAX_RANK = 8
-_CHUNK = 256  # sites of a submanifold convolution's task
 _TOP_K = 96  # an upper bound of sizeof(RunningTopK)
 _DIGITS = 2048  # first digits that a selection counts ranks by
 
@@ -53,38 +52,15 @@ def conv_forward(
     With more than one part each selects for itself, and what it keeps is merged at the end.
     """
     budget = cpu_budget(window)
-    block, blocks = _blocks(out_channels)
-    lines = _Lines(window, block)
-    shared = (
-        _filters(window, in_channels, blocks, block)
-        + lines.tap_tables(blocks)
-        + _align(blocks * block * 4)
-    )
-    room = _entries_room(lines, in_channels, slots, budget)
-    live_taps = _live_taps(out_channels, lines, weights)
-    dense_rows = 0
-    if lines.may_be_dense(slots) and live_taps <= budget // 16:
-        dense_line = in_channels * lines.dense_pitch
-        dense_rows = lines.rows_within(lines.max_rows, _CPU_DENSE // 4 // dense_line)
-        if dense_rows > 0:
-            room = max(room, _ceil(lines.read_lines(dense_rows) * dense_line, 4))
-            shared += live_taps
-    worker = (
-        _align(lines.line_sites * block * 4)
-        + _bitmap(lines.line_sites)
-        + _align(lines.tap_lines * _SEGMENT)
-        + _align((lines.taps + 1) * lines.words * 8)
-        + lines.tables
-        + _align(room * 16)
-        + _align(lines.tap_lines * 8)
-        + 3 * _align(block * 4)
-        + _align(block * _TOP_K)
-    )
+    sums = _Sums(window, in_channels, out_channels, slots, weights)
+    lines, block, blocks = sums.lines, sums.block, sums.blocks
+    shared = sums.shared + _align(blocks * block * 4)
+    worker = sums.worker + 3 * _align(block * 4) + _align(block * _TOP_K)
     # Half of the stage takes in a whole line at once. With one part, a stage twice as large as the output
     # mostly takes in all; with several an early look at the others' counts keeps the lists short.
     least = 2 * (min(lines.line_sites, lines.output_length) + 1)
     tasks = batch * blocks
-    parts = 1 if tasks >= _CPU_TASKS // 2 else min(_ceil(_CPU_TASKS, tasks), lines.rows)
+    parts = lines.parts(tasks)
     while parts > 1:
         kept = min(capacity, _ceil(lines.rows, parts) * lines.row_sites)
         segments = batch * out_channels * parts
@@ -105,20 +81,55 @@ def conv_forward(
         stage = _stage(max(least, min(max(2 * capacity, 1 << 10), 1 << 16, most)))
         worker += _align(block * _DIGITS * 4)
     worker += _align(block * stage * 8)
-    workers = _workers(batch * blocks * parts, worker, budget - shared)
-    return Plan(
-        shared + workers * worker,
-        {
-            "channel_block": block,
+    workers = _workers(tasks * parts, worker, budget - shared)
+    attributes = {"stage": stage, "parts": parts, "workers": workers}
+    return Plan(shared + workers * worker, sums.attributes | attributes)
+
+
+class _Sums:
+    """What xla_kernels/conv_sums.h needs, of conv and of the submanifold convolution.
+
+    Attributes:
+      lines: the grid as lines.
+      block, blocks: of the output channels.
+      shared: bytes that all workers share.
+      worker: bytes of each.
+      attributes: of the plan.
+    """
+
+    def __init__(
+        self, window: Window, in_channels: int, out_channels: int, slots: int, weights: int
+    ):
+        budget = cpu_budget(window)
+        self.block, self.blocks = _blocks(out_channels)
+        self.lines = lines = _Lines(window, self.block)
+        self.shared = _filters(window, in_channels, self.blocks, self.block)
+        self.shared += lines.tap_tables(self.blocks)
+        room = _entries_room(lines, in_channels, slots, budget)
+        live_taps = _live_taps(out_channels, lines, weights)
+        dense_rows = 0
+        if lines.may_be_dense(slots) and live_taps <= budget // 16:
+            dense_line = in_channels * lines.dense_pitch
+            dense_rows = lines.rows_within(lines.max_rows, _CPU_DENSE // 4 // dense_line)
+            if dense_rows > 0:
+                room = max(room, _ceil(lines.read_lines(dense_rows) * dense_line, 4))
+                self.shared += live_taps
+        self.worker = (
+            _align(lines.line_sites * self.block * 4)
+            + _bitmap(lines.line_sites)
+            + _align(lines.tap_lines * _SEGMENT)
+            + _align((lines.taps + 1) * lines.words * 8)
+            + lines.tables
+            + _align(room * 16)
+            + _align(lines.tap_lines * 8)
+        )
+        self.attributes = {
+            "channel_block": self.block,
             "line_sites": lines.line_sites,
             "max_rows": lines.max_rows,
             "dense_rows": dense_rows,
             "room": room,
-            "stage": stage,
-            "parts": parts,
-            "workers": workers,
-        },
-    )
+        }
 
 
 def conv_backward(
@@ -231,6 +242,10 @@ class _Lines:
         read = before - low + _ceil(length, 8) * 8 + (taps - 1) * dilation
         self.dense_pitch = _ceil(max(before + size, read), 8) * 8
 
+    def parts(self, tasks: int) -> int:
+        """Into how many parts the output rows go, to make a few tasks for every thread."""
+        return 1 if tasks >= _CPU_TASKS // 2 else min(_ceil(_CPU_TASKS, tasks), self.rows)
+
     def may_be_dense(self, slots: int) -> bool:
         """Whether the dense form can be used, and entries are not too rare for it."""
         return self._plain and slots * _CPU_DENSE_SHARE >= self._input_sites
@@ -301,31 +316,21 @@ def _blocks(out_channels: int) -> tuple[int, int]:
     return block, _ceil(out_channels, block)
 
 
-def submanifold_forward(window: Window, batch: int, cin: int, cout: int, slots: int) -> Plan:
-    """Tasks are chunks of a sample's sites."""
-    chunks = batch * _ceil(slots, _CHUNK)
-    block, blocks = _blocks(cout)
-    shared = _filters(window, cin, blocks, block) + _align(batch) + _align(chunks * cout * 4)
-    worker = _chunk(window, block)
-    workers = _workers(chunks, worker, cpu_budget(window) - shared)
-    return Plan(shared + workers * worker, {"channel_block": block, "workers": workers})
-
-
-def submanifold_backward(
-    window: Window, batch: int, groups: int, cin: int, cout: int, slots: int, weights: int
+def submanifold_forward(
+    window: Window, batch: int, in_channels: int, out_channels: int, slots: int, weights: int
 ) -> Plan:
-    """Tasks are a fixed number of runs of chunks for each group."""
-    units = batch // groups * _ceil(slots, _CHUNK)
-    block, blocks = _blocks(cout)
-    parts = _parts(units, groups * weights * 4, cpu_budget(window))
-    shared = (
-        _filters(window, cin, blocks, block) + _align(batch) + _align(groups * parts * weights * 4)
-    )
-    rows = blocks * cin * window.taps * block * 4
-    worker = _chunk(window, block) + _align(_CHUNK * cin * 4) + _align(rows)
-    workers = _workers(groups * parts, worker, cpu_budget(window) - shared)
-    attributes = {"channel_block": block, "parts": parts, "workers": workers}
-    return Plan(shared + workers * worker, attributes)
+    """Tasks are (sample, block of output channels, part of the rows), as in conv."""
+    sums = _Sums(window, in_channels, out_channels, slots, weights)
+    tasks = batch * sums.blocks
+    parts = sums.lines.parts(tasks)
+    shared = sums.shared + _align(parts * batch * out_channels * 4)
+    workers = _workers(tasks * parts, sums.worker, cpu_budget(window) - shared)
+    attributes = {"parts": parts, "workers": workers}
+    return Plan(shared + workers * sums.worker, sums.attributes | attributes)
+
+
+# The gradient is that of a conv that kept the input's sites.
+submanifold_backward = conv_backward
 
 
 def pool(cells: Window, segments: int, capacity: int, itemsize: int) -> Plan:
@@ -358,11 +363,6 @@ def cpu_budget(window: Window) -> int:
 def _parts(units: int, weights_bytes: int, budget: int) -> int:
     """Into how many partial sums of the weights the units go."""
     return max(1, min(units, _CPU_WORKERS, budget // 8 // weights_bytes))
-
-
-def _chunk(window: Window, block: int) -> int:
-    rank = len(window.input_shape)
-    return _align(_CHUNK * rank * 4) + _align(_CHUNK * 4) + _align(_CHUNK * block * 4)
 
 
 def _workers(tasks: int, worker: int, budget: int) -> int:

@@ -114,7 +114,9 @@ def _forward_native(window, platform, groups, keys, values, kernel_keys, weights
     if platform == "cuda":
         plan = _plans_cuda_ops.submanifold_forward(window, in_channels, bias.size)
     else:
-        plan = _plans.submanifold_forward(window, batch, in_channels, bias.size, slots)
+        plan = _plans.submanifold_forward(
+            window, batch, in_channels, bias.size, slots, kernel_keys.size
+        )
     outputs = (
         jax.ShapeDtypeStruct((batch, bias.size, slots), values.dtype),
         jax.ShapeDtypeStruct((batch, bias.size), jnp.int32),

@@ -83,61 +83,6 @@ struct Filters {
   }
 };
 
-template <typename T>
-bool AllFinite(const T* values, int64_t count) {
-  bool finite = true;
-  for (int64_t i = 0; i < count; ++i) finite &= std::isfinite(static_cast<float>(values[i]));
-  return finite;
-}
-
-// Calls f.template operator()<kBlock>() with the block as a constant where it is a common one, so
-// that loops over it unroll into vectors, and with 0 for any other.
-template <typename F>
-auto DispatchBlock(int64_t block, F&& f) {
-  switch (block) {
-    case 8:
-      return f.template operator()<8>();
-    case 16:
-      return f.template operator()<16>();
-    case 32:
-      return f.template operator()<32>();
-    default:
-      return f.template operator()<0>();
-  }
-}
-
-// row += x * w over a block. A zero factor adds nothing, not even against inf or NaN.
-template <int kBlock>
-inline void AddProducts(float* __restrict__ row, const float* __restrict__ w, float x,
-                        int64_t block, bool finite) {
-  if constexpr (kBlock > 0) block = kBlock;
-  if (finite) {
-    for (int64_t j = 0; j < block; ++j) row[j] += x * w[j];
-  } else if (x != 0.0f) {
-    for (int64_t j = 0; j < block; ++j) {
-      if (w[j] != 0.0f) row[j] += x * w[j];
-    }
-  }
-}
-
-// The sum of g * w over a block, in the same order for every block constant.
-template <int kBlock>
-inline float Dot(const float* g, const float* w, int64_t block, bool finite) {
-  if constexpr (kBlock > 0) block = kBlock;
-  constexpr int kLanes = 4;
-  float lanes[kLanes] = {};
-  int64_t j = 0;
-  if (finite) {
-    for (; j + kLanes <= block; j += kLanes) {
-      for (int l = 0; l < kLanes; ++l) lanes[l] += g[j + l] * w[j + l];
-    }
-  }
-  for (; j < block; ++j) {
-    if (finite || (g[j] != 0.0f && w[j] != 0.0f)) lanes[j % kLanes] += g[j] * w[j];
-  }
-  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
-}
-
 // totals[group][n] = the sum over parts of sums[group][part][n], in their order.
 inline void AddParts(const float* sums, int64_t groups, int64_t parts, int64_t count,
                      float* totals) {
