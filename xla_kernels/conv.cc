@@ -33,7 +33,6 @@
 #include <cstdint>
 #include <cstring>
 #include <numeric>
-#include <string>
 
 #include "xla_kernels/common/parallel.h"
 #include "xla_kernels/conv_backward.h"
@@ -150,11 +149,10 @@ ffi::Error ConvBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
 ffi::Error ConvGradient(std::string_view op, ffi::ThreadPool& pool, const ConvShape& s,
                         Window window, bool out_shared, const GradientPlan& plan,
                         GradientBuffers b) {
-  const std::string name(op);
   ILAJAX_RETURN_IF_ERROR(
-      CheckShape(name + ": cotangent", b.cotangent, {s.batch, s.out_channels, s.capacity}));
+      CheckShape("cotangent", b.cotangent, {s.batch, s.out_channels, s.capacity}));
   ILAJAX_RETURN_IF_ERROR(
-      CheckShape(name + ": values_bar", *b.values_bar, {s.batch, s.in_channels, s.slots}));
+      CheckShape("values_bar", *b.values_bar, {s.batch, s.in_channels, s.slots}));
   const auto dtype = b.values.element_type();
   if (b.cotangent.element_type() != dtype || b.values_bar->element_type() != dtype) {
     return InvalidArgument(op, ": values, cotangent and values_bar have different dtypes");
@@ -164,8 +162,8 @@ ffi::Error ConvGradient(std::string_view op, ffi::ThreadPool& pool, const ConvSh
   if (groups < 1 || s.batch % groups != 0) {
     return InvalidArgument(op, ": a batch of ", s.batch, " does not hold ", groups, " groups");
   }
-  ILAJAX_RETURN_IF_ERROR(CheckShape(name + ": weights_bar", *b.weights_bar, {groups, s.weights}));
-  ILAJAX_RETURN_IF_ERROR(CheckShape(name + ": bias_bar", *b.bias_bar, {groups, s.out_channels}));
+  ILAJAX_RETURN_IF_ERROR(CheckShape("weights_bar", *b.weights_bar, {groups, s.weights}));
+  ILAJAX_RETURN_IF_ERROR(CheckShape("bias_bar", *b.bias_bar, {groups, s.out_channels}));
   const Window w = Squeeze(window);
   const Lines lines(w), transposed(Transposed(w));
   const LineBuffer buffer(lines.line, plan.line_sites, plan.block);

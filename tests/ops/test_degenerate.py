@@ -197,12 +197,19 @@ def test_other_operations_on_a_huge_grid(native, grid):
 
 PLANS = {
     # Entries are read as they lie where not even a row of them is sorted at once.
-    "little-room": {"_entries_room": lambda *_: 8},
+    "little-room": {"_entries_room": lambda *_: 8, "_CPU_DENSE_SHARE": 0},
     # Rows of the grid, each selected from on its own.
     "many-parts": {"_CPU_TASKS": 64},
     # Twice a line and one more: what a stage must take in.
     "small-stage": {"_stage": lambda entries: 24, "_CPU_TASKS": 1},
-    "all": {"_entries_room": lambda *_: 8, "_CPU_TASKS": 64, "_stage": lambda entries: 24},
+    "all": {
+        "_entries_room": lambda *_: 8,
+        "_CPU_DENSE_SHARE": 0,
+        "_CPU_TASKS": 64,
+        "_stage": lambda entries: 24,
+    },
+    # The dense form, a few rows at once.
+    "small-slabs": {"_CPU_DENSE": 2048, "_CPU_TASKS": 2},
 }
 
 
@@ -212,7 +219,7 @@ PLANS = {
         (name, plan)
         for i, name in enumerate(test_conv.GEOMETRIES)
         for j, plan in enumerate(PLANS)
-        if (i + j) % 2 == 0  # two plans each
+        if (i + j) % 2 == 0  # half of the plans each
     ],
 )
 def test_plans(squeeze, name, plan):
