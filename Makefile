@@ -12,7 +12,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard xla_kernels/*.* xla_kernels/common/*.*)
 CXX_FILES = $(shell find xla_kernels tests -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inc')
 
-.PHONY: help test mnist lint format cuda-on-host gpu-check wheel sanitize bazel clean
+.PHONY: help test mnist lint format cuda-on-host gpu-check wheel bazel clean
+.PHONY: sanitize sanitize-memory sanitize-threads
 .DELETE_ON_ERROR:
 
 help:
@@ -20,7 +21,7 @@ help:
 	@echo "make mnist     train a sparse network and its dense twin on the digits that ship with the project"
 	@echo "make lint      ruff, mypy, clang-format    (make format repairs what can be repaired)"
 	@echo "make wheel     a wheel in dist/"
-	@echo "make sanitize  the kernels on broken keys under AddressSanitizer and UBSan"
+	@echo "make sanitize  the kernels under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make cuda-on-host  the tests of the ops on CUDA kernels compiled for the CPU"
 	@echo "make gpu-check  all CUDA kernels on this machine's GPU: build, tests, sanitizer, benchmark"
 	@echo "make bazel     the CPU extension built and smoke-tested by Bazel"
@@ -79,11 +80,14 @@ $(VENV)/.%: $(VENV)/.build $(SOURCES)
 	       "See why with: $(BIN)/python -m pip install -v --no-build-isolation --editable ."
 	@touch $@
 
-# ---- The kernels under sanitizers: a second environment, over .venv, whose ilajax is the checked build.
-# libasan comes first in the process, so that it sees the memory which jaxlib allocates as well.
+# ---- The kernels under sanitizers.
 
+sanitize: sanitize-memory sanitize-threads
+
+# A second environment, over .venv, whose ilajax is the checked build. libasan comes first in the process, so
+# that it sees the memory which jaxlib allocates as well.
 SANITIZE := build/sanitize
-sanitize: $(VENV)/.test
+sanitize-memory: $(VENV)/.test
 	$(BIN)/python -m venv --without-pip $(SANITIZE)/venv
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 	  > "$$($(SANITIZE)/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outer.pth"
@@ -92,6 +96,11 @@ sanitize: $(VENV)/.test
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(SANITIZE)/venv/bin/python -m pytest $(or $(ARGS),tests/ops/test_memory_safety.py)
+
+# See tests/thread_sanitizer/README.md.
+sanitize-threads: $(VENV)/.test
+	$(MAKE) --silent -C tests/thread_sanitizer -j$(JOBS) PYTHON="$(CURDIR)/$(BIN)/python"
+	PYTHONPATH=tests $(BIN)/python -m pytest -q tests/thread_sanitizer/check_handlers.py
 
 # ---- Bazel, offline. Debian: apt-get install bazel-bootstrap
 
