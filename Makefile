@@ -87,6 +87,7 @@ sanitize: sanitize-memory sanitize-threads
 # A second environment, over .venv, whose ilajax is the checked build. libasan comes first in the process, so
 # that it sees the memory which jaxlib allocates as well.
 SANITIZE := build/sanitize
+SANITIZED_TESTS := tests/ops/test_memory_safety.py tests/ops/test_degenerate.py -k 'not reference and not huge'
 sanitize-memory: $(VENV)/.test
 	$(BIN)/python -m venv --without-pip $(SANITIZE)/venv
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
@@ -95,7 +96,7 @@ sanitize-memory: $(VENV)/.test
 	  --no-deps --no-build-isolation -Cbuild-dir=$(SANITIZE)/cmake --editable .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(SANITIZE)/venv/bin/python -m pytest $(or $(ARGS),tests/ops/test_memory_safety.py)
+	  $(SANITIZE)/venv/bin/python -m pytest -n $(JOBS) $(or $(ARGS),$(SANITIZED_TESTS))
 
 # See tests/thread_sanitizer/README.md.
 sanitize-threads: $(VENV)/.test
