@@ -126,11 +126,11 @@ def pruned_row(name: str, bar: float, make: Callable[[float], Layer]) -> Row:
 
 
 def wide_layer(*, kernel_density: float, backward: bool = False) -> Layer:
-    """24 -> 24 on a third of the sites of 32^3: arithmetic dominates."""
-    x = workloads.random_sites(32, 24, density=0.33)
-    kernel = workloads.kernel(24, 24, density=kernel_density)
+    """64 -> 64 on a third of the sites of 32^3: arithmetic dominates."""
+    x = workloads.random_sites(32, 64, density=0.33)
+    kernel = workloads.kernel(64, 64, density=kernel_density)
     capacity = ilajax.capacity(0.33, x.spatial_shape)
-    return Layer(x, kernel, jnp.zeros(24), capacity, backward)
+    return Layer(x, kernel, jnp.zeros(64), capacity, backward)
 
 
 def step_row(
@@ -241,9 +241,9 @@ ROWS = [
     ),
     step_row("step OctNet3-64 b8 solids", 30, solids_step),
     step_row("step OctNet3-24 b32 MNIST", 3, mnist_step, head=mnist_head_step),
-    pruned_row("pruning r32 24->24 rho=0.33", 2, lambda rho_f: wide_layer(kernel_density=rho_f)),
+    pruned_row("pruning r32 64->64 rho=0.33", 2, lambda rho_f: wide_layer(kernel_density=rho_f)),
     pruned_row(
-        "pruning r32 24->24 rho=0.33, f + b",
+        "pruning r32 64->64 rho=0.33, f + b",
         2,
         lambda rho_f: wide_layer(kernel_density=rho_f, backward=True),
     ),
