@@ -11,6 +11,8 @@
 // With a shared support the first channel writes the keys; nothing is cut then, so all channels
 // agree.
 
+#include "xla_kernels/pool.h"
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -18,20 +20,14 @@
 #include "xla_kernels/common/ffi.h"
 #include "xla_kernels/common/parallel.h"
 #include "xla_kernels/common/selection.h"
-#include "xla_kernels/common/window.h"
 #include "xla_kernels/common/workspace.h"
 
 namespace ilajax {
 namespace {
 
-struct PoolShape {
-  int64_t batch = 0, channels = 0, slots = 0, capacity = 0;
-  bool shared = false, average = false;
-  Window w;
-  int64_t slab_rows = 0, room = 0, workers = 0;
+struct Pool : PoolShape {
+  int64_t slab_rows = 0, room = 0, workers = 0;  // the plan
 
-  int64_t segments() const { return batch * channels; }
-  int64_t KeySegment(int64_t segment) const { return shared ? segment / channels : segment; }
   int64_t slab_sites() const { return std::min(slab_rows, w.output_shape[0]) * w.output_row(); }
   // The input keys of cells in output rows [row, row + slab_rows).
   int64_t RowKey(int64_t row) const {
@@ -40,35 +36,11 @@ struct PoolShape {
 
   static ffi::Error Read(const ffi::Buffer<ffi::S32>& keys, const ffi::AnyBuffer& values,
                          const ffi::Buffer<ffi::S32>& pooled_keys, const ffi::AnyBuffer& pooled,
-                         std::string_view mode, PoolShape& s) {
-    const auto v = values.dimensions(), k = keys.dimensions(), o = pooled.dimensions();
-    if (v.size() != 3 || k.size() != 3 || o.size() != 3) {
-      return InvalidArgument("pool: buffers need 3 dimensions");
-    }
-    s.batch = v[0], s.channels = v[1], s.slots = v[2], s.capacity = o[2];
-    s.shared = k[1] == 1;
-    s.average = mode == "avg";
-    if (mode != "avg" && mode != "max") return InvalidArgument("pool: mode is \"", mode, "\"");
-    const int64_t key_channels = s.shared ? 1 : s.channels;
-    ILAJAX_RETURN_IF_ERROR(CheckShape("pool: keys", keys, {s.batch, key_channels, s.slots}));
-    ILAJAX_RETURN_IF_ERROR(
-        CheckShape("pool: pooled_keys", pooled_keys, {s.batch, key_channels, s.capacity}));
-    ILAJAX_RETURN_IF_ERROR(CheckShape("pool: pooled", pooled, {s.batch, s.channels, s.capacity}));
-    if (pooled.element_type() != values.element_type()) {
-      return InvalidArgument("pool: values and pooled have different dtypes");
-    }
-    if (s.shared && s.channels > 1 && s.capacity < std::min(s.slots, s.w.output_sites)) {
-      return InvalidArgument("pool: a selection that cuts needs keys for each channel");
-    }
-    for (int a = 0; a < s.w.rank; ++a) {
-      if (s.w.output_shape[a] != CeilDiv(s.w.input_shape[a], s.w.strides[a]) || s.w.low[a] != 0) {
-        return InvalidArgument("pool: cells must cover the grid without overlap");
-      }
-    }
+                         std::string_view mode, Pool& s) {
     if (s.slab_rows < 1 || s.room < 1 || s.workers < 1) {
       return InvalidArgument("pool: the plan has an entry below 1");
     }
-    return ffi::Error::Success();
+    return PoolShape::Read(keys, values, pooled_keys, pooled, mode, s);
   }
 };
 
@@ -81,7 +53,7 @@ struct Cells {
   uint64_t* stage = nullptr;
   int32_t* digits = nullptr;
 
-  Cells(Carver& carver, const PoolShape& s)
+  Cells(Carver& carver, const Pool& s)
       : values(carver.Take<float>(s.slab_sites())),
         slots(carver.Take<int32_t>(s.slab_sites())),
         bitmap(carver.Take<uint64_t>(CeilDiv(s.slab_sites(), 64))),
@@ -120,7 +92,7 @@ float SitesOf(const Window& w, int64_t cell) {
 
 // Calls f(slot, cell of the slab) for the entries whose cells lie in the slab of rows from `row`.
 template <typename F>
-void ForEntries(const PoolShape& s, const int32_t* key, int64_t row, F&& f) {
+void ForEntries(const Pool& s, const int32_t* key, int64_t row, F&& f) {
   const int64_t first = s.RowKey(row), last = s.RowKey(row + s.slab_rows);
   const int64_t base = row * s.w.output_row();
   const int32_t* end = key + s.slots;
@@ -130,8 +102,7 @@ void ForEntries(const PoolShape& s, const int32_t* key, int64_t row, F&& f) {
 }
 
 template <typename T>
-void FindLargest(const PoolShape& s, const int32_t* key, const T* value, int64_t row,
-                 Cells<T>& cells) {
+void FindLargest(const Pool& s, const int32_t* key, const T* value, int64_t row, Cells<T>& cells) {
   ForEntries(s, key, row, [&](int64_t slot, int64_t cell) {
     const float v = static_cast<float>(value[slot]), best = cells.values[cell];
     // NaN beats numbers, and nothing beats NaN; of equal values the first stays.
@@ -143,8 +114,8 @@ void FindLargest(const PoolShape& s, const int32_t* key, const T* value, int64_t
 }
 
 template <typename T>
-void PoolSegment(const PoolShape& s, const int32_t* key, const T* value, int32_t* pooled_key,
-                 T* pooled, Cells<T>& cells) {
+void PoolSegment(const Pool& s, const int32_t* key, const T* value, int32_t* pooled_key, T* pooled,
+                 Cells<T>& cells) {
   RunningTopK<T> best(Select::kValue, s.capacity, pooled_key, pooled, s.room, cells.stage,
                       cells.digits);
   std::memset(cells.bitmap, 0, CeilDiv(s.slab_sites(), 64) * sizeof(uint64_t));
@@ -171,8 +142,8 @@ void PoolSegment(const PoolShape& s, const int32_t* key, const T* value, int32_t
 }
 
 template <typename T>
-void UnpoolSegment(const PoolShape& s, const int32_t* key, const T* value,
-                   const int32_t* pooled_key, const T* cotangent, T* value_bar, Cells<T>& cells) {
+void UnpoolSegment(const Pool& s, const int32_t* key, const T* value, const int32_t* pooled_key,
+                   const T* cotangent, T* value_bar, Cells<T>& cells) {
   std::fill(value_bar, value_bar + s.slots, T(0.0f));
   const int32_t* pooled_end = pooled_key + s.capacity;
   for (int64_t row = 0; row < s.w.output_shape[0]; row += s.slab_rows) {
@@ -201,7 +172,7 @@ void UnpoolSegment(const PoolShape& s, const int32_t* key, const T* value,
 
 // Calls body(segment, cells) for all segments; `cells` is the worker's part of the workspace.
 template <typename T, typename F>
-ffi::Error ForSegments(ffi::ThreadPool& pool, const PoolShape& s, ffi::Buffer<ffi::U8> workspace,
+ffi::Error ForSegments(ffi::ThreadPool& pool, const Pool& s, ffi::Buffer<ffi::U8> workspace,
                        F&& body) {
   Carver sizes(nullptr);
   Cells<T>(sizes, s);
@@ -221,11 +192,11 @@ ffi::Error PoolFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
                        ffi::Result<ffi::Buffer<ffi::U8>> workspace, std::string_view mode,
                        Span input_shape, Span window_shape, Span strides, Span dilation, Span low,
                        Span output_shape, int64_t slab_rows, int64_t room, int64_t workers) {
-  PoolShape s;
+  Pool s;
   s.slab_rows = slab_rows, s.room = room, s.workers = workers;
   ILAJAX_RETURN_IF_ERROR(
       Window::Read(input_shape, window_shape, strides, dilation, low, output_shape, s.w));
-  ILAJAX_RETURN_IF_ERROR(PoolShape::Read(keys, values, *pooled_keys, *pooled, mode, s));
+  ILAJAX_RETURN_IF_ERROR(Pool::Read(keys, values, *pooled_keys, *pooled, mode, s));
   return DispatchFloat(values.element_type(), [&]<typename T>() {
     return ForSegments<T>(pool, s, *workspace, [&](int64_t segment, Cells<T>& cells) {
       const int64_t key_segment = s.KeySegment(segment);
@@ -243,11 +214,11 @@ ffi::Error PoolBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
                        ffi::Result<ffi::Buffer<ffi::U8>> workspace, std::string_view mode,
                        Span input_shape, Span window_shape, Span strides, Span dilation, Span low,
                        Span output_shape, int64_t slab_rows, int64_t room, int64_t workers) {
-  PoolShape s;
+  Pool s;
   s.slab_rows = slab_rows, s.room = room, s.workers = workers;
   ILAJAX_RETURN_IF_ERROR(
       Window::Read(input_shape, window_shape, strides, dilation, low, output_shape, s.w));
-  ILAJAX_RETURN_IF_ERROR(PoolShape::Read(keys, values, pooled_keys, cotangent, mode, s));
+  ILAJAX_RETURN_IF_ERROR(Pool::Read(keys, values, pooled_keys, cotangent, mode, s));
   ILAJAX_RETURN_IF_ERROR(
       CheckShape("pool: values_bar", *values_bar, {s.batch, s.channels, s.slots}));
   if (values_bar->element_type() != values.element_type()) {

@@ -20,8 +20,8 @@
 #include "xla_kernels/common/cuda.h"
 #include "xla_kernels/common/cuda_select.cuh"
 #include "xla_kernels/common/ffi.h"
-#include "xla_kernels/common/window.h"
 #include "xla_kernels/common/workspace.h"
+#include "xla_kernels/pool.h"
 
 namespace ilajax {
 namespace {
@@ -31,52 +31,9 @@ constexpr int kWordsPerThread = 4;
 constexpr int kSlabWords = kThreads * kWordsPerThread;
 constexpr int64_t kSlab = kSlabWords * 32;  // cells of a block
 
-struct PoolShape {
-  int64_t batch = 0, channels = 0, slots = 0, capacity = 0;
-  bool shared = false, average = false;
-  Window w;
-
-  ILAJAX_HOST_DEVICE int64_t segments() const { return batch * channels; }
-  ILAJAX_HOST_DEVICE int64_t key_segments() const { return shared ? batch : segments(); }
-  ILAJAX_HOST_DEVICE int64_t KeySegment(int64_t segment) const {
-    return shared ? segment / channels : segment;
-  }
-  ILAJAX_HOST_DEVICE int64_t slabs() const { return (w.output_sites + kSlab - 1) / kSlab; }
-
-  static ffi::Error Read(const ffi::Buffer<ffi::S32>& keys, const ffi::AnyBuffer& values,
-                         const ffi::Buffer<ffi::S32>& pooled_keys, const ffi::AnyBuffer& pooled,
-                         std::string_view mode, PoolShape& s) {
-    const auto v = values.dimensions(), k = keys.dimensions(), o = pooled.dimensions();
-    if (v.size() != 3 || k.size() != 3 || o.size() != 3) {
-      return InvalidArgument("pool: buffers need 3 dimensions");
-    }
-    s.batch = v[0], s.channels = v[1], s.slots = v[2], s.capacity = o[2];
-    s.shared = k[1] == 1;
-    s.average = mode == "avg";
-    if (mode != "avg" && mode != "max") return InvalidArgument("pool: mode is \"", mode, "\"");
-    const int64_t key_channels = s.shared ? 1 : s.channels;
-    ILAJAX_RETURN_IF_ERROR(CheckShape("pool: keys", keys, {s.batch, key_channels, s.slots}));
-    ILAJAX_RETURN_IF_ERROR(
-        CheckShape("pool: pooled_keys", pooled_keys, {s.batch, key_channels, s.capacity}));
-    ILAJAX_RETURN_IF_ERROR(CheckShape("pool: pooled", pooled, {s.batch, s.channels, s.capacity}));
-    if (pooled.element_type() != values.element_type()) {
-      return InvalidArgument("pool: values and pooled have different dtypes");
-    }
-    if (s.shared && s.channels > 1 && s.Cuts()) {
-      return InvalidArgument("pool: a selection that cuts needs keys for each channel");
-    }
-    for (int a = 0; a < s.w.rank; ++a) {
-      if (s.w.output_shape[a] != CeilDiv(s.w.input_shape[a], s.w.strides[a]) || s.w.low[a] != 0) {
-        return InvalidArgument("pool: cells must cover the grid without overlap");
-      }
-    }
-    return ffi::Error::Success();
-  }
-
-  // Cells that a segment can have.
-  int64_t most_cells() const { return slots < w.output_sites ? slots : w.output_sites; }
-  bool Cuts() const { return capacity < most_cells(); }
-};
+ILAJAX_HOST_DEVICE int64_t SlabsOf(const PoolShape& s) {
+  return (s.w.output_sites + kSlab - 1) / kSlab;
+}
 
 // Keys and shapes are below 2^31: 32-bit arithmetic, whose divisions cost half.
 __device__ uint32_t CellOf(const Window& w, uint32_t key) {
@@ -231,8 +188,8 @@ __device__ int64_t CellAt(const Bitmap& bitmap, int32_t rank) {
 __global__ void __launch_bounds__(kThreads)
     CountKernel(PoolShape s, int64_t first, int64_t count, const int32_t* keys, int32_t* counts) {
   __shared__ Bitmap bitmap;
-  for (int64_t task = blockIdx.x; task < count * s.slabs(); task += gridDim.x) {
-    const int64_t segment = first + task / s.slabs(), slab = task % s.slabs();
+  for (int64_t task = blockIdx.x; task < count * SlabsOf(s); task += gridDim.x) {
+    const int64_t segment = first + task / SlabsOf(s), slab = task % SlabsOf(s);
     MarkCells(s, keys + segment * s.slots, slab * kSlab, bitmap);
     const int32_t total = RankCells(bitmap);
     if (threadIdx.x == 0) counts[task] = total;
@@ -247,12 +204,12 @@ __global__ void __launch_bounds__(kThreads)
     PoolKernel(PoolShape s, int64_t first, int64_t count, const int32_t* keys, const T* values,
                const int32_t* counts, int64_t capacity, int32_t* pooled_keys, T* pooled) {
   __shared__ Bitmap bitmap;
-  for (int64_t task = blockIdx.x; task < count * s.slabs(); task += gridDim.x) {
-    const int64_t segment = task / s.slabs(), slab = task % s.slabs();
+  for (int64_t task = blockIdx.x; task < count * SlabsOf(s); task += gridDim.x) {
+    const int64_t segment = task / SlabsOf(s), slab = task % SlabsOf(s);
     const int64_t key_segment = s.KeySegment(first + segment);
     const int32_t* key = keys + key_segment * s.slots;
     const T* value = values + (first + segment) * s.slots;
-    const int32_t* slab_counts = counts + (key_segment - s.KeySegment(first)) * s.slabs();
+    const int32_t* slab_counts = counts + (key_segment - s.KeySegment(first)) * SlabsOf(s);
     int32_t* out_keys = pooled_keys + s.KeySegment(segment) * capacity;
     const bool writes_keys = !s.shared || segment % s.channels == 0;
     T* out = pooled + segment * capacity;
@@ -279,7 +236,7 @@ __global__ void __launch_bounds__(kThreads)
       if (writes_keys) out_keys[place] = static_cast<int32_t>(cell);
       out[place] = result;
     }
-    if (slab == s.slabs() - 1) {
+    if (slab == SlabsOf(s) - 1) {
       for (int64_t i = bitmap.earlier + total + threadIdx.x; i < capacity; i += kThreads) {
         if (writes_keys) out_keys[i] = static_cast<int32_t>(s.w.output_sites);
         out[i] = T(0.0f);
@@ -346,7 +303,7 @@ struct PoolWorkspace {
   int64_t bytes;
 
   PoolWorkspace(Carver carver, const PoolShape& s, int64_t count, int64_t chunk)
-      : counts(carver.Take<int32_t>(count * s.slabs())) {
+      : counts(carver.Take<int32_t>(count * SlabsOf(s))) {
     if (s.Cuts()) {
       keys = carver.Take<int32_t>(count * s.most_cells());
       values = carver.Take<T>(count * s.most_cells());
@@ -378,16 +335,16 @@ ffi::Error PoolFwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::Any
     const int32_t* key = keys.typed_data();
     const T* value = Data<T>(values);
     if (!s.Cuts()) {
-      ILAJAX_RETURN_IF_ERROR(Launch(CountKernel, GridFor(s.key_segments() * s.slabs()), kThreads, 0,
-                                    stream, s, 0, s.key_segments(), key, own.counts));
-      return Launch(PoolKernel<T>, GridFor(s.segments() * s.slabs()), kThreads, 0, stream, s, 0,
+      ILAJAX_RETURN_IF_ERROR(Launch(CountKernel, GridFor(s.key_segments() * SlabsOf(s)), kThreads,
+                                    0, stream, s, 0, s.key_segments(), key, own.counts));
+      return Launch(PoolKernel<T>, GridFor(s.segments() * SlabsOf(s)), kThreads, 0, stream, s, 0,
                     s.segments(), key, value, own.counts, s.capacity, pooled_keys->typed_data(),
                     Data<T>(*pooled));
     }
     for (int64_t first = 0; first < s.segments(); first += segments_at_once) {
       const int64_t left = s.segments() - first;
       const int64_t count = left < segments_at_once ? left : segments_at_once;
-      const dim3 grid = GridFor(count * s.slabs());
+      const dim3 grid = GridFor(count * SlabsOf(s));
       ILAJAX_RETURN_IF_ERROR(
           Launch(CountKernel, grid, kThreads, 0, stream, s, first, count, key, own.counts));
       ILAJAX_RETURN_IF_ERROR(Launch(PoolKernel<T>, grid, kThreads, 0, stream, s, first, count, key,
