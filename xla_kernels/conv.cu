@@ -79,7 +79,7 @@ struct Prepare {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kMapThreads) PrepareKernel(Prepare<T> p) {
+__global__ void __launch_bounds__(kMapThreads, 5) PrepareKernel(Prepare<T> p) {
   uint4* shared = DynamicShared();
   uint32_t task = blockIdx.x;
   if (task < p.map_blocks()) {
@@ -442,8 +442,13 @@ __device__ void FindDigit(const Forward& f, int level, uint32_t* histogram, Cut*
   }
 }
 
+// Blocks of a multiprocessor. With three, nothing is spilled below four axes but by the last pass,
+// whose registers hold where the channels of its rows go, too.
+constexpr int TileBlocks(int rank, Pass pass) { return rank <= 3 && pass != Pass::kEmit ? 3 : 2; }
+
 template <int R, Pass P>
-__global__ void __launch_bounds__(kTileThreads, 3) TileKernel(Forward f, Axes<R> axes) {
+__global__ void __launch_bounds__(kTileThreads, TileBlocks(R, P))
+    TileKernel(Forward f, Axes<R> axes) {
   uint4* shared = DynamicShared();
   __shared__ int scratch[kTileWarps];
   __shared__ uint32_t draw, pool_offset;

@@ -31,7 +31,7 @@ ffi::Error FromDenseFwdImpl(cudaStream_t stream, ffi::AnyBuffer x,
   if (values->element_type() != x.element_type()) {
     return InvalidArgument("from_dense: x and values have different dtypes");
   }
-  Select select;
+  Select select = Select::kValue;
   ILAJAX_RETURN_IF_ERROR(ReadSelect(select_name, select));
   if (chunk < 1) return InvalidArgument("from_dense: the plan has an entry below 1");
   ILAJAX_RETURN_IF_ERROR(

@@ -67,7 +67,7 @@ ffi::Error KSelectFwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::
                           std::string_view select_name, int64_t chunk) {
   KSelectShape s;
   ILAJAX_RETURN_IF_ERROR(KSelectShape::Read(keys, values, *kept_keys, *kept_values, sites, s));
-  Select select;
+  Select select = Select::kValue;
   ILAJAX_RETURN_IF_ERROR(ReadSelect(select_name, select));
   if (chunk < 1) return InvalidArgument("k_select: the plan has an entry below 1");
   ILAJAX_RETURN_IF_ERROR(

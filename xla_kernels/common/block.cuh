@@ -21,15 +21,17 @@ __device__ inline uint4* DynamicShared() {
 #endif
 }
 
-// The first of `count` ascending keys that is not below `bound`, found by a whole warp: 32 probes a
-// step, so that 65536 keys take four dependent loads. Of keys in disorder some place in [0, count].
+// The first of `count` ascending keys that is not below `bound` >= 0, found by a whole warp: 32
+// probes a step, so that 65536 keys take four dependent loads. Negative keys are padding like those
+// beyond the last, and count as such. Of keys in disorder some place in [0, count].
 __device__ inline int WarpLowerBound(const int32_t* keys, int count, int64_t bound) {
   const int lane = threadIdx.x & 31;
   int first = 0;
   while (count > 0) {
     const int step = (count - 1) / 32 + 1;
     const int probe = min((lane + 1) * step, count) - 1;
-    const int passed = __popc(__ballot_sync(kWarp, keys[first + probe] < bound));
+    const int passed =
+        __popc(__ballot_sync(kWarp, static_cast<uint32_t>(keys[first + probe]) < bound));
     const int skip = min(passed * step, count);
     count = passed == 32 ? 0 : max(min((passed + 1) * step, count) - 1 - skip, 0);
     first += skip;
