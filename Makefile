@@ -13,7 +13,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard xla_kernels/*.* xla_kernels/
 CXX_FILES = $(shell find xla_kernels tests -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inc')
 
 .PHONY: help test mnist lint format cuda-on-host gpu-check wheel bazel clean
-.PHONY: sanitize sanitize-memory sanitize-threads
+.PHONY: sanitize sanitize-memory sanitize-threads sanitize-cuda
 .DELETE_ON_ERROR:
 
 help:
@@ -21,8 +21,8 @@ help:
 	@echo "make mnist     train a sparse network and its dense twin on the digits that ship with the project"
 	@echo "make lint      ruff, mypy, clang-format    (make format repairs what can be repaired)"
 	@echo "make wheel     a wheel in dist/"
-	@echo "make sanitize  the kernels under AddressSanitizer, UBSan and ThreadSanitizer"
-	@echo "make cuda-on-host  the tests of the ops on CUDA kernels compiled for the CPU"
+	@echo "make sanitize  the kernels, CUDA's on the CPU too, under AddressSanitizer, UBSan and ThreadSanitizer"
+	@echo "make cuda-on-host  more of the ops' tests on the CUDA kernels, compiled for the CPU"
 	@echo "make gpu-check  all CUDA kernels on this machine's GPU: build, tests, sanitizer, benchmark"
 	@echo "make bazel     the CPU extension built and smoke-tested by Bazel"
 	@echo "make clean     remove what was built, .venv too"
@@ -44,6 +44,7 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+# Some minutes; make test runs every kernel once.
 cuda-on-host: $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python -m pytest -q tests/test_cuda_on_host.py tests/cuda_on_host/check_ops.py
 
@@ -54,6 +55,7 @@ gpu-check:
 wheel: $(VENV)/.build
 	$(PIP) wheel -qq --no-deps --no-build-isolation -Cbuild-dir=build/wheel --wheel-dir dist .
 	@ls -l dist
+	@test -z "$$(find dist -name '*.whl' -size +20000k)" || { echo "a wheel is above 20 MB"; exit 1; }
 
 clean:
 	rm -rf build dist $(VENV)
@@ -82,7 +84,7 @@ $(VENV)/.%: $(VENV)/.build $(SOURCES)
 
 # ---- The kernels under sanitizers.
 
-sanitize: sanitize-memory sanitize-threads
+sanitize: sanitize-memory sanitize-threads sanitize-cuda
 
 # A second environment, over .venv, whose ilajax is the checked build. libasan comes first in the process, so
 # that it sees the memory which jaxlib allocates as well.
@@ -102,6 +104,10 @@ sanitize-memory: $(VENV)/.test
 sanitize-threads: $(VENV)/.test
 	$(MAKE) --silent -C tests/thread_sanitizer -j$(JOBS) PYTHON="$(CURDIR)/$(BIN)/python"
 	PYTHONPATH=tests $(BIN)/python -m pytest -q tests/thread_sanitizer/check_handlers.py
+
+# See tests/cuda_on_host/README.md.
+sanitize-cuda: $(VENV)/.test
+	CUDA_ON_HOST_BUILD=sanitized $(BIN)/python -m pytest -q tests/test_cuda_on_host.py
 
 # ---- Bazel, offline. Debian: apt-get install bazel-bootstrap
 

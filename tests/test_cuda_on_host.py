@@ -1,25 +1,20 @@
-"""The harness that runs CUDA kernels on the CPU sees planted bugs; see cuda_on_host/README.md.
+"""All CUDA kernels, run on the CPU by a harness that sees planted bugs; see cuda_on_host/README.md.
 
-`make cuda-on-host` runs the kernels themselves through the tests of the ops.
+`make cuda-on-host` runs more cases, those of the tests of the ops.
 """
 
+import os
 import shutil
 import subprocess
 import sys
 
 import pytest
 
-from cuda_on_host import build
+from cuda_on_host import build, kernels, run
 
 pytestmark = pytest.mark.skipif(
     shutil.which(build.CXX) is None or sys.platform != "linux", reason="needs g++ on Linux"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built():
-    build.build(kernels=False)
-
 
 PLANTED = {
     "none": "nothing wrong",
@@ -38,6 +33,21 @@ PLANTED = {
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bugs(bug):
     """Catches a harness that has gone blind."""
-    command = [str(build.PLANTED), bug]
+    build.SANITIZED.make_planted()
+    command = [str(build.SANITIZED.planted), bug]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert PLANTED[bug] in done.stdout + done.stderr
+
+
+def test_every_kernel_runs(tmp_path):
+    """Catches a kernel that is wrong, depends on the order of threads, or is run by no test.
+
+    `make sanitize` does the same with CUDA_ON_HOST_BUILD=sanitized: an index out of bounds, too.
+    """
+    chosen = build.BUILDS[os.environ.get("CUDA_ON_HOST_BUILD", "plain")]
+    log = tmp_path / "executed"
+    run.run(chosen, [build.HERE / "check_kernels.py"], log)
+
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join(line for line in lines if int(line, 16) != int(lines[0], 16)))
+    assert kernels.not_run(chosen, log) == [kernels.compiled(chosen)[int(lines[0], 16)]]

@@ -125,6 +125,17 @@ def test_init_holds_exports_only(path):
 # --- One stem for each op --------------------------------------------------------------------------
 
 
+# The lists of sources.bzl, which is Python as well.
+SOURCES: dict[str, list[str]] = {}
+exec((KERNELS / "sources.bzl").read_text(), SOURCES)
+
+
+def defines(source, handler):
+    """Whether a file is there and defines a handler."""
+    assert source.exists(), f"{source} is missing"
+    return re.search(rf"XLA_FFI_DEFINE_HANDLER_SYMBOL\(\s*{handler}\b", source.read_text())
+
+
 def camel_case(stem):
     return "".join(part.capitalize() for part in stem.split("_"))
 
@@ -144,19 +155,25 @@ def test_a_target_has_its_files(macro, target, handler):
     stem, direction = match.groups()
     assert handler == camel_case(stem) + direction.capitalize()
 
-    suffixes = [".cc"] if macro == "TARGET_CPU" else [".cc", ".cu"]
-    sources = (KERNELS / "sources.bzl").read_text()
-    for suffix in suffixes:
-        source = KERNELS / (stem + suffix)
-        assert source.exists(), f"{source} is missing"
-        assert re.search(rf"XLA_FFI_DEFINE_HANDLER_SYMBOL\(\s*{handler}\b", source.read_text())
-        assert f'"{stem}{suffix}"' in sources, f"{stem}{suffix} is not in sources.bzl"
+    source = KERNELS / f"{stem}.cc"
+    assert defines(source, handler)
+    assert source.name in SOURCES["CPU_SOURCES"], f"{source.name} is not in sources.bzl"
 
     ops = [
         path for path in (ROOT / "ilajax" / "ops").glob("*.py") if f'"{target}"' in path.read_text()
     ]
     assert len(ops) == 1, f"{target} must be called by one file in ops/, got {ops}"
     assert (ROOT / "tests" / "ops" / f"test_{ops[0].stem}.py").exists()
+
+
+@pytest.mark.parametrize(("macro", "target", "handler"), TARGETS)
+def test_a_target_has_its_cuda_twin(macro, target, handler):
+    """Catches an operation that runs on the CPU only, or a CUDA kernel that no build and no test takes in."""
+    assert macro != "TARGET_CPU", f"{target} has no CUDA kernel"
+    source = KERNELS / (re.sub(r"^ilajax_|_(fwd|bwd)$", "", target) + ".cu")
+    assert defines(source, handler)
+    listed = {"TARGET": "CUDA_SOURCES", "TARGET_UNPROVEN": "CUDA_UNPROVEN"}[macro]
+    assert source.name in SOURCES[listed], f"{target} is a {macro}, so {source.name} is in {listed}"
 
 
 def test_forward_and_backward_live_together():

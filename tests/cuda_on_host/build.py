@@ -1,11 +1,12 @@
-"""Builds the CUDA kernels for the host, under AddressSanitizer and UBSan, into build/cuda_on_host/.
+"""Builds the CUDA kernels for the host into build/cuda_on_host/: plain, or with AddressSanitizer and UBSan.
 
-    python tests/cuda_on_host/build.py
+    python tests/cuda_on_host/build.py [plain] [sanitized]
 
 An object is compiled again only when its source or a header has changed.
 """
 
 import concurrent.futures
+import dataclasses
 import fcntl
 import hashlib
 import os
@@ -19,18 +20,91 @@ import jaxlib
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 KERNELS = REPOSITORY / "xla_kernels"
-BUILD = REPOSITORY / "build" / "cuda_on_host"
-LIBRARY = BUILD / "kernels.so"
-PLANTED = BUILD / "planted_bugs"
 
 CXX = os.environ.get("CXX", "g++")
 FLAGS = [
-    *("-std=c++20", "-O0", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
-    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
-    # They cost half of the compile time, and AddressSanitizer sees most of that.
-    "-fno-sanitize=null,object-size,vptr",
+    *("-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
     *(f"-I{HERE}", f"-I{REPOSITORY}", "-isystem", str(Path(jaxlib.__path__[0]) / "include")),
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """One way to compile all kernels.
+
+    Attributes:
+      name: of its folder under build/cuda_on_host/.
+      flags: the compiler's.
+      optimise: its level of optimisation for kernels; what runs their threads always has -O2.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    optimise: str
+
+    @property
+    def folder(self) -> Path:
+        return REPOSITORY / "build" / "cuda_on_host" / self.name
+
+    @property
+    def library(self) -> Path:
+        """The handlers of all targets, for the process that JAX runs in."""
+        return self.folder / "kernels.so"
+
+    @property
+    def planted(self) -> Path:
+        """The program with the planted bugs."""
+        return self.folder / "planted_bugs"
+
+    def make_library(self) -> None:
+        """Brings the library up to date."""
+        self._make(self.library, ["-shared"], [*cuda_sources(), HERE / "handlers.cc"])
+
+    def make_planted(self) -> None:
+        """Brings the program with the planted bugs up to date."""
+        self._make(self.planted, [], [HERE / "planted_bugs.cu"])
+
+    def _make(self, out: Path, flags: list[str], sources: list[Path]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one build at a time, whichever processes test
+            with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                objects = list(pool.map(self._compile, [HERE / "block.cc", *sources]))
+            stamp, text = out.with_suffix(".stamp"), _stamp([str(path) for path in objects])
+            if not (out.exists() and stamp.exists() and stamp.read_text() == text):
+                _run([CXX, *self.flags, *flags, *map(str, objects), "-o", str(out), "-ldl"])
+                stamp.write_text(text)
+
+    def _compile(self, source: Path) -> Path:
+        headers = [
+            *HERE.glob("*.h"),
+            *KERNELS.glob("*.h"),
+            *KERNELS.glob("common/*.*h"),
+            *KERNELS.glob("*.def"),
+        ]
+        optimise = "-O2" if source.name == "block.cc" else self.optimise
+        command = [CXX, *FLAGS, *self.flags, optimise]
+        files = (f"{path} {_digest(path)}" for path in sorted([source, *headers]))
+        out = self.folder / f"{source.stem}-{_stamp([*command, *files])}.o"
+        if not out.exists():
+            for old in self.folder.glob(f"{source.stem}-*.o"):
+                old.unlink()
+            _run([*command, "-x", "c++", "-c", "-", "-o", f"{out}.tmp"], _on_host(source))
+            os.replace(f"{out}.tmp", out)
+        return out
+
+
+PLAIN = Build("plain", (), "-O1")
+SANITIZED = Build(
+    "sanitized",
+    (
+        *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
+        # They cost half of the compile time, and AddressSanitizer sees most of that.
+        *("-fno-sanitize=null,object-size,vptr", "-g1"),
+    ),
+    "-O0",
+)
+BUILDS = {build.name: build for build in (PLAIN, SANITIZED)}
 
 
 def cuda_sources() -> list[Path]:
@@ -38,47 +112,6 @@ def cuda_sources() -> list[Path]:
     return [
         KERNELS / name for name in re.findall(r'"(\w+\.cu)"', (KERNELS / "sources.bzl").read_text())
     ]
-
-
-def build(*, kernels: bool = True) -> None:
-    """Brings the program with the planted bugs up to date, and the library of all kernels if asked for."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one build at a time, whichever processes test
-        runtime, planted = HERE / "block.cc", HERE / "planted_bugs.cu"
-        handlers = [*cuda_sources(), HERE / "handlers.cc"] if kernels else []
-        sources = [runtime, planted, *handlers]
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            objects = dict(zip(sources, pool.map(_compile, sources), strict=True))
-        if kernels:
-            _link(LIBRARY, ["-shared"], [objects[source] for source in [runtime, *handlers]])
-        _link(PLANTED, [], [objects[runtime], objects[planted]])
-
-
-def _compile(source: Path) -> Path:
-    headers = [
-        *HERE.glob("*.h"),
-        *KERNELS.glob("*.h"),
-        *KERNELS.glob("common/*.*h"),
-        *KERNELS.glob("*.def"),
-    ]
-    stamp = _stamp(
-        [CXX, *FLAGS, *(f"{path} {_digest(path)}" for path in sorted([source, *headers]))]
-    )
-    out = BUILD / f"{source.stem}-{stamp}.o"
-    if not out.exists():
-        for old in BUILD.glob(f"{source.stem}-*.o"):
-            old.unlink()
-        _run([CXX, *FLAGS, "-x", "c++", "-c", "-", "-o", f"{out}.tmp"], _on_host(source))
-        os.replace(f"{out}.tmp", out)
-    return out
-
-
-def _link(out: Path, flags: list[str], objects: list[Path]) -> None:
-    stamp, text = out.with_suffix(".stamp"), _stamp([str(path) for path in objects])
-    if not (out.exists() and stamp.exists() and stamp.read_text() == text):
-        _run([CXX, *FLAGS, *flags, *map(str, objects), "-o", str(out), "-ldl"])
-        stamp.write_text(text)
 
 
 def _on_host(source: Path) -> str:
@@ -107,4 +140,6 @@ def _stamp(parts: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    build()
+    for chosen in sys.argv[1:] or BUILDS:
+        BUILDS[chosen].make_planted()
+        BUILDS[chosen].make_library()
