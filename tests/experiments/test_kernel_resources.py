@@ -1,0 +1,37 @@
+"""The report of the kernels' resources: read off a log, and written."""
+
+import shutil
+
+import pytest
+
+from experiments import kernel_resources
+
+LOG = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN6ilajax1fIfEEvPT_' for 'sm_90'
+ptxas info    : Function properties for _ZN6ilajax1fIfEEvPT_
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 16 bytes cumulative stack size, 1328 bytes smem
+ptxas info    : Compiling entry function '_ZN6ilajax12_GLOBAL__N_11gEi' for 'sm_120'
+ptxas info    : Function properties for _ZN6ilajax12_GLOBAL__N_11gEi
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, used 0 barriers
+"""
+
+
+def test_a_log_is_read():
+    first, second = kernel_resources.parse(LOG, "a.cu")
+    assert (first["kernel"], first["architecture"]) == ("f<float>", "90")
+    assert [first[k] for k in ("registers", "spills", "shared", "stack")] == [40, 20, 1328, 16]
+    assert (second["kernel"], second["registers"], second["shared"]) == ("g", 8, 0)
+    page = kernel_resources.page({"compiler": "nvcc", "kernels": [first, second]})
+    assert "| a.cu `f<float>` | 40 / 20 / 1328 |  |" in page
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_a_file_compiles_without_warnings(tmp_path):
+    rows = kernel_resources.main(
+        ["to_dense.cu", "--architectures", "90", "--report", str(tmp_path)]
+    )
+    assert {row["kernel"] for row in rows} >= {"FwdKernel<float>", "BwdKernel<BFloat16>"}
+    assert (tmp_path / "kernel_resources.md").exists()
