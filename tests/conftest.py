@@ -1,6 +1,14 @@
 """Fixtures of the whole suite: the backends, and NaN as an error."""
 
 import collections
+import os
+
+# Tests compile small programs for most of their time: XLA's optimizer would take twice as long as it saves.
+# Set before JAX is imported; the kernels are compiled by their own compiler, and as they are shipped.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
 
 import hypothesis
 import jax

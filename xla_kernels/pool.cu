@@ -198,9 +198,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Writes the cells of `count` segments from `first` in the order of their keys, `capacity` slots
-// for each. With a shared support the first channel writes the keys.
+// for each. With a shared support the first channel writes the keys. Three blocks of a
+// multiprocessor leave the registers that it needs: left alone, the compiler spills some to fit in
+// six.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     PoolKernel(PoolShape s, int64_t first, int64_t count, const int32_t* keys, const T* values,
                const int32_t* counts, int64_t capacity, int32_t* pooled_keys, T* pooled) {
   __shared__ Bitmap bitmap;
