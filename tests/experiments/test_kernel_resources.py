@@ -1,10 +1,12 @@
-"""The report of the kernels' resources: read off a log, and written."""
+"""The report of the kernels' resources: read off a log, written, and up to date with the sources."""
 
+import json
 import shutil
 
 import pytest
 
-from experiments import kernel_resources
+from cuda_on_host import kernels
+from experiments import frame, kernel_resources
 
 LOG = """\
 ptxas info    : 0 bytes gmem
@@ -26,6 +28,16 @@ def test_a_log_is_read():
     assert (second["kernel"], second["registers"], second["shared"]) == ("g", 8, 0)
     page = kernel_resources.page({"compiler": "nvcc", "kernels": [first, second]})
     assert "| a.cu `f<float>` | 40 / 20 / 1328 |  |" in page
+
+
+def test_the_report_has_all_kernels_and_no_spills():
+    """Catches a kernel that was added, and the report not written again; or registers that do not suffice."""
+    record = json.loads((frame.RESULTS / "kernel_resources.json").read_text())
+    assert {row["kernel"].partition("<")[0] for row in record["kernels"]} == kernels.names()
+    assert {row["architecture"] for row in record["kernels"]} >= {"80", "90", "120"}
+    assert not [row for row in record["kernels"] if row["spills"]]
+    page = (frame.RESULTS / "kernel_resources.md").read_text()
+    assert page == kernel_resources.page(record)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
