@@ -390,9 +390,9 @@ def test_layers_share_one_workspace(on_kernels):
 def python(*arguments, threads=None, devices=None, backend="native"):
     """Runs a script of this folder on the CPU and returns what it printed."""
     environment = dict(os.environ, JAX_PLATFORMS="cpu", ILAJAX_BACKEND=backend)
-    environment.pop("XLA_FLAGS", None)
     if devices:
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        flag = f"--xla_force_host_platform_device_count={devices}"
+        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flag}"
     if threads:
         environment["NPROC"] = str(threads)  # the size of XLA's thread pool
     done = subprocess.run(
