@@ -26,8 +26,8 @@
 // order of the tasks.
 //
 // Nothing depends on threads. A response's sum goes by line of taps, and within it as the form of
-// the input line has it; the form depends on the sample alone, except that a slab that holds an inf
-// or NaN takes the careful loops. Results are repeatable.
+// the input line has it; forward, the form depends on the sample alone, and backward on the slab. A
+// slab that holds an inf or NaN takes the careful loops. Results are repeatable.
 
 #include <algorithm>
 #include <cstdint>
