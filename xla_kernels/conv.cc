@@ -50,8 +50,8 @@ ffi::Error ConvFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
                        ffi::Result<ffi::Buffer<ffi::U8>> workspace, std::string_view select_name,
                        Span input_shape, Span window_shape, Span strides, Span dilation, Span low,
                        Span output_shape, int64_t channel_block, int64_t line_sites,
-                       int64_t max_rows, int64_t dense_rows, int64_t room, int64_t stage,
-                       int64_t parts, int64_t workers) {
+                       int64_t max_rows, int64_t dense_rows, int64_t dense_percent, int64_t room,
+                       int64_t stage, int64_t parts, int64_t workers) {
   Window w;
   ConvShape s;
   Select select;
@@ -62,14 +62,17 @@ ffi::Error ConvFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
   ILAJAX_RETURN_IF_ERROR(
       CheckShape("conv: out_values", *out_values, {s.batch, s.out_channels, s.capacity}));
   ILAJAX_RETURN_IF_ERROR(CheckShape("conv: responses", *responses, {s.batch, s.out_channels}));
+  if (s.capacity < 1) return InvalidArgument("conv: the capacity is ", s.capacity);
   ILAJAX_RETURN_IF_ERROR(ReadSelect(select_name, select));
   if (out_values->element_type() != values.element_type()) {
     return InvalidArgument("conv: values and out_values have different dtypes");
   }
   w = Squeeze(w);
   const Lines lines(w);
-  const ForwardPlan plan = {
-      {channel_block, line_sites, max_rows, dense_rows, room}, stage, parts, workers};
+  const ForwardPlan plan = {{channel_block, line_sites, max_rows, dense_rows, dense_percent, room},
+                            stage,
+                            parts,
+                            workers};
   const LineBuffer buffer(lines.line, line_sites, channel_block);
   if (!IsBlock(channel_block) || !Fits(plan.sums, lines, s.in_channels, buffer) || parts < 1 ||
       parts > lines.rows || workers < 1 || stage / 2 <= buffer.piece) {
@@ -94,7 +97,8 @@ ffi::Error ConvFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
     std::fill_n(padded_bias, blocks * channel_block, 0.0f);
     std::copy_n(bias.typed_data(), s.out_channels, padded_bias);
     if (parts > 1) std::fill_n(selections.digits, selections.segments * kDigits, 0);
-    const LineSums<T> sums = {s, lines, tables, plan.sums, keys.typed_data(), Data<T>(values)};
+    const StoredInput<T> input = {s, keys.typed_data(), Data<T>(values)};
+    const LineSums<T> sums = {input, lines, tables, plan.sums};
     const Forward<T> forward = {sums,
                                 plan,
                                 select,
@@ -132,16 +136,18 @@ ffi::Error ConvBwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
                        ffi::Result<ffi::Buffer<ffi::U8>> workspace, Span input_shape,
                        Span window_shape, Span strides, Span dilation, Span low, Span output_shape,
                        int64_t channel_block, int64_t line_sites, int64_t slab_rows,
-                       int64_t dense_rows, int64_t room, int64_t parts, int64_t workers) {
+                       int64_t dense_rows, int64_t dense_percent, int64_t room, int64_t parts,
+                       int64_t workers) {
   Window w;
   ConvShape s;
   ILAJAX_RETURN_IF_ERROR(
       Window::Read(input_shape, window_shape, strides, dilation, low, output_shape, w));
   ILAJAX_RETURN_IF_ERROR(ConvShape::Read(keys, values, kernel_keys, weights, out_keys, w, s));
-  return ConvGradient("conv", pool, s, w, false,
-                      {channel_block, line_sites, slab_rows, dense_rows, room, parts, workers},
-                      {keys, values, kernel_keys, weights, out_keys, cotangent, values_bar,
-                       weights_bar, bias_bar, workspace});
+  return ConvGradient(
+      "conv", pool, s, w, false,
+      {channel_block, line_sites, slab_rows, dense_rows, dense_percent, room, parts, workers},
+      {keys, values, kernel_keys, weights, out_keys, cotangent, values_bar, weights_bar, bias_bar,
+       workspace});
 }
 
 }  // namespace
@@ -188,8 +194,10 @@ ffi::Error ConvGradient(std::string_view op, ffi::ThreadPool& pool, const ConvSh
     float* part_sums = carver.Take<float>(groups * plan.parts * s.weights);
     BackwardWorker layout;
     layout.line = buffer;
-    layout.entries = {std::min(plan.slab_rows, lines.input_rows) * lines.input_row_lines, 0,
-                      plan.room};
+    const int64_t slab_lines = std::min(plan.slab_rows, lines.input_rows) * lines.input_row_lines;
+    layout.entries = {slab_lines,
+                      buffer.plain ? LineEntries::Words(slab_lines, lines.line.input_length) : 0,
+                      plan.room, true};
     const WorkerSlices slices(carver, *b.workspace, plan.workers,
                               [&](Carver& own) { layout.Carve(own, lines, filters, plan, dense); });
     ILAJAX_RETURN_IF_ERROR(CheckWorkspace(op, *b.workspace, slices.end()));
@@ -202,14 +210,13 @@ ffi::Error ConvGradient(std::string_view op, ffi::ThreadPool& pool, const ConvSh
     }
     const int64_t live = has_dense ? dense.taps.count(0, s.in_channels) : 0;
     std::memset(b.values_bar->untyped_data(), 0, b.values_bar->size_bytes());
-    const Backward<T> backward = {s,
+    const StoredInput<T> input = {s, b.keys.typed_data(), Data<T>(b.values)};
+    const Backward<T> backward = {input,
                                   lines,
                                   filters,
                                   tap_lines,
                                   dense,
                                   plan,
-                                  b.keys.typed_data(),
-                                  Data<T>(b.values),
                                   b.out_keys.typed_data(),
                                   out_shared,
                                   Data<T>(b.cotangent),
@@ -278,6 +285,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ConvFwd, ilajax::ConvFwdImpl,
                                   .Attr<int64_t>("line_sites")
                                   .Attr<int64_t>("max_rows")
                                   .Attr<int64_t>("dense_rows")
+                                  .Attr<int64_t>("dense_percent")
                                   .Attr<int64_t>("room")
                                   .Attr<int64_t>("stage")
                                   .Attr<int64_t>("parts")
@@ -306,6 +314,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ConvBwd, ilajax::ConvBwdImpl,
                                   .Attr<int64_t>("line_sites")
                                   .Attr<int64_t>("slab_rows")
                                   .Attr<int64_t>("dense_rows")
+                                  .Attr<int64_t>("dense_percent")
                                   .Attr<int64_t>("room")
                                   .Attr<int64_t>("parts")
                                   .Attr<int64_t>("workers"));

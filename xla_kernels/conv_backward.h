@@ -24,7 +24,6 @@ struct BackwardWorker {
   LineBuffer line;
   LineEntries entries;
   Segment* segments = nullptr;
-  float* values_bar = nullptr;   // [entry]
   int32_t* begins = nullptr;     // [oc]: the kept outputs of the line, as slots [begin, end)
   int32_t* ends = nullptr;       // [oc]
   float* weights_bar = nullptr;  // as Filters::rows
@@ -40,7 +39,6 @@ struct BackwardWorker {
     line.Carve(carver);
     entries.Carve(carver);
     segments = carver.Take<Segment>(lines.tap_lines);
-    values_bar = carver.Take<float>(entries.room);
     begins = carver.Take<int32_t>(filters.block);
     ends = carver.Take<int32_t>(filters.block);
     weights_bar = carver.Take<float>(filters.size());
@@ -55,23 +53,17 @@ struct BackwardWorker {
 
 template <typename T>
 struct Backward {
-  const ConvShape& s;
+  const StoredInput<T>& input;
   const Lines& lines;
   const Filters& filters;
   const TapLines& tap_lines;
   const DenseGradient& dense;
   const GradientPlan& plan;
-  const int32_t* keys;
-  const T* values;
   const int32_t* out_keys;
   bool out_shared;  // one list of output keys for all channels of a sample
   const T* cotangent;
   T* values_bar;
-
-  const int32_t* KeysOf(int64_t item, int64_t ic) const { return keys + s.KeyOffset(item, ic); }
-  const T* ValuesOf(int64_t item, int64_t ic) const {
-    return values + (item * s.in_channels + ic) * s.slots;
-  }
+  const ConvShape& s = input.s;
 
   const int32_t* OutKeysOf(int64_t item, int64_t oc) const {
     return out_keys + (out_shared ? item : item * s.out_channels + oc) * s.capacity;
@@ -80,32 +72,42 @@ struct Backward {
   // Input rows [begin, end) of a sample.
   template <typename Loops, int kOctets>
   void Run(int64_t item, int64_t begin, int64_t end, BackwardWorker& worker) const {
-    const int64_t row = lines.input_row_lines * lines.line.input_length;
+    const int64_t length = lines.line.input_length, row = lines.input_row_lines * length;
     if (worker.line.piece == lines.line.output_length) {
-      const int64_t step = plan.dense_rows > 0 ? plan.dense_rows : end - begin;
+      const bool dense = DensePays(item, begin, end);
+      const int64_t step = dense ? plan.dense_rows : end - begin;
       for (; begin < end; begin += step) {
-        RunKeys<Loops, kOctets>(item, 0, s.in_channels, begin * row,
+        RunKeys<Loops, kOctets>(item, dense, 0, s.in_channels, begin * row,
                                 std::min(begin + step, end) * row, worker);
       }
       return;
     }
     // Long lines go in pieces, each of which is within reach of a few pieces of output.
     for (int64_t key = begin * row; key < end * row;) {
-      const int64_t stop = std::min(key + worker.line.piece,
-                                    (key / lines.line.input_length + 1) * lines.line.input_length);
-      RunKeys<Loops, kOctets>(item, 0, s.in_channels, key, stop, worker);
+      const int64_t stop = std::min(key + worker.line.piece, (key / length + 1) * length);
+      RunKeys<Loops, kOctets>(item, false, 0, s.in_channels, key, stop, worker);
       key = stop;
     }
+  }
+
+  bool DensePays(int64_t item, int64_t begin, int64_t end) const {
+    if (plan.dense_rows == 0 || !filters.finite) return false;
+    const int64_t row = lines.input_row_lines * lines.line.input_length;
+    const int64_t entries = input.Count(item, 0, s.in_channels, begin * row, end * row);
+    return kDenseBackward.Pays(dense.layout, (end - begin) * lines.input_row_lines, s.in_channels,
+                               lines.tap_lines, dense.taps.count(0, s.in_channels), entries,
+                               lines.line.taps * filters.blocks * plan.block / kLanes,
+                               plan.dense_percent);
   }
 
   // The entries of channels [ic_begin, ic_end) with keys in [begin, end), halved until they have
   // room.
   template <typename Loops, int kOctets>
-  void RunKeys(int64_t item, int64_t ic_begin, int64_t ic_end, int64_t begin, int64_t end,
-               BackwardWorker& worker) const {
+  void RunKeys(int64_t item, bool dense, int64_t ic_begin, int64_t ic_end, int64_t begin,
+               int64_t end, BackwardWorker& worker) const {
     int64_t count = 0, lowest = end, highest = begin;
     for (int64_t ic = ic_begin; ic < ic_end; ++ic) {
-      const int32_t* key = KeysOf(item, ic);
+      const int32_t* key = input.Keys(item, ic);
       const Range range(key, s.slots, begin, end);
       if (range.first == range.last) continue;
       count += range.last - range.first;
@@ -117,56 +119,44 @@ struct Backward {
     if (count > plan.room) {
       if (ic_end - ic_begin > 1) {
         const int64_t middle = (ic_begin + ic_end) / 2;
-        RunKeys<Loops, kOctets>(item, ic_begin, middle, begin, end, worker);
-        RunKeys<Loops, kOctets>(item, middle, ic_end, begin, end, worker);
+        RunKeys<Loops, kOctets>(item, dense, ic_begin, middle, begin, end, worker);
+        RunKeys<Loops, kOctets>(item, dense, middle, ic_end, begin, end, worker);
       } else if (end - begin > 1) {
         const int64_t middle = begin + (end - begin) / 2;
-        RunKeys<Loops, kOctets>(item, ic_begin, ic_end, begin, middle, worker);
-        RunKeys<Loops, kOctets>(item, ic_begin, ic_end, middle, end, worker);
+        RunKeys<Loops, kOctets>(item, dense, ic_begin, ic_end, begin, middle, worker);
+        RunKeys<Loops, kOctets>(item, dense, ic_begin, ic_end, middle, end, worker);
       }
       return;  // a key that stands more often than there is room for is broken
     }
-    const int64_t length = lines.line.input_length;
-    const int64_t first = begin / length, last = CeilDiv(end, length);
-    LineEntries& entries = worker.entries;
-    Loops::Sort(
-        first, last - first, length, s.slots, begin, end, ic_begin, ic_end, false, false,
-        [&](int64_t ic) { return KeysOf(item, ic); },
-        [&](int64_t ic) { return ValuesOf(item, ic); }, [](int64_t, int64_t slot) { return slot; },
-        entries);
-    const int64_t sorted = entries.starts[last - first];
-    std::memset(worker.values_bar, 0, sorted * sizeof(float));
-    if (!DensePays(last - first, sorted, entries) || !RunDense<Loops>(item, first, last, worker)) {
-      int64_t row_begin, row_end;
-      lines.OutputRows(first / lines.input_row_lines, CeilDiv(last, lines.input_row_lines),
-                       row_begin, row_end);
-      for (int64_t block = 0; block < filters.blocks; ++block) {
-        for (int64_t j = 0; j < plan.block; ++j) worker.ends[j] = -1;
-        LineWalk walk(lines, row_begin * lines.row_lines);
-        for (int64_t line = row_begin * lines.row_lines; line < row_end * lines.row_lines; ++line) {
-          RunLine<Loops, kOctets>(item, block, line, walk, begin, end, worker);
-          walk.Next();
-        }
-      }
+    const int64_t length = lines.line.input_length, first = begin / length;
+    const SortRange range = {
+        first,   CeilDiv(end, length) - first, length, s.slots, begin, end, ic_begin, ic_end, count,
+        s.shared};
+    const auto keys_of = [&](int64_t ic) { return input.Keys(item, ic); };
+    const auto sort = [&](bool rows) {
+      Loops::Sort(
+          range, rows, 0, keys_of, [&](int64_t ic) { return input.Values(item, ic); },
+          worker.entries);
+    };
+    if (dense) sort(false);
+    if (!dense || !RunDense<Loops>(item, range, worker)) {
+      const bool all = ic_end - ic_begin == s.in_channels;
+      sort(all && worker.line.plain && filters.finite && s.in_channels > 1);
+      RunLines<Loops, kOctets>(item, range, worker);
     }
-    for (int64_t i = 0; i < sorted; ++i) {
-      const Entry& e = entries.entries[i];
-      values_bar[(item * s.in_channels + e.channel) * s.slots + e.aux] = T(worker.values_bar[i]);
-    }
+    Loops::TakeBack(
+        range, keys_of,
+        [&](int64_t ic) { return values_bar + (item * s.in_channels + ic) * s.slots; },
+        worker.entries);
   }
 
-  bool DensePays(int64_t count, int64_t sorted, const LineEntries& entries) const {
-    return plan.dense_rows > 0 && filters.finite && entries.finite &&
-           kDenseBackward.Pays(dense.layout, count, s.in_channels, lines.tap_lines,
-                               dense.taps.count(0, s.in_channels), sorted,
-                               lines.line.taps * filters.blocks * plan.block / kLanes);
-  }
-
-  // The dense form for the entries of input lines [first, last); false where a cotangent is not
-  // finite.
+  // The dense form for lines of entries; false where a factor is not finite.
   template <typename Loops>
-  bool RunDense(int64_t item, int64_t first, int64_t last, BackwardWorker& worker) const {
+  bool RunDense(int64_t item, const SortRange& range, BackwardWorker& worker) const {
+    const LineEntries& entries = worker.entries;
+    if (!entries.finite) return false;
     const Lines& t = dense.lines;
+    const int64_t first = range.first_line, last = first + range.lines;
     int64_t begin, end;
     t.InputRows(first / t.row_lines, CeilDiv(last, t.row_lines), begin, end);
     DenseSlab slab = {dense.layout, 0, 0, worker.cotangents};
@@ -175,26 +165,42 @@ struct Backward {
         [&](int64_t oc) { return OutKeysOf(item, oc); },
         [&](int64_t oc) { return cotangent + (item * s.out_channels + oc) * s.capacity; });
     if (!slab.finite) return false;
-    const LineEntries& entries = worker.entries;
     LineWalk walk(t, first);
     for (int64_t line = first; line < last; ++line, walk.Next()) {
-      const Entry* const stop = entries.end(line);
-      if (entries.begin(line) == stop) continue;
+      if (entries.begin(line) == entries.end(line)) continue;
+      Entry* const stop = entries.entries(entries.end(line));
       slab.Reads(walk, dense.taps, filters.tap_offsets, t.line.taps * (t.axes + 1), worker.bases);
-      for (const Entry *run = entries.begin(line), *end; run != stop; run = end) {
+      for (Entry *run = entries.entries(entries.begin(line)), *end; run != stop; run = end) {
         for (end = run; end != stop && end->channel == run->channel; ++end) {
           worker.own[end->place] += end->value;
         }
         Loops::kGatherAlong(dense.taps.taps, dense.taps.list(run->channel), t.tap_lines,
                             worker.bases, dense.layout.vectors, worker.own, worker.products,
                             worker.sums);
-        for (const Entry* e = run; e != end; ++e) {
-          worker.values_bar[e - entries.entries] = worker.sums[e->place];
+        for (Entry* e = run; e != end; ++e) {
+          e->bar = worker.sums[e->place];
           worker.own[e->place] = 0.0f;
         }
       }
     }
     return true;
+  }
+
+  // The sorted lines, from the output lines within reach.
+  template <typename Loops, int kOctets>
+  void RunLines(int64_t item, const SortRange& range, BackwardWorker& worker) const {
+    int64_t row_begin, row_end;
+    lines.OutputRows(range.first_line / lines.input_row_lines,
+                     CeilDiv(range.first_line + range.lines, lines.input_row_lines), row_begin,
+                     row_end);
+    for (int64_t block = 0; block < filters.blocks; ++block) {
+      for (int64_t j = 0; j < plan.block; ++j) worker.ends[j] = -1;
+      LineWalk walk(lines, row_begin * lines.row_lines);
+      for (int64_t line = row_begin * lines.row_lines; line < row_end * lines.row_lines; ++line) {
+        RunLine<Loops, kOctets>(item, block, line, walk, range.begin, range.end, worker);
+        walk.Next();
+      }
+    }
   }
 
   template <typename Loops, int kOctets>
@@ -205,9 +211,9 @@ struct Backward {
     Segment* segment = worker.segments;
     for (const TapLine* t = tap_lines.begin(block); t != tap_lines.end(block); ++t) {
       const int64_t read = walk.Reads(t->offsets, t->lines);
-      if (read < entries.first_line || read >= entries.first_line + entries.lines) continue;
-      if (entries.begin(read) == entries.end(read)) continue;
-      *segment++ = {entries.begin(read), entries.end(read), t->weights, t->live, t->all_live, 0};
+      if (!entries.Holds(read)) continue;
+      *segment = {entries.begin(read), entries.end(read), t->weights, t->live, t->all_live};
+      segment += segment->begin < segment->end;
     }
     if (segment == worker.segments) return;
     const LineBuffer& buffer = worker.line;
@@ -230,9 +236,9 @@ struct Backward {
       if (buffer.plain && finite) {
         GatherPlain<Loops, kOctets>(segment, worker);
       } else {
-        Loops::template kGatherCarefully<kOctets>(
-            worker.segments, segment, along, begin, end, buffer.first(along), entries.entries,
-            worker.values_bar, filters.rows, worker.weights_bar);
+        Loops::template kGatherCarefully<kOctets>(entries, worker.segments, segment, along, begin,
+                                                  end, buffer.first(along), filters.rows,
+                                                  worker.weights_bar);
       }
       ForKept(item, block, first_key, end - begin, worker,
               [&](float& row, int64_t) { row = 0.0f; });
@@ -244,8 +250,8 @@ struct Backward {
     const int64_t taps = lines.line.taps, step = lines.line.dilation * plan.block;
     const float* origin = worker.line.origin(lines.line);
     auto gather = [&](auto loop, int64_t tap) {
-      loop(worker.segments, last, origin - tap * step, step, tap, taps, worker.entries.entries,
-           worker.values_bar, filters.rows, worker.weights_bar);
+      loop(worker.entries, worker.segments, last, origin - tap * step, step, tap, taps,
+           filters.rows, worker.weights_bar);
     };
     if (taps == 3) return gather(Loops::template kGatherPlain<kOctets, 3>, 0);
     for (int64_t t = 0; t < taps; ++t) gather(Loops::template kGatherPlain<kOctets, 1>, t);

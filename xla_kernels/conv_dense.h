@@ -148,21 +148,24 @@ inline bool HasStrides(const Window& w) {
   return std::any_of(w.strides, w.strides + w.rank, [](int64_t stride) { return stride != 1; });
 }
 
-// Whether the dense form of `lines` lines is the cheaper one. The prices are cycles, to a third or
-// so: of a vector of sites for a tap, of a tap, of a list, and of a vector that an entry adds to.
+// Whether the dense form of `lines` lines costs less than so many percent of the other. The prices
+// are cycles, to a third or so: of a vector of sites for a tap, of a tap, of a list; and of the
+// other form, of a vector that an entry adds to, of an entry, and of a channel on a line. `python
+// -m experiments.dense_form` times both forms against the choice.
 struct DenseCost {
-  double vector, tap, list, entry_vector, entry;
+  double vector, tap, list, entry_vector, entry, channel_line;
 
   bool Pays(const DenseLines& dense, int64_t lines, int64_t targets, int64_t tap_lines,
-            int64_t taps, int64_t entries, int64_t entry_vectors) const {
+            int64_t taps, int64_t entries, int64_t entry_vectors, int64_t percent) const {
     const double along = taps * (dense.vectors * vector + CeilDiv(dense.vectors, 4) * tap);
     const double lists = targets * (tap_lines * list + dense.vectors * kLanes);
-    return lines * (along + lists) <
-           static_cast<double>(entries) * tap_lines * (entry_vectors * entry_vector + entry);
+    const double other = entries * tap_lines * (entry_vectors * entry_vector + entry) +
+                         lines * targets * channel_line;
+    return 100 * lines * (along + lists) < percent * other;
   }
 };
-constexpr DenseCost kDenseForward = {0.6, 1.5, 4.0, 1.2, 4.0};
-constexpr DenseCost kDenseBackward = {1.2, 3.0, 4.0, 2.5, 6.0};
+constexpr DenseCost kDenseForward = {0.6, 1.5, 4.0, 1.2, 4.0, 0.0};
+constexpr DenseCost kDenseBackward = {1.2, 3.0, 4.0, 2.5, 6.0, 150.0};
 
 }  // namespace ilajax
 

@@ -14,7 +14,7 @@
 namespace ilajax {
 
 struct GradientPlan {
-  int64_t block, line_sites, slab_rows, dense_rows, room, parts, workers;
+  int64_t block, line_sites, slab_rows, dense_rows, dense_percent, room, parts, workers;
 };
 
 struct GradientBuffers {

@@ -16,14 +16,34 @@
 
 namespace ilajax {
 
+// The stored entries of the input: keys s32[B, Cin or 1, K], values T[B, Cin, K].
+template <typename T>
+struct StoredInput {
+  const ConvShape& s;
+  const int32_t* keys;
+  const T* values;
+
+  const int32_t* Keys(int64_t item, int64_t ic) const { return keys + s.KeyOffset(item, ic); }
+  const T* Values(int64_t item, int64_t ic) const {
+    return values + (item * s.in_channels + ic) * s.slots;
+  }
+  // Entries of channels [ic_begin, ic_end) with keys in [begin, end).
+  int64_t Count(int64_t item, int64_t ic_begin, int64_t ic_end, int64_t begin, int64_t end) const {
+    int64_t count = 0;
+    for (int64_t ic = ic_begin; ic < ic_end; ++ic) {
+      const Range range(Keys(item, ic), s.slots, begin, end);
+      count += range.last - range.first;
+    }
+    return count;
+  }
+};
+
 // What an output line reads through one line of taps.
 struct Segment {
-  const Entry* begin;
-  const Entry* end;
+  int32_t begin, end;    // entries or sites, see LineEntries
   const float* weights;  // [ic][tap][channel of the block]
   const uint8_t* live;   // [ic]
   bool all_live;
-  int32_t row_sites;  // of a line of rows, see LineEntries; 0 in a line of entries
 };
 
 // A line of taps that has live weights in a block of output channels.
@@ -150,7 +170,7 @@ struct LineBuffer {
 };
 
 // What ilajax/ops/_plans.py counts for each.
-static_assert(sizeof(Segment) == 40 && sizeof(TapLine) == 48 && sizeof(LiveTap) == 12);
+static_assert(sizeof(Segment) == 32 && sizeof(TapLine) == 48 && sizeof(LiveTap) == 12);
 
 }  // namespace ilajax
 

@@ -12,7 +12,7 @@
 namespace ilajax {
 
 struct SumsPlan {
-  int64_t block, line_sites, max_rows, dense_rows, room;
+  int64_t block, line_sites, max_rows, dense_rows, dense_percent, room;
 };
 
 // The filters, in the forms that sums take them in.
@@ -59,6 +59,7 @@ inline bool Fits(const SumsPlan& plan, const Lines& lines, int64_t in_channels,
 struct SumsWorker {
   LineBuffer line;
   LineEntries entries;
+  int64_t words = 0;  // of an input line's bitmap
   Segment* segments = nullptr;
   uint64_t* read_bits = nullptr;  // sites that an output line reads, see Dilate; zero between lines
   const float** bases = nullptr;  // [line of taps]: what the dense form reads
@@ -66,42 +67,38 @@ struct SumsWorker {
   SumsWorker() = default;
   SumsWorker(const Lines& lines, const SumsPlan& plan, const LineBuffer& buffer)
       : line(buffer),
-        entries{lines.InputLines(plan.max_rows), CeilDiv(lines.line.input_length, 64), plan.room} {}
+        entries{lines.InputLines(plan.max_rows),
+                buffer.plain
+                    ? LineEntries::Words(lines.InputLines(plan.max_rows), lines.line.input_length)
+                    : 0,
+                plan.room},
+        words(buffer.plain ? CeilDiv(lines.line.input_length, 64) : 0) {}
 
   void Carve(Carver& carver, const Lines& lines) {
     line.Carve(carver);
     entries.Carve(carver);
     segments = carver.Take<Segment>(lines.tap_lines);
-    read_bits = carver.Take<uint64_t>((lines.line.taps + 1) * entries.words);
+    read_bits = carver.Take<uint64_t>((lines.line.taps + 1) * words);
     bases = carver.Take<const float*>(lines.tap_lines);
   }
   void Clear(const Lines& lines) const {
     line.Clear();
-    std::fill_n(read_bits, (lines.line.taps + 1) * entries.words, 0);
+    std::fill_n(read_bits, (lines.line.taps + 1) * words, 0);
   }
 };
 
 template <typename T>
 struct LineSums {
-  const ConvShape& s;
+  const StoredInput<T>& input;
   const Lines& lines;
   const SumsTables& tables;
   const SumsPlan& plan;
-  const int32_t* keys;
-  const T* values;
 
+  const ConvShape& s = input.s;
   const Filters& filters = tables.filters;
   const TapLines& tap_lines = tables.tap_lines;
   const DenseLines& dense_lines = tables.dense_lines;
   const LiveTaps& live_taps = tables.live_taps;
-
-  const int32_t* KeysOf(int64_t item, int64_t ic) const { return keys + s.KeyOffset(item, ic); }
-  const T* ValuesOf(int64_t item, int64_t ic) const {
-    return values + (item * s.in_channels + ic) * s.slots;
-  }
-
-  // Where the weights of an input channel stand among those of a line of taps.
-  int64_t WeightsOf(int64_t ic) const { return ic * lines.line.taps * plan.block; }
 
   // Calls take(key of the first site, sites) for the lines of output rows [row, last), or pieces of
   // them, in the order of the keys. The line's buffer then holds the sums of a block of output
@@ -130,14 +127,10 @@ struct LineSums {
     if (plan.dense_rows == 0 || !filters.finite) return false;
     const int64_t first = block * plan.block;
     const int64_t channels = std::min(plan.block, s.out_channels - first);
-    int64_t entries = 0;
-    for (int64_t ic = 0; ic < s.in_channels; ++ic) {
-      const Range range(KeysOf(item, ic), s.slots, 0, lines.input_sites());
-      entries += range.last - range.first;
-    }
+    const int64_t entries = input.Count(item, 0, s.in_channels, 0, lines.input_sites());
     return kDenseForward.Pays(dense_lines, lines.rows * lines.row_lines, channels, lines.tap_lines,
                               live_taps.count(first, first + channels), entries,
-                              lines.line.taps * plan.block / kLanes);
+                              lines.line.taps * plan.block / kLanes, plan.dense_percent);
   }
 
   // The dense form for output rows [row, row + rows); false where a value is not finite.
@@ -148,11 +141,11 @@ struct LineSums {
     const int64_t channels = std::min(plan.block, s.out_channels - first);
     int64_t begin, end;
     lines.InputRows(row, row + rows, begin, end);
-    DenseSlab slab = {dense_lines, 0, 0, reinterpret_cast<float*>(worker.entries.entries)};
+    DenseSlab slab = {dense_lines, 0, 0, worker.entries.data};
     slab.Fill(
         begin * lines.input_row_lines, (end - begin) * lines.input_row_lines, s.slots,
-        [&](int64_t ic) { return KeysOf(item, ic); },
-        [&](int64_t ic) { return ValuesOf(item, ic); });
+        [&](int64_t ic) { return input.Keys(item, ic); },
+        [&](int64_t ic) { return input.Values(item, ic); });
     if (!slab.finite) return false;
     LineWalk walk(lines, row * lines.row_lines);
     for (int64_t line = row * lines.row_lines; line < (row + rows) * lines.row_lines; ++line) {
@@ -178,27 +171,19 @@ struct LineSums {
     LineEntries& entries = worker.entries;
     const int64_t length = lines.line.input_length;
     for (;; rows = CeilDiv(rows, 2)) {
-      int64_t first, last, count = 0;
+      int64_t first, last;
       lines.InputRows(row, row + rows, first, last);
       first *= lines.input_row_lines, last *= lines.input_row_lines;
-      for (int64_t ic = 0; ic < s.in_channels; ++ic) {
-        const Range range(KeysOf(item, ic), s.slots, first * length, last * length);
-        count += range.last - range.first;
-      }
+      const int64_t count = input.Count(item, 0, s.in_channels, first * length, last * length);
       if (count > entries.room && rows > 1) continue;
       entries.lines = 0;
       if (count <= entries.room && worker.line.piece == lines.line.output_length) {
-        const auto sort = [&](bool rows) {
-          Loops::Sort(
-              first, last - first, length, s.slots, first * length, last * length, 0, s.in_channels,
-              rows, s.shared, [&](int64_t ic) { return KeysOf(item, ic); },
-              [&](int64_t ic) { return ValuesOf(item, ic); },
-              [&](int64_t ic, int64_t) { return WeightsOf(ic); }, entries);
-        };
-        const bool rows = worker.line.plain && filters.finite && s.in_channels > 1;
-        sort(rows);
-        // The careful loops take entries.
-        if (rows && !entries.finite) sort(false);
+        Loops::Sort(
+            SortRange{first, last - first, length, s.slots, first * length, last * length, 0,
+                      s.in_channels, count, s.shared},
+            worker.line.plain && filters.finite && s.in_channels > 1, lines.line.taps * plan.block,
+            [&](int64_t ic) { return input.Keys(item, ic); },
+            [&](int64_t ic) { return input.Values(item, ic); }, entries);
       }
       return count > 0;
     }
@@ -211,7 +196,7 @@ struct LineSums {
     const bool sorted = worker.entries.lines > 0;
     const bool plain = buffer.plain && filters.finite && worker.entries.finite;
     uint64_t* read_bits = worker.read_bits;
-    const int64_t words = worker.entries.words;
+    const int64_t words = worker.words;
     for (int64_t begin = 0; begin < lines.line.output_length; begin += buffer.piece) {
       const int64_t end = std::min(begin + buffer.piece, lines.line.output_length);
       bool any = false;
@@ -219,38 +204,31 @@ struct LineSums {
       for (const TapLine* t = tap_lines.begin(block); t != tap_lines.end(block); ++t) {
         const int64_t read = walk.Reads(t->offsets, t->lines);
         if (read < 0) continue;
-        *segment = {nullptr, nullptr, t->weights, t->live, t->all_live, 0};
         if (!sorted) {
-          any |= AddUnsorted<Loops, kOctets>(item, read, begin, end, *segment, buffer);
+          any |= AddUnsorted<Loops, kOctets>(item, read, begin, end,
+                                             {0, 0, t->weights, t->live, t->all_live}, buffer);
           continue;
         }
-        segment->begin = worker.entries.begin(read);
-        segment->end = worker.entries.end(read);
-        if (segment->begin == segment->end) continue;
-        segment->row_sites = worker.entries.rows_of(read);
-        if (plain) {
-          const uint64_t* bitmap = worker.entries.bitmap(read);
-          const auto mark = [&](uint64_t* to) {
-            for (int64_t i = 0; i < words; ++i) to[i] |= bitmap[i];
-          };
-          if (t->all_taps) {
-            mark(read_bits + lines.line.taps * words);
-          } else {
-            for (int64_t tap = 0; tap < lines.line.taps; ++tap) {
-              if (t->live_taps[tap]) mark(read_bits + tap * words);
-            }
+        const int32_t first = worker.entries.begin(read), last = worker.entries.end(read);
+        if (first == last) continue;
+        if (plain && t->all_taps) {
+          worker.entries.MarkLine(read, read_bits + lines.line.taps * words);
+        } else if (plain) {
+          for (int64_t tap = 0; tap < lines.line.taps; ++tap) {
+            if (t->live_taps[tap]) worker.entries.MarkLine(read, read_bits + tap * words);
           }
         }
-        ++segment;
+        *segment++ = {first, last, t->weights, t->live, t->all_live};
       }
       if (segment != worker.segments) {
         any = true;
         if (plain) {
-          AddPlain<Loops, kOctets>(worker.segments, segment, buffer);
+          AddPlain<Loops, kOctets>(worker.entries, worker.segments, segment, buffer);
           Loops::kDilate(lines.line, read_bits, buffer.bits);
         } else {
-          Loops::template kAddCarefully<kOctets>(worker.segments, segment, lines.line, begin, end,
-                                                 buffer.first(lines.line), buffer.bits);
+          Loops::template kAddCarefully<kOctets>(worker.entries, worker.segments, segment,
+                                                 lines.line, begin, end, buffer.first(lines.line),
+                                                 buffer.bits);
         }
       }
       if (any) take(line * lines.line.output_length + begin, end - begin);
@@ -258,16 +236,15 @@ struct LineSums {
   }
 
   template <typename Loops, int kOctets>
-  void AddPlain(const Segment* segment, const Segment* last, const LineBuffer& buffer) const {
+  void AddPlain(const LineEntries& from, const Segment* segment, const Segment* last,
+                const LineBuffer& buffer) const {
     const int64_t taps = lines.line.taps, step = lines.line.dilation * plan.block;
     float* origin = buffer.origin(lines.line);
     if (taps == 3) {
-      return Loops::template kAddPlain<kOctets, 3>(segment, last, s.in_channels, origin, step, 0,
-                                                   taps);
+      return Loops::template kAddPlain<kOctets, 3>(from, segment, last, origin, step, 0, taps);
     }
     for (int64_t t = 0; t < taps; ++t) {
-      Loops::template kAddPlain<kOctets, 1>(segment, last, s.in_channels, origin - t * step, step,
-                                            t, taps);
+      Loops::template kAddPlain<kOctets, 1>(from, segment, last, origin - t * step, step, t, taps);
     }
   }
 
@@ -285,19 +262,22 @@ struct LineSums {
     const int64_t last = base + std::clamp<int64_t>(high, 0, line.input_length);
     bool any = false;
     for (int64_t ic = 0; ic < s.in_channels; ++ic) {
-      const int32_t* key = KeysOf(item, ic);
+      const int32_t* key = input.Keys(item, ic);
       const Range range(key, s.slots, first, last);
       Entry entries[kAtOnce];
       for (int64_t i = range.first; i < range.last;) {
         int64_t count = 0;
         for (; i < range.last && count < kAtOnce; ++i) {
           if (key[i] < first || key[i] >= last) continue;
-          entries[count++] = {static_cast<int32_t>(key[i] - base), static_cast<int32_t>(ic),
-                              static_cast<float>(ValuesOf(item, ic)[i]),
-                              static_cast<int32_t>(WeightsOf(ic))};
+          entries[count++] = {static_cast<int32_t>(key[i] - base),
+                              static_cast<int32_t>(ic),
+                              static_cast<float>(input.Values(item, ic)[i]),
+                              {0}};
         }
-        segment.begin = entries, segment.end = entries + count;
-        Loops::template kAddCarefully<kOctets>(&segment, &segment + 1, line, begin, end,
+        LineEntries from;
+        from.data = reinterpret_cast<float*>(entries);
+        segment.end = static_cast<int32_t>(count);
+        Loops::template kAddCarefully<kOctets>(from, &segment, &segment + 1, line, begin, end,
                                                buffer.first(line), buffer.bits);
         any |= count > 0;
       }

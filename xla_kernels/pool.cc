@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "xla_kernels/common/divider.h"
 #include "xla_kernels/common/ffi.h"
 #include "xla_kernels/common/parallel.h"
 #include "xla_kernels/common/selection.h"
@@ -25,7 +26,40 @@
 namespace ilajax {
 namespace {
 
+// From the keys of sites to those of their cells.
+class CellKeys {
+ public:
+  CellKeys() = default;
+  explicit CellKeys(const Window& w) : rank_(w.rank) {
+    int64_t step = 1;
+    for (int a = rank_ - 1; a >= 0; --a) {
+      axes_[a] = {Divider(w.input_shape[a]), Divider(w.strides[a]), w.input_shape[a], step};
+      step *= w.output_shape[a];
+    }
+  }
+
+  int64_t Of(int64_t key) const {
+    int64_t cell = 0;
+    for (int a = rank_ - 1; a > 0; --a) {
+      const Axis& axis = axes_[a];
+      const int64_t above = axis.size.Quotient(key);
+      cell += axis.stride.Quotient(key - above * axis.sites) * axis.step;
+      key = above;
+    }
+    return cell + axes_[0].stride.Quotient(key) * axes_[0].step;
+  }
+
+ private:
+  struct Axis {
+    Divider size{1}, stride{1};
+    int64_t sites = 0, step = 0;
+  };
+  int rank_ = 0;
+  Axis axes_[kMaxRank];
+};
+
 struct Pool : PoolShape {
+  CellKeys cells;
   int64_t slab_rows = 0, room = 0, workers = 0;  // the plan
 
   int64_t slab_sites() const { return std::min(slab_rows, w.output_shape[0]) * w.output_row(); }
@@ -40,6 +74,7 @@ struct Pool : PoolShape {
     if (s.slab_rows < 1 || s.room < 1 || s.workers < 1) {
       return InvalidArgument("pool: the plan has an entry below 1");
     }
+    s.cells = CellKeys(s.w);
     return PoolShape::Read(keys, values, pooled_keys, pooled, mode, s);
   }
 };
@@ -69,16 +104,6 @@ struct Cells {
   bool Marked(int64_t cell) const { return bitmap[cell >> 6] >> (cell & 63) & 1; }
 };
 
-int64_t CellOf(const Window& w, int64_t key) {
-  int64_t cell = 0, step = 1;
-  for (int a = w.rank - 1; a >= 0; --a) {
-    cell += key % w.input_shape[a] / w.strides[a] * step;
-    key /= w.input_shape[a];
-    step *= w.output_shape[a];
-  }
-  return cell;
-}
-
 // Sites of a cell inside the grid.
 float SitesOf(const Window& w, int64_t cell) {
   int64_t sites = 1;
@@ -97,7 +122,7 @@ void ForEntries(const Pool& s, const int32_t* key, int64_t row, F&& f) {
   const int64_t base = row * s.w.output_row();
   const int32_t* end = key + s.slots;
   for (const int32_t* k = std::lower_bound(key, end, first); k != end && *k < last; ++k) {
-    if (*k >= first) f(k - key, CellOf(s.w, *k) - base);
+    if (*k >= first) f(k - key, s.cells.Of(*k) - base);
   }
 }
 
@@ -197,6 +222,7 @@ ffi::Error PoolFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::An
   ILAJAX_RETURN_IF_ERROR(
       Window::Read(input_shape, window_shape, strides, dilation, low, output_shape, s.w));
   ILAJAX_RETURN_IF_ERROR(Pool::Read(keys, values, *pooled_keys, *pooled, mode, s));
+  if (s.capacity < 1) return InvalidArgument("pool: the capacity is ", s.capacity);
   return DispatchFloat(values.element_type(), [&]<typename T>() {
     return ForSegments<T>(pool, s, *workspace, [&](int64_t segment, Cells<T>& cells) {
       const int64_t key_segment = s.KeySegment(segment);

@@ -34,7 +34,7 @@ struct AtSites {
     const ConvShape& s = sums.s;
     const int64_t width = sums.plan.block, first = block * width;
     const int64_t channels = std::min(width, s.out_channels - first);
-    const int32_t* key = sums.KeysOf(item, 0);
+    const int32_t* key = sums.input.Keys(item, 0);
     T* feature = features + (item * s.out_channels + first) * s.slots;
     int32_t* count = counts + item * s.out_channels + first;
     int64_t slot = -1;
@@ -62,13 +62,16 @@ struct AtSites {
   }
 };
 
-ffi::Error SubmanifoldFwdImpl(
-    ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi::AnyBuffer values,
-    ffi::Buffer<ffi::S32> kernel_keys, ffi::Buffer<ffi::F32> weights, ffi::Buffer<ffi::F32> bias,
-    ffi::Result<ffi::AnyBuffer> features, ffi::Result<ffi::Buffer<ffi::S32>> responses,
-    ffi::Result<ffi::Buffer<ffi::U8>> workspace, Span input_shape, Span window_shape, Span strides,
-    Span dilation, Span low, Span output_shape, int64_t channel_block, int64_t line_sites,
-    int64_t max_rows, int64_t dense_rows, int64_t room, int64_t parts, int64_t workers) {
+ffi::Error SubmanifoldFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys,
+                              ffi::AnyBuffer values, ffi::Buffer<ffi::S32> kernel_keys,
+                              ffi::Buffer<ffi::F32> weights, ffi::Buffer<ffi::F32> bias,
+                              ffi::Result<ffi::AnyBuffer> features,
+                              ffi::Result<ffi::Buffer<ffi::S32>> responses,
+                              ffi::Result<ffi::Buffer<ffi::U8>> workspace, Span input_shape,
+                              Span window_shape, Span strides, Span dilation, Span low,
+                              Span output_shape, int64_t channel_block, int64_t line_sites,
+                              int64_t max_rows, int64_t dense_rows, int64_t dense_percent,
+                              int64_t room, int64_t parts, int64_t workers) {
   Window w;
   SubmanifoldShape shape;
   ILAJAX_RETURN_IF_ERROR(
@@ -81,7 +84,7 @@ ffi::Error SubmanifoldFwdImpl(
       CheckShape("submanifold: responses", *responses, {s.batch, s.out_channels}));
   w = Squeeze(w);
   const Lines lines(w);
-  const SumsPlan plan = {channel_block, line_sites, max_rows, dense_rows, room};
+  const SumsPlan plan = {channel_block, line_sites, max_rows, dense_rows, dense_percent, room};
   const LineBuffer buffer(lines.line, line_sites, channel_block);
   if (!IsBlock(channel_block) || !Fits(plan, lines, s.in_channels, buffer) || parts < 1 ||
       parts > lines.rows || workers < 1) {
@@ -100,7 +103,8 @@ ffi::Error SubmanifoldFwdImpl(
     tables.Fill(s, w, lines, kernel_keys.typed_data(), weights.typed_data());
     std::memset(features->untyped_data(), 0, features->size_bytes());
     std::fill_n(counts, parts * segments, 0);
-    const LineSums<T> sums = {s, lines, tables, plan, keys.typed_data(), Data<T>(values)};
+    const StoredInput<T> input = {s, keys.typed_data(), Data<T>(values)};
+    const LineSums<T> sums = {input, lines, tables, plan};
     const AtSites<T> at_sites = {sums, bias.typed_data(), Data<T>(*features)};
     for (int64_t i = 0; i < workers; ++i) slices.Take(i, layout, lines).Clear(lines);
     const int64_t blocks = tables.filters.blocks;
@@ -128,18 +132,19 @@ ffi::Error SubmanifoldBwdImpl(
     ffi::Result<ffi::AnyBuffer> values_bar, ffi::Result<ffi::Buffer<ffi::F32>> weights_bar,
     ffi::Result<ffi::Buffer<ffi::F32>> bias_bar, ffi::Result<ffi::Buffer<ffi::U8>> workspace,
     Span input_shape, Span window_shape, Span strides, Span dilation, Span low, Span output_shape,
-    int64_t channel_block, int64_t line_sites, int64_t slab_rows, int64_t dense_rows, int64_t room,
-    int64_t parts, int64_t workers) {
+    int64_t channel_block, int64_t line_sites, int64_t slab_rows, int64_t dense_rows,
+    int64_t dense_percent, int64_t room, int64_t parts, int64_t workers) {
   Window w;
   SubmanifoldShape s;
   ILAJAX_RETURN_IF_ERROR(
       Window::Read(input_shape, window_shape, strides, dilation, low, output_shape, w));
   ILAJAX_RETURN_IF_ERROR(
       SubmanifoldShape::Read(keys, values, kernel_keys, weights, cotangent, w, s));
-  return ConvGradient("submanifold", pool, AsConv(s), w, true,
-                      {channel_block, line_sites, slab_rows, dense_rows, room, parts, workers},
-                      {keys, values, kernel_keys, weights, keys, cotangent, values_bar, weights_bar,
-                       bias_bar, workspace});
+  return ConvGradient(
+      "submanifold", pool, AsConv(s), w, true,
+      {channel_block, line_sites, slab_rows, dense_rows, dense_percent, room, parts, workers},
+      {keys, values, kernel_keys, weights, keys, cotangent, values_bar, weights_bar, bias_bar,
+       workspace});
 }
 
 }  // namespace
@@ -166,6 +171,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SubmanifoldFwd, ilajax::SubmanifoldFwdImpl,
                                   .Attr<int64_t>("line_sites")
                                   .Attr<int64_t>("max_rows")
                                   .Attr<int64_t>("dense_rows")
+                                  .Attr<int64_t>("dense_percent")
                                   .Attr<int64_t>("room")
                                   .Attr<int64_t>("parts")
                                   .Attr<int64_t>("workers"));
@@ -192,6 +198,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SubmanifoldBwd, ilajax::SubmanifoldBwdImpl,
                                   .Attr<int64_t>("line_sites")
                                   .Attr<int64_t>("slab_rows")
                                   .Attr<int64_t>("dense_rows")
+                                  .Attr<int64_t>("dense_percent")
                                   .Attr<int64_t>("room")
                                   .Attr<int64_t>("parts")
                                   .Attr<int64_t>("workers"));

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ilajax.geometry import sites
+from ilajax.models import _dense_conv
 from ilajax.nn.conv import Conv, Initializer
 from ilajax.nn.pool import MaxPool
 from ilajax.ops.convert import to_dense
@@ -164,6 +165,10 @@ class OctNet3(nnx.Module):
         self.blocks: nnx.List[Block] = nnx.List()
         for index, (before, after) in enumerate(itertools.pairwise((in_features, *widths))):
             layer: Callable[..., nnx.Module] = functools.partial(nnx.Conv, **common)
+            if index >= len(architecture.sparse):
+                layer = functools.partial(
+                    layer, conv_general_dilated=_dense_conv.conv_general_dilated
+                )
             activation: Callable[[Any], Any] = nnx.relu
             if index < self.num_sparse_blocks:
                 layer = functools.partial(

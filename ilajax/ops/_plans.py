@@ -21,8 +21,9 @@ _CPU_WORKERS = 16
 # The dense form of convolution: what a worker lays out at once, and the grids it may pay on.
 _CPU_DENSE = 1 << 20
 _CPU_DENSE_SHARE = 32  # a channel stores at least one in so many sites
+_CPU_DENSE_PERCENT = 100  # what it may cost of the other form's cost, see experiments.dense_form
 _LIVE_TAP = 12  # sizeof(LiveTap)
-_SEGMENT = 40  # sizeof(Segment)
+_SEGMENT = 32  # sizeof(Segment)
 _TAP_LINE = 48  # sizeof(TapLine)
 _MAX_RANK = 8
 _TOP_K = 96  # an upper bound of sizeof(RunningTopK)
@@ -119,7 +120,7 @@ class _Sums:
             + _bitmap(lines.line_sites)
             + _align(lines.tap_lines * _SEGMENT)
             + _align((lines.taps + 1) * lines.words * 8)
-            + lines.tables
+            + lines.tables(lines.max_rows)
             + _align(room * 16)
             + _align(lines.tap_lines * 8)
         )
@@ -128,6 +129,7 @@ class _Sums:
             "line_sites": lines.line_sites,
             "max_rows": lines.max_rows,
             "dense_rows": dense_rows,
+            "dense_percent": _CPU_DENSE_PERCENT,
             "room": room,
         }
 
@@ -154,8 +156,7 @@ def conv_backward(
         + _bitmap(lines.line_sites)
         + _align(lines.tap_lines * _SEGMENT)
         + lines.slab_tables(slab_rows)
-        + _align(room * 16)
-        + _align(room * 4)
+        + _align(room * 24)
         + 2 * _align(block * 4)
         + _align(blocks * in_channels * window.taps * block * 4)
     )
@@ -185,6 +186,7 @@ def conv_backward(
             "line_sites": lines.line_sites,
             "slab_rows": slab_rows,
             "dense_rows": dense_rows,
+            "dense_percent": _CPU_DENSE_PERCENT,
             "room": room,
             "parts": parts,
             "workers": workers,
@@ -198,7 +200,6 @@ class _Lines:
     Attributes:
       line_sites: sites of a line's buffer, with what taps reach past its ends.
       max_rows: output rows whose input lines are sorted at once, at most.
-      tables: bytes of the tables over these lines.
       dense_pitch: floats of an input line in the dense form, see xla_kernels/conv_dense.h.
     """
 
@@ -218,7 +219,7 @@ class _Lines:
         ] or [(1, 1, 1, 1, 0, 1)]
         size, taps, stride, dilation, low, length = axes[-1]
         self.output_length = length
-        self.words = _ceil(size, 64)
+        self._length = size
         self.taps, self.tap_lines = taps, window.taps // taps
         lead = axes[:-1]
         self.rows: int = lead[0][5] if lead else 1
@@ -233,10 +234,11 @@ class _Lines:
         if self.line_sites > most:
             self.line_sites = min(length, most)
         self.max_rows = self.rows
-        while self.max_rows > 1 and self._tables(self.max_rows) > _CPU_TABLES:
-            self.max_rows = _ceil(self.max_rows, 2)
-        self.tables = self._tables(self.max_rows)
         self._plain = stride == 1 and self.line_sites == length + around
+        # Only plain lines have bitmaps.
+        self.words = _ceil(size, 64) if self._plain else 0
+        while self.max_rows > 1 and self.tables(self.max_rows) > _CPU_TABLES:
+            self.max_rows = _ceil(self.max_rows, 2)
         self._input_sites = window.input_sites
         before = max(low, 0)
         read = before - low + _ceil(length, 8) * 8 + (taps - 1) * dilation
@@ -262,16 +264,18 @@ class _Lines:
             return output_rows
         return max(0, min(output_rows, rows))
 
-    def _tables(self, output_rows: int) -> int:
-        lines = self.read_lines(output_rows)
-        bitmaps = _align(lines * self.words * 8) + _align(lines * self.words * 4)
-        return self.slab_tables(lines // self.input_row_lines) + _align(lines * 4) + bitmaps
+    def tables(self, output_rows: int) -> int:
+        """Bytes of the tables over the input lines of so many output rows."""
+        return self.slab_tables(self.read_lines(output_rows) // self.input_row_lines)
 
     def tap_tables(self, blocks: int) -> int:
         return _align(blocks * self.tap_lines * _TAP_LINE) + _align(blocks * 8)
 
     def slab_tables(self, input_rows: int) -> int:
-        return _align((input_rows * self.input_row_lines + 2) * 4)
+        """Bytes of the tables over the lines of so many input rows."""
+        lines = input_rows * self.input_row_lines
+        words = lines * self._length // 64 + 2 if self._plain else 0
+        return _align((lines + 2) * 4) + _align(words * 8) + _align(words * 4)
 
 
 def _stage(entries: int) -> int:

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "xla_kernels/common/divider.h"
 #include "xla_kernels/common/ffi.h"
 #include "xla_kernels/common/window.h"
 #include "xla_kernels/common/workspace.h"
@@ -61,6 +62,7 @@ struct Lines {
   LineWindow line;
   int axes;  // the leading ones
   int64_t input_shape[kMaxRank], output_shape[kMaxRank], strides[kMaxRank], low[kMaxRank];
+  int64_t extents[kMaxRank];
   int64_t rows, input_rows;                         // of the leading axis; 1 where there is none
   int64_t row_lines = 1, input_row_lines = 1;       // lines of a row
   int64_t row_stride = 1, row_low = 0, extent = 1;  // along the leading axis
@@ -76,6 +78,7 @@ struct Lines {
     for (int a = 0; a < axes; ++a) {
       input_shape[a] = w.input_shape[a], output_shape[a] = w.output_shape[a];
       strides[a] = w.strides[a], low[a] = w.low[a];
+      extents[a] = (w.window_shape[a] - 1) * w.dilation[a] + 1;
       if (a == 0) continue;
       row_lines *= w.output_shape[a], input_row_lines *= w.input_shape[a];
     }
@@ -122,7 +125,7 @@ class LineWalk {
   // the leading axes, and `lines` what they make in lines.
   int64_t Reads(const int32_t* offsets, int64_t lines) const {
     bool inside = true;
-    for (int a = 0; a < lines_.axes; ++a) {
+    for (int a = 0; a < lines_.axes && !whole_; ++a) {
       inside &= static_cast<uint64_t>(base_[a] + offsets[a]) <
                 static_cast<uint64_t>(lines_.input_shape[a]);
     }
@@ -131,30 +134,18 @@ class LineWalk {
 
  private:
   void Turn() {
-    first_ = 0;
+    first_ = 0, whole_ = true;
     for (int a = 0; a < lines_.axes; ++a) {
       base_[a] = place_[a] * lines_.strides[a] - lines_.low[a];
+      whole_ &= base_[a] >= 0 && base_[a] + lines_.extents[a] <= lines_.input_shape[a];
       first_ = first_ * lines_.input_shape[a] + base_[a];
     }
   }
 
   const Lines& lines_;
   int64_t place_[kMaxRank], base_[kMaxRank];
-  int64_t first_ = 0;  // the line at `base_`, as if the grid had no end
-};
-
-// n / d for n < 2^32, by a multiplication.
-class Divider {
- public:
-  explicit Divider(int64_t d) : d_(d), inverse_(d > 1 ? ~uint64_t{0} / d + 1 : 0) {}
-  int64_t Quotient(int64_t n) const {
-    if (d_ == 1) return n;
-    return static_cast<int64_t>(static_cast<unsigned __int128>(inverse_) * n >> 64);
-  }
-
- private:
-  int64_t d_;
-  uint64_t inverse_;
+  int64_t first_ = 0;   // the line at `base_`, as if the grid had no end
+  bool whole_ = false;  // all of the window is inside the grid
 };
 
 // The slots of a segment whose keys lie in [begin, end): of broken keys some slots of the segment.
@@ -166,38 +157,75 @@ struct Range {
   }
 };
 
+// Which entries of one sample to sort: those of channels [channel_begin, channel_end) with keys in
+// [begin, end), which lie in `lines` lines of `length` sites from `first_line`.
+struct SortRange {
+  int64_t first_line, lines, length, slots, begin, end, channel_begin, channel_end;
+  int64_t count;  // of the entries; of broken keys fewer may be
+  bool shared;    // the channels have one list of keys
+};
+
+// A stored entry, sorted into its line.
 struct Entry {
   int32_t place;    // along the line
   int32_t channel;  // of the input
   float value;
-  int32_t aux;  // what `aux_of(channel, slot)` of the sort says
+  union {
+    int32_t weights;  // forward: where the channel's weights stand among those of a line of taps
+    float bar;        // backward: the gradient of the value
+  };
 };
 
-// The entries of some lines of one sample, and a bitmap of the sites in use. A line holds either
-// entries, [channel][place], or, where most channels are stored at its sites, a row of all channels
-// for each: [site][channel], and behind them the sites' places. Rows need no more room.
+// What some lines of one sample store, in one of two forms:
+//
+//   entries   [line][channel][place]
+//   rows      where most channels are stored at a site: values [site][channel], then the sites'
+//             places, and backward the values' gradients [site][channel]
+//
+// An entry takes four floats. Rows of C channels are made of sites * (C + 3) <= 3 * entries, and
+// take sites * (C + 1), or with gradients sites * (2 * C + 1): six for each entry at most.
 struct LineEntries {
-  int64_t max_lines = 0, words = 0, room = 0;
-  int64_t first_line = 0, lines = 0;
-  bool finite = true;             // all values are
-  int32_t* starts = nullptr;      // [max_lines + 2]
-  uint64_t* bits = nullptr;       // [max_lines][words]
-  int32_t* row_sites = nullptr;   // [max_lines]: sites that have rows, 0 in a line of entries
-  int32_t* row_starts = nullptr;  // [max_lines][words]: where the word's rows begin, in floats
-  Entry* entries = nullptr;       // [room]
+  int64_t max_lines = 0, words = 0, room = 0;  // words of the bitmap; 0: none, and no rows
+  bool gradient = false;                       // rows have gradients
+  int64_t first_line = 0, lines = 0, length = 0, channels = 0, sites = 0;
+  bool rows = false;
+  bool finite = true;         // all values are
+  int32_t* starts = nullptr;  // [max_lines + 2]: of lines, in entries or sites
+  uint64_t* bits = nullptr;   // [words]: the sites in use
+  int32_t* ranks = nullptr;   // [words]: sites in use before the word's
+  float* data = nullptr;
+
+  static constexpr int64_t Words(int64_t lines, int64_t length) { return lines * length / 64 + 2; }
 
   void Carve(Carver& carver) {
     starts = carver.Take<int32_t>(max_lines + 2);
-    bits = carver.Take<uint64_t>(max_lines * words);
-    if (words > 0) row_sites = carver.Take<int32_t>(max_lines);
-    row_starts = carver.Take<int32_t>(max_lines * words);
-    entries = carver.Take<Entry>(room);
+    bits = carver.Take<uint64_t>(words);
+    ranks = carver.Take<int32_t>(words);
+    data = carver.Take<float>(room * (gradient ? 6 : 4));
   }
 
-  const Entry* begin(int64_t line) const { return entries + starts[line - first_line]; }
-  const Entry* end(int64_t line) const { return entries + starts[line - first_line + 1]; }
-  int32_t rows_of(int64_t line) const { return row_sites[line - first_line]; }
-  const uint64_t* bitmap(int64_t line) const { return bits + (line - first_line) * words; }
+  bool Holds(int64_t line) const { return line >= first_line && line < first_line + lines; }
+  int32_t begin(int64_t line) const { return starts[line - first_line]; }
+  int32_t end(int64_t line) const { return starts[line - first_line + 1]; }
+
+  Entry* entries(int64_t i) const { return reinterpret_cast<Entry*>(data) + i; }
+  float* row(int64_t site) const { return data + site * channels; }
+  int32_t* places(int64_t site) const {
+    return reinterpret_cast<int32_t*>(data + sites * channels) + site;
+  }
+  float* bars(int64_t site) const { return data + sites * (channels + 1) + site * channels; }
+
+  // to |= the bitmap of a line.
+  void MarkLine(int64_t line, uint64_t* to) const {
+    const int64_t first = (line - first_line) * length, shift = first & 63;
+    const uint64_t* from = bits + first / 64;
+    for (int64_t at = 0; at < length; at += 64, ++from) {
+      uint64_t word = *from >> shift;
+      if (shift != 0) word |= from[1] << (64 - shift);
+      if (length - at < 64) word &= (uint64_t{1} << (length - at)) - 1;
+      to[at / 64] |= word;
+    }
+  }
 };
 
 }  // namespace ilajax

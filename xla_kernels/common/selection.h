@@ -5,6 +5,7 @@
 #define ILAJAX_XLA_KERNELS_COMMON_SELECTION_H_
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <string_view>
@@ -272,8 +273,15 @@ class RunningTopK {
         if (own[rest] != 0) __atomic_fetch_add(counts_ + rest, own[rest], __ATOMIC_RELAXED);
       }
     } else {
+      // Ranks have few first digits: a second table keeps increments from waiting for each other.
+      int32_t second[kDigits];
+      const bool many = staged - counted_ > 4 * kDigits;
+      if (many) std::memset(second, 0, sizeof(second));
       ForStaged(counted_, staged,
-                [counts = counts_](int64_t, uint32_t rank) { ++counts[rank >> kFirstDigit]; });
+                [tables = std::array{counts_, many ? second : counts_}](int64_t i, uint32_t rank) {
+                  ++tables[i & 1][rank >> kFirstDigit];
+                });
+      for (int i = 0; many && i < kDigits; ++i) counts_[i] += second[i];
       while (digit > 0 && above < wanted_) above += counts_[--digit];
     }
     if (above < wanted_) return;
