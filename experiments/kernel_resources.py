@@ -3,7 +3,7 @@
     python -m experiments.kernel_resources                   # minutes; ends with 1 if anything spills
     python -m experiments.kernel_resources --report          # experiments/results/kernel_resources.{json,md}
 
-Compiles every .cu file of xla_kernels/sources.bzl, the unproven too, as CMakeLists.txt does, with a warning
+Compiles every .cu file of xla_kernels/sources.bzl, as CMakeLists.txt does, with a warning
 as an error, and reads what ptxas says. Shared memory that a launch asks for comes on top of the figures. Of a
 kernel's instantiations (dtypes, axes) the table has one row each.
 """
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
 
 
 def sources() -> list[str]:
-    """The .cu files, proven and not."""
+    """The .cu files."""
     return re.findall(r'"(\w+\.cu)"', (KERNELS / "sources.bzl").read_text())
 
 

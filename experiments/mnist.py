@@ -143,33 +143,12 @@ def make_net(bound: float, *, dense: bool, seed: int) -> ilajax.models.OctNet3:
 
 
 @functools.cache
-def make_transformation(
-    learning_rate: float, regularisation: float = 0.0, pruning_threshold: float = 0.0
-) -> optax.GradientTransformation:
-    """Adagrad, between the regulariser and the pruning where they are asked for.
-
-    The same arguments give the same object, so that another run reuses the compiled step.
-    """
+def make_transformation(learning_rate: float) -> optax.GradientTransformation:
+    """Adagrad; the same rate gives the same object, so that another run reuses the compiled step."""
     # From an empty sum of squares, as Adagrad is defined. Started at 0.1, as Optax does by default, it drowns
     # the small gradients of a strict bound, and the sparse net learns much slower.
-    steps = [optax.adagrad(learning_rate, initial_accumulator_value=0.0)]
-    if regularisation:
-        regulariser = ilajax.optim.density_biased_l2(regularisation, offset=0.1, b1=0.1, b2=0.1)
-        steps.insert(0, regulariser)
-    if pruning_threshold:
-        pruning = ilajax.optim.one_warning_shot_pruning(pruning_threshold)
-        steps.append(optax.masked(pruning, _filters))
-    return optax.chain(*steps)
-
-
-def _filters(parameters: Any) -> Any:
-    """True at the convolution filters: biases start at 0, and dense layers stay as they are."""
-
-    def is_filter(path: Any, _: Any) -> bool:
-        names = [getattr(entry, "key", None) for entry in path]
-        return "blocks" in names and "kernel" in names
-
-    return jax.tree_util.tree_map_with_path(is_filter, parameters)
+    # The chain lets Adagrad take the extra arguments of the training loop, and ignore them.
+    return optax.chain(optax.adagrad(learning_rate, initial_accumulator_value=0.0))
 
 
 def _run(
@@ -177,9 +156,18 @@ def _run(
 ) -> Run:
     dense = net == "dense"
     model = make_net(options.density_bound, dense=dense, seed=options.seed)
+    transformation = make_transformation(options.learning_rate)
     # The dense twin is the plain baseline.
-    sparsifying = () if dense else (options.regularisation, options.pruning_threshold)
-    transformation = make_transformation(options.learning_rate, *sparsifying)
+    if not dense and (options.regularisation or options.pruning_threshold):
+        transformation = ilajax.optim.sparse_training(
+            model,
+            transformation,
+            scale=options.regularisation,
+            offset=0.1,
+            b1=0.1,
+            b2=0.1,
+            threshold=options.pruning_threshold,
+        )
     sample = dense_input(test.images[:250])
     return Run(
         name=net,

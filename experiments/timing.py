@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from ilajax import _ffi
+from ilajax.ffi import routes
 
 # A function of nothing that returns arrays: JAX's are waited for, those of other libraries are ready.
 Candidate = Callable[[], Any]
@@ -153,8 +153,8 @@ def provenance(experiment: str, arguments: list[str] | None) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", f"experiments.{experiment}", *given]),
         "machine": machine(),
         "platform": jax.devices()[0].platform,
-        "backend": _ffi.backend(),
-        "kernels": _ffi.native_platforms(),
+        "backend": routes.choice(),
+        "kernels": routes.native_platforms(),
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

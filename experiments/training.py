@@ -1,10 +1,11 @@
 """The training loop of the classification experiments: steps, evaluation, checkpoints, history."""
 
+import contextlib
 import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ class Run:
       directory: gets `<name>.csv` and the checkpoints.
       options: what a checkpoint must have been made with to fit, by the name of the option.
       seed: of the order of the training data.
+      bounds: the density bound of each sparse layer, by name, to be shown beside its density.
+      resumable: whether each epoch leaves a checkpoint, which a later call goes on from.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Run:
     directory: Path
     options: Row
     seed: int
+    bounds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    resumable: bool = True
 
     @property
     def checkpoints(self) -> Path:
@@ -102,9 +107,9 @@ def evaluate(
     loss = right = 0.0
     for start in range(0, len(labels), batch):
         part = slice(start, start + batch)
-        # The last batch is filled up, so that one compiled program serves all.
+        # The last batch is filled up with its last image, so that one compiled program serves all.
         missing = batch - len(labels[part])
-        padded = np.pad(images[part], ((0, missing), *[(0, 0)] * (images.ndim - 1)))
+        padded = np.pad(images[part], ((0, missing), *[(0, 0)] * (images.ndim - 1)), mode="edge")
         marked = np.pad(labels[part].astype(np.int32), (0, missing), constant_values=-1)
         losses, rights = step(padded, marked)
         loss, right = loss + float(losses), right + int(rights)
@@ -129,6 +134,7 @@ def train(
     batch_size: int,
     columns: Sequence[str],
     reporter: Reporter,
+    test_batch: int = 250,
 ) -> list[Row]:
     """Trains up to `epochs`, from the newest checkpoint on if there is one.
 
@@ -140,10 +146,11 @@ def train(
     """
     images, labels = training
     modules = {"model": run.model, "optimizer": run.optimizer}
-    with Checkpoints(run.checkpoints) as checkpoints:
+    keeper = Checkpoints(run.checkpoints) if run.resumable else contextlib.nullcontext()
+    with keeper as checkpoints:
         rows: list[Row] = []
-        latest = checkpoints.latest()
-        if latest is not None:
+        latest = checkpoints.latest() if checkpoints else None
+        if checkpoints and latest is not None:
             checkpoints.restore(latest, modules)
             rows = checkpoints.notes(latest)["rows"]
             reporter.print(f"{run.name}: goes on from {checkpoints.path(latest)}")
@@ -159,12 +166,13 @@ def train(
             if run.prunes:
                 ilajax.optim.compact(run.model, run.optimizer)
             row["live_weights"] = live_weights(run.model)
-            row["test_loss"], row["test_accuracy"] = evaluate(test_step, *test)
+            row["test_loss"], row["test_accuracy"] = evaluate(test_step, *test, test_batch)
             row["seconds"] = time.perf_counter() - start
             rows.append(row)
             table.append(row)
-            checkpoints.save(epoch, modules, {"options": run.options, "rows": rows})
-            reporter.print(_line(row, epochs, (epochs - epoch) * row["seconds"]))
+            if checkpoints:
+                checkpoints.save(epoch, modules, {"options": run.options, "rows": rows})
+            reporter.print(_line(row, epochs, (epochs - epoch) * row["seconds"], run.bounds))
     return rows
 
 
@@ -217,8 +225,13 @@ def live_weights(model: nnx.Module) -> int:
     return sparse + sum(c.kernel[...].size for c in layers if isinstance(c, nnx.Conv))
 
 
-def _line(row: Row, epochs: int, left: float) -> str:
-    densities = " ".join(f"{v:.1%}" for name, v in row.items() if name.startswith("density_"))
+def _line(row: Row, epochs: int, left: float, bounds: Mapping[str, float]) -> str:
+    shown = []
+    for name, value in row.items():
+        if name.startswith("density_"):
+            bound = bounds.get(name.removeprefix("density_"))
+            shown.append(f"{value:.1%}" + ("" if bound is None else f"/{bound:.0%}"))
+    densities = " ".join(shown)
     return (
         f"{row['net']:>6} {row['epoch']}/{epochs}"
         f"  loss {row['train_loss']:.4f}  accuracy {row['train_accuracy']:.2%}"

@@ -1,6 +1,7 @@
 """ilajax: convolutional networks on sparse data in JAX."""
 
 from ilajax import models, nn, optim
+from ilajax.ffi.routes import Backend, Route, backend
 from ilajax.geometry import capacity
 from ilajax.ops.conv import ConvResult, conv
 from ilajax.ops.convert import concatenate, from_dense, from_points, to_dense
@@ -13,10 +14,13 @@ from ilajax.sparse_tensor import SparseTensor
 __version__ = "0.1.0"
 
 __all__ = [
+    "Backend",
     "ConvResult",
+    "Route",
     "SparseKernel",
     "SparseTensor",
     "avg_pool",
+    "backend",
     "capacity",
     "concatenate",
     "conv",

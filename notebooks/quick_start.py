@@ -118,7 +118,9 @@ print(of_weights.shape, of_values.shape)
 # %% [markdown]
 # ## A network
 #
-# `ilajax.nn.Conv` is a Flax NNX module like any other, and mixes with Flax's own.
+# `ilajax.nn.Conv` is a Flax NNX module like any other, and mixes with Flax's own. `sparse_training`
+# puts an Optax optimizer between a regulariser, which pushes the layers' densities towards their
+# bounds, and pruning, which removes filter weights that stay small for two epochs.
 
 
 # %%
@@ -135,31 +137,43 @@ class Net(nnx.Module):
 
 
 @nnx.jit
-def train_step(net, optimizer, images, labels):
+def train_step(net, optimizer, images, labels, epoch_end):
     def loss_of(net):
         logits = net(ilajax.from_dense(images, capacity=300))
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     loss, gradients = nnx.value_and_grad(loss_of)(net)
-    optimizer.update(net, gradients)
+    excess = ilajax.optim.excess_density(net)
+    optimizer.update(net, gradients, excess_density=excess, epoch_end=epoch_end)
     return loss
 
 
 net = Net(nnx.Rngs(0))
-optimizer = nnx.Optimizer(net, optax.adam(3e-3), wrt=nnx.Param)
+recipe = ilajax.optim.sparse_training(net, optax.adam(3e-3))
+optimizer = nnx.Optimizer(net, recipe, wrt=nnx.Param)
 train_images, train_labels = images[:1792], labels[:1792]
-order = np.random.default_rng(0).permutation(4 * len(train_labels)) % len(train_labels)
-losses = [
-    float(train_step(net, optimizer, train_images[chosen], train_labels[chosen]))
-    for chosen in order.reshape(-1, 64)
-]
+random, losses = np.random.default_rng(0), []
+for _ in range(4):
+    batches = random.permutation(len(train_labels)).reshape(-1, 64)
+    for number, chosen in enumerate(batches, 1):
+        batch = train_images[chosen], train_labels[chosen]
+        loss = train_step(net, optimizer, *batch, epoch_end=number == len(batches))
+        losses.append(float(loss))
+    ilajax.optim.compact(net, optimizer)  # takes pruned weights out of storage
 losses[0], np.mean(losses[-10:])
 
 # %% [markdown]
-# The layers measured how dense their responses were, before the selection.
+# The layers measured how dense their responses were, before the selection. Pruning has left a part of
+# their weights.
 
 # %%
-{name: round(float(getattr(net, name).density[...].mean()), 3) for name in ("conv1", "conv2")}
+{
+    name: (
+        round(float(conv.density[...].mean()), 3),
+        f"{int(conv.sparse_kernel.count)} of {conv.sparse_kernel.size} weights",
+    )
+    for name, conv in (("conv1", net.conv1), ("conv2", net.conv2))
+}
 
 # %%
 held_out = net(ilajax.from_dense(images[1792:], capacity=300))

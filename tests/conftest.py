@@ -14,7 +14,7 @@ import hypothesis
 import jax
 import pytest
 
-from ilajax import _ffi
+from ilajax.ffi import routes
 
 # The same examples in every run, however slow the machine is.
 hypothesis.settings.register_profile("ilajax", deadline=None, database=None, derandomize=True)
@@ -38,8 +38,8 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
-        # test_ffi.py says where kernels must be installed.
-        native = ["native"] if _ffi.native_platforms() else []
+        # testroutes.py says where kernels must be installed.
+        native = ["native"] if routes.native_platforms() else []
         metafunc.parametrize("backend", [*native, "reference"], indirect=True)
 
 

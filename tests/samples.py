@@ -2,21 +2,18 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 import ilajax
-from ilajax import _ffi
+from ilajax.ffi import routes
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 def platform():
     """The platform of the default device, by the name that its kernels are registered under."""
-    here = _ffi._platforms_here()
-    default = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    return default if default in here else next(iter(here))
+    return routes.default_platform()
 
 
 def small_integers(rng, shape, *, zeros=False):

@@ -33,10 +33,16 @@ PLANTED = {
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bugs(bug):
     """Catches a harness that has gone blind."""
-    build.SANITIZED.make_planted()
-    command = [str(build.SANITIZED.planted), bug]
+    command = [str(build.SANITIZED.make_program("planted_bugs.cu")), bug]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert PLANTED[bug] in done.stdout + done.stderr
+
+
+def test_launches():
+    """Catches an opt-in to shared memory that another thread lowers, and blocks that are left out."""
+    program = str(build.SANITIZED.make_program("launches.cu"))
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.stdout + done.stderr == "nothing wrong\n"
 
 
 def test_every_kernel_runs(tmp_path):

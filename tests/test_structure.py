@@ -10,29 +10,28 @@ import types
 import pytest
 
 import ilajax
-from ilajax import _ffi
+from ilajax.ffi import registry
 
 ROOT = pathlib.Path(__file__).parent.parent
 KERNELS = ROOT / "xla_kernels"
 MODULES = sorted((ROOT / "ilajax").rglob("*.py"))
 TARGETS = re.findall(
-    r"^(TARGET(?:_CPU|_UNPROVEN)?)\((\w+), (\w+)\)",
+    r"^TARGET\((\w+), (\w+)\)",
     (KERNELS / "targets.def").read_text(),
     re.MULTILINE,
 )
 
-# What a build for `make gpu-check` registers on GPUs.
-WITH_UNPROVEN = ["TARGET", "TARGET_UNPROVEN"]
-
-# What a module may import, of the project, stands before it in this list. Data types and _ffi know the
+# What a module may import, of the project, stands before it in this list. Data types and ffi know the
 # geometry only; the package's own __init__ exports all.
 LAYERS = (
     ("ilajax.geometry",),
-    ("ilajax.sparse_tensor", "ilajax.sparse_kernel", "ilajax._ffi"),
+    ("ilajax.sparse_tensor", "ilajax.sparse_kernel", "ilajax.ffi"),
     ("ilajax.ops",),
     ("ilajax.nn",),
     ("ilajax.optim",),
     ("ilajax.models",),
+    ("ilajax.check",),
+    ("ilajax.__main__",),
     ("experiments",),
 )
 
@@ -98,8 +97,8 @@ def test_experiments_stand_on_top():
 
 @relative(MODULES)
 def test_only_ffi_touches_jax_ffi(path):
-    """Catches a custom call that goes past the rules for vmap, sharding and platforms in _ffi.py."""
-    if path.name != "_ffi.py":
+    """Catches a custom call that goes past the rules for vmap, sharding and platforms in ilajax/ffi."""
+    if path.parent.name != "ffi":
         names = [*imported(path), *used(path)]
         assert not [n for n in names if n.startswith("jax.ffi") or n.endswith("ffi_call")]
         assert not [n for n in names if "custom_vmap" in n or "custom_partitioning" in n]
@@ -143,12 +142,12 @@ def camel_case(stem):
 def test_targets_are_listed():
     """Catches a targets.def that this file does not read, with which all checks below are empty."""
     assert len(TARGETS) >= 2
-    names = [target for _, target, _ in TARGETS]
+    names = [target for target, _ in TARGETS]
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize(("macro", "target", "handler"), TARGETS)
-def test_a_target_has_its_files(macro, target, handler):
+@pytest.mark.parametrize(("target", "handler"), TARGETS)
+def test_a_target_has_its_files(target, handler):
     """Catches a name that breaks the chain op <-> target <-> handler <-> kernel <-> test."""
     match = re.fullmatch(r"ilajax_(\w+)_(fwd|bwd)", target)
     assert match, f"{target} is not ilajax_<stem>_fwd or ilajax_<stem>_bwd"
@@ -166,19 +165,17 @@ def test_a_target_has_its_files(macro, target, handler):
     assert (ROOT / "tests" / "ops" / f"test_{ops[0].stem}.py").exists()
 
 
-@pytest.mark.parametrize(("macro", "target", "handler"), TARGETS)
-def test_a_target_has_its_cuda_twin(macro, target, handler):
+@pytest.mark.parametrize(("target", "handler"), TARGETS)
+def test_a_target_has_its_cuda_twin(target, handler):
     """Catches an operation that runs on the CPU only, or a CUDA kernel that no build and no test takes in."""
-    assert macro != "TARGET_CPU", f"{target} has no CUDA kernel"
     source = KERNELS / (re.sub(r"^ilajax_|_(fwd|bwd)$", "", target) + ".cu")
     assert defines(source, handler)
-    listed = {"TARGET": "CUDA_SOURCES", "TARGET_UNPROVEN": "CUDA_UNPROVEN"}[macro]
-    assert source.name in SOURCES[listed], f"{target} is a {macro}, so {source.name} is in {listed}"
+    assert source.name in SOURCES["CUDA_SOURCES"], f"{source.name} is not in sources.bzl"
 
 
 def test_forward_and_backward_live_together():
     """Catches an op whose two handlers ended up in different files, or a kernel that nothing lists."""
-    stems = {re.sub(r"^ilajax_|_(fwd|bwd)$", "", target) for _, target, _ in TARGETS}
+    stems = {re.sub(r"^ilajax_|_(fwd|bwd)$", "", target) for target, _ in TARGETS}
     files = {p.stem for p in KERNELS.glob("*.c[cu]") if not p.stem.startswith("bind_")}
     assert files == stems
 
@@ -193,11 +190,11 @@ def test_a_public_operation_has_its_test(name):
 
 def test_registrations_match_the_list():
     """Catches an extension built from another list of targets than the one in the tree."""
-    everything = {target for _, target, _ in TARGETS}
-    on_gpu = [{t for macro, t, _ in TARGETS if macro in m} for m in (["TARGET"], WITH_UNPROVEN)]
-    for platform in _ffi.native_platforms():
-        want = [everything] if platform == "cpu" else on_gpu
-        assert _ffi._load()[platform] in want, f"rebuild the {platform} extension"
+    everything = {target for target, _ in TARGETS}
+    for platform, extension in registry.extensions.items():
+        assert extension.missing or extension.targets == everything, (
+            f"rebuild the {platform} extension"
+        )
 
 
 # --- Rules for kernels -----------------------------------------------------------------------------

@@ -28,7 +28,7 @@
 // FinishKernel adds the partial sums of weights and bias in their order.
 //
 // All sums have a fixed order, and what integer atomics count does not depend on theirs. Results
-// repeat.
+// repeat; but of entries or weights that share a key, which breaks their contract, any one wins.
 
 #include <algorithm>
 #include <cstdint>
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kMapThreads, 5) PrepareKernel(Prepare<T> p) {
 template <typename T>
 ffi::Error LaunchPrepare(cudaStream_t stream, const Prepare<T>& p) {
   const int64_t blocks = p.map_blocks() + p.filter_blocks() + p.zero_blocks();
-  return Launch(PrepareKernel<T>, GridFor(blocks), kMapThreads, SiteMap::SharedBytes(), stream, p);
+  return LaunchEach<PrepareKernel<T>>(blocks, kMapThreads, SiteMap::SharedBytes(), stream, p);
 }
 
 // --- Launches 2 and on: tiles of output sites
@@ -124,7 +124,6 @@ constexpr int kLevels = 3;  // digits of a rank: 11, 11 and 10 bits
 constexpr uint32_t kNone =
     0xffffffffu;  // in the pool: no candidate. A NaN's bits, which no NaN has there
 constexpr uint32_t kUncached = 0xffffffffu;
-constexpr int64_t kMaxShared = 200 * 1024;
 
 ILAJAX_HOST_DEVICE constexpr int LevelShift(int level) {
   return level == 0 ? 21 : level == 1 ? 10 : 0;
@@ -652,13 +651,16 @@ __global__ void __launch_bounds__(kTileThreads, TileBlocks(R, P))
         }
       });
     }
-    // The last block of the segment to get here finds the digits.
-    __threadfence();
+    // The last block of the segment to get here finds the digits. One thread's fences, between the
+    // barriers and its atomic, order what all threads of the block do.
     __syncthreads();
-    if (threadIdx.x == 0) draw = atomicAdd(&f.finished[segment], 1u);
+    if (threadIdx.x == 0) {
+      __threadfence();
+      draw = atomicAdd(&f.finished[segment], 1u);
+      __threadfence();
+    }
     __syncthreads();
     if (draw != static_cast<uint32_t>(f.tiles) - 1) return;
-    __threadfence();
     if (threadIdx.x == 0) f.finished[segment] = 0;
     if (warp < channels && (P == Pass::kRespond || cuts[warp].cuts)) {
       const int s = first_channel + warp;
@@ -710,15 +712,13 @@ __global__ void __launch_bounds__(kTileThreads, TileBlocks(R, P))
       sum += own;
     }
     before[which][c] = 0;
-    if (any_cut && c < channels) {
-      publish(c, 1 + which, sum);
-      __threadfence();
-    }
+    if (any_cut && c < channels) publish(c, 1 + which, sum);
   }
   __syncthreads();
   uint32_t* tile_done = f.tile_done + int64_t{segment} * f.tiles;
   uint32_t* run_done = f.run_done + int64_t{segment} * f.runs();
   if (any_cut && threadIdx.x == 0) {
+    __threadfence();  // behind the barrier: for what all threads have published
     atomicExch(&tile_done[tile], 1u);
     atomicAdd(&run_done[run], 1u);
   }
@@ -734,7 +734,7 @@ __global__ void __launch_bounds__(kTileThreads, TileBlocks(R, P))
       const uint32_t* flag = whole ? &run_done[n] : &tile_done[t];
       while (LoadFresh(flag) < (whole ? kTilesOfRun : 1u)) {
       }
-      __threadfence();
+      __threadfence();  // this thread's own: it reads what the flag stands for itself
       const uint32_t above = LoadFresh(sums + 1), ties = LoadFresh(sums + 2);
       if (above) atomicAdd(&before[0][c], above);
       if (ties) atomicAdd(&before[1][c], ties);
@@ -792,6 +792,15 @@ __global__ void __launch_bounds__(kTileThreads, TileBlocks(R, P))
   }
 }
 
+// Refuses a launch that needs more shared memory than the device has; conv_forward_limit and
+// conv_backward_limit in ilajax/ops/_plans_cuda.py know beforehand.
+ffi::Error CheckShared(const Window& w, int64_t bytes) {
+  const int64_t most = MaxDynamicShared();
+  if (bytes <= most) return ffi::Error::Success();
+  return InvalidArgument("conv: a window of ", w.taps, " taps needs ", bytes,
+                         " bytes of shared memory, the device has ", most);
+}
+
 struct ForwardPlan {
   int64_t items, slab_rows, tile, pool_rows;
 };
@@ -822,15 +831,17 @@ int64_t CarveForward(Carver& carver, const ForwardPlan& plan, Forward& f) {
 template <int R, Pass P>
 ffi::Error LaunchTiles(cudaStream_t stream, Forward f, const Window& w) {
   f.table_bytes = TapList<R>::SharedBytes(w.taps, f.map.groups());
+  int64_t bytes = f.table_bytes + (P == Pass::kRespond ? kBlock * kBinWords * 4 : 0) +
+                  f.tile / 32 * 8 + f.tile * 2;
+  ILAJAX_RETURN_IF_ERROR(CheckShared(w, bytes));
   const int64_t weight_bytes = f.filters.Row(1, 0) * kBlock * sizeof(float);
-  f.weights_in_shared = weight_bytes <= 32 * 1024;
-  if (f.weights_in_shared) f.table_bytes += weight_bytes;
-  const int64_t bytes = f.table_bytes + (P == Pass::kRespond ? kBlock * kBinWords * 4 : 0) +
-                        f.tile / 32 * 8 + f.tile * 2;
-  if (bytes > kMaxShared)
-    return InvalidArgument("conv: a window of ", w.taps, " taps is too large");
+  f.weights_in_shared = weight_bytes <= 32 * 1024 && bytes + weight_bytes <= MaxDynamicShared();
+  if (f.weights_in_shared) {
+    f.table_bytes += weight_bytes;
+    bytes += weight_bytes;
+  }
   const int64_t blocks = int64_t{f.items} * f.filters.blocks() * f.slab_tiles;
-  return Launch(TileKernel<R, P>, GridFor(blocks), kTileThreads, bytes, stream, f, Axes<R>(w));
+  return LaunchEach<TileKernel<R, P>>(blocks, kTileThreads, bytes, stream, f, Axes<R>(w));
 }
 
 template <Pass P>
@@ -852,7 +863,7 @@ ffi::Error CheckCounts(const Window& w, const ConvShape& s) {
   constexpr int64_t kMost = 0x7fffffff;
   if (s.slots * kMapGroup > kMost || s.capacity * kMapGroup > kMost || s.weights > kMost ||
       s.batch * std::max(s.in_channels, s.out_channels) > kMost || w.taps > (1 << 24)) {
-    return InvalidArgument("conv: more than 2^26 slots, or 2^31 segments, on the GPU");
+    return InvalidArgument("conv: 2^26 slots or more, or 2^31 segments, on the GPU");
   }
   return ffi::Error::Success();
 }
@@ -878,6 +889,7 @@ ffi::Error ConvFwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::Any
   ILAJAX_RETURN_IF_ERROR(CheckShape("conv: responses", *responses, {s.batch, s.out_channels}));
   ILAJAX_RETURN_IF_ERROR(ReadSelect(select_name, select));
   ILAJAX_RETURN_IF_ERROR(CheckCounts(w, s));
+  if (s.capacity < 1) return InvalidArgument("conv: the capacity is ", s.capacity);
   if (out_values->element_type() != values.element_type()) {
     return InvalidArgument("conv: values and out_values have different dtypes");
   }
@@ -984,7 +996,6 @@ constexpr int kGradientWarps = kGradientThreads / 32;
 constexpr int kEntries = 2;                          // of a thread
 constexpr int kStrip = kGradientThreads * kEntries;  // entries that a block takes at a time
 constexpr int kBiasStrip = 8192;                     // as in ilajax/ops/_plans_cuda.py
-constexpr int64_t kMaxSums = 96 * 1024;              // bytes of sums in shared memory, as there
 
 struct Backward {
   SiteMap map;  // of the cotangents
@@ -1209,36 +1220,41 @@ __global__ void __launch_bounds__(kGradientThreads, 5)
 // Adds up the parts: a warp for each weight and each bias.
 __global__ void __launch_bounds__(kGradientThreads) FinishKernel(Backward b) {
   const int lane = threadIdx.x & 31;
-  const int64_t task = int64_t{blockIdx.x} * kGradientWarps + (threadIdx.x >> 5);
   const int channels = b.filters.out_channels, inputs = b.filters.in_channels,
             taps = b.filters.taps;
   const int64_t group_items = b.batch / b.groups;
   const int64_t weight_tasks = int64_t{b.groups} * b.weights;
-  if (task < weight_tasks) {
-    const int64_t group = task / b.weights;
-    const int64_t key = b.kernel_keys[task % b.weights];
+  const int64_t tasks = weight_tasks + int64_t{b.groups} * channels;
+  for (int64_t task = int64_t{blockIdx.x} * kGradientWarps + (threadIdx.x >> 5); task < tasks;
+       task += int64_t{gridDim.x} * kGradientWarps) {
     float sum = 0.0f;
-    if (key >= 0 && key < int64_t{channels} * inputs * taps) {
-      const int tap = static_cast<int>(key % taps), ic = static_cast<int>(key / taps % inputs);
-      const int oc = static_cast<int>(key / taps / inputs);
-      const int64_t parts = b.all_parts() / b.groups, copies = b.copies();
-      for (int64_t i = lane; i < b.slabs * parts * copies; i += 32) {
-        const int64_t slab = i / (parts * copies), part = group * parts + i / copies % parts;
-        const int64_t row = ((slab * b.all_parts() + part) * inputs + ic) * copies + i % copies;
-        sum += b.sums[(row * taps + tap) * b.width() + oc];
+    if (task < weight_tasks) {
+      const int64_t group = task / b.weights;
+      const int64_t key = b.kernel_keys[task % b.weights];
+      if (key >= 0 && key < int64_t{channels} * inputs * taps) {
+        const int tap = static_cast<int>(key % taps), ic = static_cast<int>(key / taps % inputs);
+        const int oc = static_cast<int>(key / taps / inputs);
+        const int64_t parts = b.all_parts() / b.groups, copies = b.copies();
+        for (int64_t i = lane; i < b.slabs * parts * copies; i += 32) {
+          const int64_t slab = i / (parts * copies), part = group * parts + i / copies % parts;
+          const int64_t row = ((slab * b.all_parts() + part) * inputs + ic) * copies + i % copies;
+          sum += b.sums[(row * taps + tap) * b.width() + oc];
+        }
+      }
+    } else {
+      const int64_t group = (task - weight_tasks) / channels, oc = (task - weight_tasks) % channels;
+      for (int64_t i = lane; i < group_items * b.bias_strips(); i += 32) {
+        const int64_t item = group * group_items + i / b.bias_strips();
+        sum += b.bias_sums[(item * channels + oc) * b.bias_strips() + i % b.bias_strips()];
       }
     }
     sum = WarpSum(sum);
-    if (lane == 0) b.weights_bar[task] = sum;
-  } else if (task < weight_tasks + int64_t{b.groups} * channels) {
-    const int64_t group = (task - weight_tasks) / channels, oc = (task - weight_tasks) % channels;
-    float sum = 0.0f;
-    for (int64_t i = lane; i < group_items * b.bias_strips(); i += 32) {
-      const int64_t item = group * group_items + i / b.bias_strips();
-      sum += b.bias_sums[(item * channels + oc) * b.bias_strips() + i % b.bias_strips()];
+    if (lane != 0) continue;
+    if (task < weight_tasks) {
+      b.weights_bar[task] = sum;
+    } else {
+      b.bias_bar[task - weight_tasks] = sum;
     }
-    sum = WarpSum(sum);
-    if (lane == 0) b.bias_bar[task - weight_tasks] = sum;
   }
 }
 
@@ -1246,12 +1262,11 @@ template <typename T, int R>
 ffi::Error LaunchGradient(cudaStream_t stream, Backward b, const Window& w, const T* values,
                           const T* cotangent, T* values_bar) {
   int64_t bytes = TapList<R>::SharedBytes(w.taps, CeilDiv(b.filters.blocks(), 32));
-  if (bytes > kMaxShared - kMaxSums) {
-    return InvalidArgument("conv: a window of ", w.taps, " taps is too large");
-  }
-  if (b.sums_in_shared) bytes += int64_t{b.filters.taps} * b.width() * kGradientWarps * 4;
-  return Launch(GradientKernel<T, R>, GridFor(b.gradient_blocks() + b.bias_blocks()),
-                kGradientThreads, bytes, stream, b, Axes<R>(w), values, cotangent, values_bar);
+  if (b.sums_in_shared) bytes += w.taps * b.width() * kGradientWarps * 4;
+  ILAJAX_RETURN_IF_ERROR(CheckShared(w, bytes));
+  return LaunchEach<GradientKernel<T, R>>(b.gradient_blocks() + b.bias_blocks(), kGradientThreads,
+                                          bytes, stream, b, Axes<R>(w), values, cotangent,
+                                          values_bar);
 }
 
 ffi::Error ConvBwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::AnyBuffer values,
@@ -1273,6 +1288,9 @@ ffi::Error ConvBwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::Any
   ILAJAX_RETURN_IF_ERROR(
       CheckShape("conv: values_bar", *values_bar, {s.batch, s.in_channels, s.slots}));
   ILAJAX_RETURN_IF_ERROR(CheckCounts(w, s));
+  if (w.taps * CeilDiv(s.out_channels, kBlock) * kBlock * kGradientWarps > 0x7fffffff) {
+    return InvalidArgument("conv: ", w.taps, " taps of ", s.out_channels, " channels, on the GPU");
+  }
   if (cotangent.element_type() != values.element_type() ||
       values_bar->element_type() != values.element_type()) {
     return InvalidArgument("conv: values, cotangent and values_bar have different dtypes");
@@ -1311,7 +1329,11 @@ ffi::Error ConvBwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::Any
   b.slabs = static_cast<int>(CeilDiv(w.input_shape[0], slab_rows));
   b.span = static_cast<int>(span);
   b.parts = static_cast<int>(parts);
-  b.sums_in_shared = w.taps * b.width() * kGradientWarps * 4 <= kMaxSums;
+  // Where they fit on every device: the plan, which knows none, makes room for them elsewhere.
+  const auto shared_bytes = w.rank <= 3 ? TapList<3>::SharedBytes : TapList<kMaxRank>::SharedBytes;
+  b.sums_in_shared = shared_bytes(w.taps, CeilDiv(b.filters.blocks(), 32)) +
+                         w.taps * b.width() * kGradientWarps * 4 <=
+                     kSharedAnywhere - kStaticShared;
   b.map.channels = static_cast<int>(s.out_channels);
   const int64_t reach =
       b.slabs == 1 ? w.output_shape[0] : (slab_rows + w.extent() - 2) / w.strides[0] + 1;
@@ -1361,8 +1383,8 @@ ffi::Error ConvBwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::Any
       }
     }
     const int64_t tasks = groups * (s.weights + s.out_channels);
-    return Launch(FinishKernel, GridFor(CeilDiv(tasks, kGradientWarps)), kGradientThreads, 0,
-                  stream, b);
+    return Launch<FinishKernel>(GridFor(CeilDiv(tasks, kGradientWarps)), kGradientThreads, 0,
+                                stream, b);
   });
 }
 

@@ -36,6 +36,7 @@ ffi::Error FromDenseFwdImpl(ffi::ThreadPool pool, ffi::AnyBuffer x,
   }
   Select select;
   ILAJAX_RETURN_IF_ERROR(ReadSelect(select_name, select));
+  if (capacity < 1) return InvalidArgument("from_dense: the capacity is ", capacity);
   return DispatchFloat(x.element_type(), [&]<typename T>() -> ffi::Error {
     struct Worker {
       RunningTopK<T>* best;

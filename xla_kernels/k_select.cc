@@ -39,6 +39,7 @@ ffi::Error KSelectFwdImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> keys, ffi:
   }
   Select select;
   ILAJAX_RETURN_IF_ERROR(ReadSelect(select_name, select));
+  if (capacity < 1) return InvalidArgument("k_select: the capacity is ", capacity);
   return DispatchFloat(values.element_type(), [&]<typename T>() {
     ParallelFor(
         pool, batch * channels, Workers(batch * channels, slots), [&](int64_t segment, int64_t) {

@@ -86,9 +86,9 @@ ffi::Error KSelectBwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys,
   KSelectShape s;
   ILAJAX_RETURN_IF_ERROR(KSelectShape::Read(keys, *values_bar, kept_keys, cotangent, sites, s));
   return DispatchFloat(cotangent.element_type(), [&]<typename T>() {
-    return Launch(MatchKernel<T>, GridFor(CeilDiv(s.segments * s.slots, kThreads)), kThreads, 0,
-                  stream, s, keys.typed_data(), kept_keys.typed_data(), Data<T>(cotangent),
-                  Data<T>(*values_bar));
+    return Launch<MatchKernel<T>>(GridFor(CeilDiv(s.segments * s.slots, kThreads)), kThreads, 0,
+                                  stream, s, keys.typed_data(), kept_keys.typed_data(),
+                                  Data<T>(cotangent), Data<T>(*values_bar));
   });
 }
 

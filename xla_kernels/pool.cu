@@ -325,6 +325,7 @@ ffi::Error PoolFwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::Any
   ILAJAX_RETURN_IF_ERROR(
       Window::Read(input_shape, window_shape, strides, dilation, low, output_shape, s.w));
   ILAJAX_RETURN_IF_ERROR(PoolShape::Read(keys, values, *pooled_keys, *pooled, mode, s));
+  if (s.capacity < 1) return InvalidArgument("pool: the capacity is ", s.capacity);
   if (segments_at_once < 1 || chunk < 1) {
     return InvalidArgument("pool: the plan has an entry below 1");
   }
@@ -337,20 +338,22 @@ ffi::Error PoolFwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::Any
     const int32_t* key = keys.typed_data();
     const T* value = Data<T>(values);
     if (!s.Cuts()) {
-      ILAJAX_RETURN_IF_ERROR(Launch(CountKernel, GridFor(s.key_segments() * SlabsOf(s)), kThreads,
-                                    0, stream, s, 0, s.key_segments(), key, own.counts));
-      return Launch(PoolKernel<T>, GridFor(s.segments() * SlabsOf(s)), kThreads, 0, stream, s, 0,
-                    s.segments(), key, value, own.counts, s.capacity, pooled_keys->typed_data(),
-                    Data<T>(*pooled));
+      ILAJAX_RETURN_IF_ERROR(Launch<CountKernel>(GridFor(s.key_segments() * SlabsOf(s)), kThreads,
+                                                 0, stream, s, 0, s.key_segments(), key,
+                                                 own.counts));
+      return Launch<PoolKernel<T>>(GridFor(s.segments() * SlabsOf(s)), kThreads, 0, stream, s, 0,
+                                   s.segments(), key, value, own.counts, s.capacity,
+                                   pooled_keys->typed_data(), Data<T>(*pooled));
     }
     for (int64_t first = 0; first < s.segments(); first += segments_at_once) {
       const int64_t left = s.segments() - first;
       const int64_t count = left < segments_at_once ? left : segments_at_once;
       const dim3 grid = GridFor(count * SlabsOf(s));
       ILAJAX_RETURN_IF_ERROR(
-          Launch(CountKernel, grid, kThreads, 0, stream, s, first, count, key, own.counts));
-      ILAJAX_RETURN_IF_ERROR(Launch(PoolKernel<T>, grid, kThreads, 0, stream, s, first, count, key,
-                                    value, own.counts, s.most_cells(), own.keys, own.values));
+          Launch<CountKernel>(grid, kThreads, 0, stream, s, first, count, key, own.counts));
+      ILAJAX_RETURN_IF_ERROR(Launch<PoolKernel<T>>(grid, kThreads, 0, stream, s, first, count, key,
+                                                   value, own.counts, s.most_cells(), own.keys,
+                                                   own.values));
       const Entries<T> cells = {own.keys,       own.values,       count,         1,
                                 s.most_cells(), s.w.output_sites, Select::kValue};
       ILAJAX_RETURN_IF_ERROR(LaunchSelect(stream, cells, chunk, own.select,
@@ -379,14 +382,16 @@ ffi::Error PoolBwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::Any
     const int64_t entries = s.segments() * s.slots;
     const dim3 grid = GridFor(CeilDiv(entries, kThreads));
     if (s.average) {
-      return Launch(AverageBackwardKernel<T>, grid, kThreads, 0, stream, s, keys.typed_data(),
-                    pooled_keys.typed_data(), Data<T>(cotangent), Data<T>(*values_bar));
+      return Launch<AverageBackwardKernel<T>>(grid, kThreads, 0, stream, s, keys.typed_data(),
+                                              pooled_keys.typed_data(), Data<T>(cotangent),
+                                              Data<T>(*values_bar));
     }
     ILAJAX_RETURN_IF_ERROR(
-        Launch(ZeroKernel<T>, grid, kThreads, 0, stream, entries, Data<T>(*values_bar)));
-    return Launch(MaxBackwardKernel<T>, GridFor(CeilDiv(s.segments() * s.capacity, kThreads)),
-                  kThreads, 0, stream, s, keys.typed_data(), Data<T>(values),
-                  pooled_keys.typed_data(), Data<T>(cotangent), Data<T>(*values_bar));
+        Launch<ZeroKernel<T>>(grid, kThreads, 0, stream, entries, Data<T>(*values_bar)));
+    return Launch<MaxBackwardKernel<T>>(GridFor(CeilDiv(s.segments() * s.capacity, kThreads)),
+                                        kThreads, 0, stream, s, keys.typed_data(), Data<T>(values),
+                                        pooled_keys.typed_data(), Data<T>(cotangent),
+                                        Data<T>(*values_bar));
   });
 }
 

@@ -10,9 +10,10 @@ CPU_SOURCES = [
 ]
 
 CUDA_SOURCES = [
+    "conv.cu",
+    "from_dense.cu",
+    "k_select.cu",
+    "pool.cu",
+    "submanifold.cu",
     "to_dense.cu",
 ]
-
-# Not in the extension until they have passed on a GPU, which `make gpu-check` finds out: it builds with
-# ILAJAX_CUDA_UNPROVEN=ON. tests/cuda_on_host builds them too. On one line, by which CMakeLists.txt knows them.
-CUDA_UNPROVEN = ["conv.cu", "from_dense.cu", "k_select.cu", "pool.cu", "submanifold.cu"]

@@ -13,6 +13,7 @@
 // mostly from the caches, since neighbours of consecutive sites lie together; features are written
 // once, coalesced.
 
+#include <algorithm>
 #include <cstdint>
 
 #include "xla_kernels/common/cuda.h"
@@ -295,20 +296,21 @@ __global__ void __launch_bounds__(kThreads)
 ffi::Error Fill(cudaStream_t stream, const SubmanifoldShape& s, const Filter& f,
                 const int32_t* kernel_keys, const float* weights, int64_t count,
                 int32_t* responses) {
-  const int64_t cells = f.taps * f.row_channels() * f.block;
-  ILAJAX_RETURN_IF_ERROR(Launch(ZeroKernel, GridFor(CeilDiv(cells, kThreads)), kThreads, 0, stream,
-                                f, count, responses));
-  return Launch(FillKernel, GridFor(CeilDiv(s.weights, kThreads)), kThreads, 0, stream, f,
-                s.weights, kernel_keys, weights);
+  // Without rows there are responses still, all 0.
+  const int64_t cells = std::max(f.taps * f.row_channels() * f.block, count);
+  ILAJAX_RETURN_IF_ERROR(Launch<ZeroKernel>(GridFor(CeilDiv(cells, kThreads)), kThreads, 0, stream,
+                                            f, count, responses));
+  return Launch<FillKernel>(GridFor(CeilDiv(s.weights, kThreads)), kThreads, 0, stream, f,
+                            s.weights, kernel_keys, weights);
 }
 
 template <typename T>
 ffi::Error ApplyFilter(cudaStream_t stream, const Apply<T>& a) {
   const dim3 grid = GridFor(a.items * CeilDiv(a.slots, kSites) * a.filter.tiles());
   if (a.filter.tile() == kNarrowTile) {
-    return Launch(ApplyKernel<T, kNarrowTile>, grid, kSites, 0, stream, a);
+    return Launch<ApplyKernel<T, kNarrowTile>>(grid, kSites, 0, stream, a);
   }
-  return Launch(ApplyKernel<T, kTile>, grid, kSites, 0, stream, a);
+  return Launch<ApplyKernel<T, kTile>>(grid, kSites, 0, stream, a);
 }
 
 // The filter in the workspace; `channels` are its columns in all, `block` of them at a time.
@@ -429,16 +431,17 @@ ffi::Error SubmanifoldBwdImpl(
                                Data<T>(cotangent),
                                sums};
       const int64_t tiles = CeilDiv(s.in_channels, kPairs) * CeilDiv(out_block, kPairs);
-      ILAJAX_RETURN_IF_ERROR(Launch(WeightSumsKernel<T>, GridFor(groups * parts * w.taps * tiles),
-                                    kPairs * kPairs, 0, stream, a));
+      ILAJAX_RETURN_IF_ERROR(Launch<WeightSumsKernel<T>>(GridFor(groups * parts * w.taps * tiles),
+                                                         kPairs * kPairs, 0, stream, a));
       const Filter columns = {nullptr,        nullptr, w.taps,    s.in_channels,
                               s.out_channels, first,   out_block, false};
-      ILAJAX_RETURN_IF_ERROR(Launch(GatherKernel, GridFor(CeilDiv(groups * s.weights, kThreads)),
-                                    kThreads, 0, stream, columns, groups, parts, s.weights,
-                                    kernel_keys.typed_data(), sums, weights_bar->typed_data()));
+      ILAJAX_RETURN_IF_ERROR(Launch<GatherKernel>(
+          GridFor(CeilDiv(groups * s.weights, kThreads)), kThreads, 0, stream, columns, groups,
+          parts, s.weights, kernel_keys.typed_data(), sums, weights_bar->typed_data()));
     }
-    return Launch(BiasKernel<T>, GridFor(groups * s.out_channels), kThreads, 0, stream, s, groups,
-                  w.input_sites, keys.typed_data(), Data<T>(cotangent), bias_bar->typed_data());
+    return Launch<BiasKernel<T>>(GridFor(groups * s.out_channels), kThreads, 0, stream, s, groups,
+                                 w.input_sites, keys.typed_data(), Data<T>(cotangent),
+                                 bias_bar->typed_data());
   });
 }
 

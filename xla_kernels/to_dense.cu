@@ -77,8 +77,8 @@ ffi::Error ToDenseFwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::
   ILAJAX_RETURN_IF_ERROR(ToDenseShape::Read(keys, values, *dense, s));
   return DispatchFloat(values.element_type(), [&]<typename T>() {
     const int64_t chunks = CeilDiv(s.sites, kChunk);
-    return Launch(FwdKernel<T>, GridFor(s.segments() * chunks), kThreads, 0, stream, s, chunks,
-                  keys.typed_data(), Data<T>(values), Data<T>(*dense));
+    return Launch<FwdKernel<T>>(GridFor(s.segments() * chunks), kThreads, 0, stream, s, chunks,
+                                keys.typed_data(), Data<T>(values), Data<T>(*dense));
   });
 }
 
@@ -87,8 +87,9 @@ ffi::Error ToDenseBwdImpl(cudaStream_t stream, ffi::Buffer<ffi::S32> keys, ffi::
   ToDenseShape s;
   ILAJAX_RETURN_IF_ERROR(ToDenseShape::Read(keys, *values_bar, dense_bar, s));
   return DispatchFloat(dense_bar.element_type(), [&]<typename T>() {
-    return Launch(BwdKernel<T>, GridFor(CeilDiv(s.segments() * s.capacity, kThreads)), kThreads, 0,
-                  stream, s, keys.typed_data(), Data<T>(dense_bar), Data<T>(*values_bar));
+    return Launch<BwdKernel<T>>(GridFor(CeilDiv(s.segments() * s.capacity, kThreads)), kThreads, 0,
+                                stream, s, keys.typed_data(), Data<T>(dense_bar),
+                                Data<T>(*values_bar));
   });
 }
 

@@ -6,7 +6,7 @@
 
 | stage | |
 |---|---|
-| build | ilajax for this GPU, the CUDA kernels that are unproven too (xla_kernels/targets.def) |
+| build | ilajax with its CUDA kernels, for this GPU |
 | tests | the test suite on the GPU |
 | sanitizer | every kernel under compute-sanitizer's memcheck and racecheck, broken keys under memcheck |
 | bits | all operations in several processes at once: the same bits in each |

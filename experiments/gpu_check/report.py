@@ -33,9 +33,7 @@ def page(record: Record) -> str:
         lines += [", ".join(versions) + "."]
     lines += ["", *markdown_table([("stage", "status", "seconds", ""), *_stages(stages)]), ""]
     if "targets" in built:
-        proven = [target for target in built["targets"] if target not in built["unproven"]]
-        for title, targets in (("unproven so far", built["unproven"]), ("proven before", proven)):
-            lines += [f"Registered, and so tested, {title}: {', '.join(targets) or 'none'}.", ""]
+        lines += [f"Registered, and so tested: {', '.join(built['targets']) or 'none'}.", ""]
     lines += _failures(stages)
     if tasks := stages.get("bench", {}).get("tasks"):
         for title, notes, cells in (
@@ -142,7 +140,7 @@ def _stages(stages: Record) -> Iterator[tuple[str, ...]]:
 
 
 def _build(facts: Record) -> str:
-    return f"{len(facts.get('targets', ()))} targets, {len(facts.get('unproven', ()))} unproven"
+    return f"{len(facts.get('targets', ()))} targets"
 
 
 def _tests(facts: Record) -> str:

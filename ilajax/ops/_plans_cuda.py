@@ -3,6 +3,9 @@
 The workspace is bound by max(8 * sites, 256 MiB), where sites is one grid, whatever the batch. Where the
 whole batch does not fit, it goes in chunks of items; where one item does not fit, in slabs of rows of the
 leading axis. The sizes below are those that the kernels carve out of it, in the same order.
+
+Some shapes are beyond a kernel on a device: the functions named `_limit` say so beforehand, by the conditions
+under which its handler returns an error. Of the other ops (`_plans_cuda_ops`) none has such a limit.
 """
 
 from ilajax.geometry import Window
@@ -20,7 +23,11 @@ _TILES_OF_RUN = 64
 _STRIP = 256  # stored entries of a block of the gradient kernel
 _BIAS_STRIP = 8192
 _GRADIENT_WARPS = 4
-_MAX_SUMS = 96 << 10
+_MAP_CHUNK = 8192  # sites of a block that builds a site map
+_ZEROS = 4096  # words of a block that zeroes
+_STATIC_SHARED = 2 << 10  # bytes that a kernel of dynamic shared memory has besides, at most
+_SHARED_ANYWHERE = 99 << 10  # what a block may have on every device
+_MOST = 2**31 - 1
 
 
 def budget(window: Window) -> int:
@@ -100,7 +107,7 @@ def conv_backward(
     group_items = batch // groups
     width = _ceil(out_channels, _BLOCK) * _BLOCK
     row_sums = window.taps * width * 4
-    copies = 1 if row_sums * _GRADIENT_WARPS <= _MAX_SUMS else _GRADIENT_WARPS
+    copies = 1 if _sums_in_shared(window, out_channels) else _GRADIENT_WARPS
     part_bytes = in_channels * copies * row_sums
     all_rows = window.input_shape[0]
     filters = _filters(window, in_channels, out_channels)
@@ -138,6 +145,106 @@ def conv_backward(
         items = max(1, min(batch // span, (most - fixed) // (each * span))) * span
     attributes = {"chunk_items": items, "slab_rows": rows, "span": span, "parts": parts}
     return Plan(size(items, rows, batch // span * parts), attributes)
+
+
+def conv_forward_limit(
+    window: Window,
+    batch: int,
+    in_channels: int,
+    slots: int,
+    out_channels: int,
+    capacity: int,
+    max_shared: int,
+) -> str | None:
+    """Why the kernel cannot do this where a block may have `max_shared` bytes, or None where it can."""
+    plan = conv_forward(window, batch, in_channels, slots, out_channels, capacity)
+    items, rows, tile = (plan.attributes[name] for name in ("chunk_items", "slab_rows", "tile"))
+    blocks, groups = _ceil(out_channels, _BLOCK), _ceil(in_channels, _GROUP)
+    histograms = _BLOCK * (_BINS // 2 + 4) * 4
+    tile_bytes = tile // 32 * 8 + tile * 2
+    return (
+        _count_limit(window, batch, in_channels, slots, out_channels, capacity)
+        or _shared_limit(_tap_table(window, groups) + histograms + tile_bytes, max_shared)
+        or _grid_limit(items * blocks * _ceil(rows * _row(window.output_shape), tile))
+        or _grid_limit(
+            items * groups * _ceil(_reads(window, rows), _MAP_CHUNK)
+            + blocks * in_channels
+            + _ceil(plan.workspace, 4 * _ZEROS)  # no more than all of it is zeroed
+        )
+    )
+
+
+def conv_backward_limit(
+    window: Window,
+    batch: int,
+    groups: int,
+    in_channels: int,
+    slots: int,
+    out_channels: int,
+    capacity: int,
+    max_shared: int,
+) -> str | None:
+    """Why the gradient's kernel cannot do this, or None where it can; as `conv_forward_limit`."""
+    plan = conv_backward(window, batch, groups, in_channels, slots, out_channels, capacity)
+    items, span, parts = (plan.attributes[name] for name in ("chunk_items", "span", "parts"))
+    blocks = _ceil(out_channels, _BLOCK)
+    sums = window.taps * blocks * _BLOCK * _GRADIENT_WARPS
+    shared = _tap_table(window, _ceil(blocks, 32))
+    if _sums_in_shared(window, out_channels):
+        shared += 4 * sums
+    return (
+        _count_limit(window, batch, in_channels, slots, out_channels, capacity)
+        or (f"{sums} sums of weights are 2^31 or more" if sums > _MOST else None)
+        or _shared_limit(shared, max_shared)
+        or _grid_limit(
+            items // span * parts * in_channels
+            + items * out_channels * _ceil(capacity, _BIAS_STRIP)
+        )
+        or _grid_limit(
+            items * _ceil(out_channels, _GROUP) * _ceil(window.output_sites, _MAP_CHUNK)
+            + blocks * in_channels
+        )
+    )
+
+
+def _count_limit(
+    window: Window, batch: int, in_channels: int, slots: int, out_channels: int, capacity: int
+) -> str | None:
+    if _GROUP * max(slots, capacity) > _MOST:
+        return f"{max(slots, capacity)} slots of a channel are 2^26 or more"
+    if batch * max(in_channels, out_channels) > _MOST:
+        return f"a batch of {batch} has 2^31 channels or more"
+    if window.taps > 1 << 24:
+        return f"a window of {window.taps} taps has more than 2^24"
+    if window.taps * in_channels * out_channels > _MOST:
+        return "a kernel has 2^31 weights or more"
+    return None
+
+
+def _shared_limit(dynamic: int, max_shared: int) -> str | None:
+    needed = dynamic + _STATIC_SHARED
+    if needed <= max_shared:
+        return None
+    return (
+        f"needs {_ceil(needed, 1024)} KB of shared memory, the device has {max_shared // 1024} KB"
+    )
+
+
+def _grid_limit(blocks: int) -> str | None:
+    return f"needs {blocks} blocks, a launch has at most 2^31 - 1" if blocks > _MOST else None
+
+
+def _tap_table(window: Window, groups: int) -> int:
+    """Bytes of a block's list of live taps (TapList in axes.cuh): for 3 axes, or for 8."""
+    entry = 32 if len(window.input_shape) <= 3 else 48
+    return window.taps * entry + _ceil(window.taps * groups, 4) * 16
+
+
+def _sums_in_shared(window: Window, out_channels: int) -> bool:
+    """Whether the sums of the weights' gradient fit beside the taps on every device."""
+    blocks = _ceil(out_channels, _BLOCK)
+    sums = window.taps * blocks * _BLOCK * _GRADIENT_WARPS * 4
+    return _tap_table(window, _ceil(blocks, 32)) + sums <= _SHARED_ANYWHERE - _STATIC_SHARED
 
 
 def _site_map(items: int, channels: int, slots: int, sites: int) -> int:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ilajax import _ffi
+from ilajax import ffi
+from ilajax.ffi import gpus
 from ilajax.geometry import Padding, Window, conv_window
 from ilajax.ops import _plans, _plans_cuda
 from ilajax.ops.k_select import check_capacity, check_select, select_reference
@@ -119,7 +120,7 @@ def conv(
     select = "positive" if select is None else select
     check_select(select)
     config = _Config(window, check_capacity(capacity), select)
-    keys, values, responses = _conv(config, *_ffi.vary_together(x.keys, x.values, *weights))
+    keys, values, responses = _conv(config, *ffi.vary_together(x.keys, x.values, *weights))
     return ConvResult(SparseTensor(keys, values, window.output_shape), responses)
 
 
@@ -190,9 +191,9 @@ def _forward(config: _Config, *operands: jax.Array) -> _Outputs:
     target = "ilajax_conv_fwd"
     native = functools.partial(_forward_native, config)
     reference = functools.partial(_forward_reference, config)
-    return _Outputs(
-        *_ffi.dispatch(target, native, reference, operands, (True, True, False, False, False))
-    )
+    batched = (True, True, False, False, False)
+    limit = functools.partial(_forward_limit, config, operands)
+    return _Outputs(*ffi.dispatch(target, native, reference, operands, batched, limit))
 
 
 def _vjp_forward(config, keys, values, kernel_keys, weights, bias):
@@ -206,7 +207,8 @@ def _vjp_backward(config, residuals, cotangents):
     reference = functools.partial(_backward_reference, config)
     operands = (*residuals, cotangents.values)
     batched = (True, True, False, False, True, True)
-    gradients = _ffi.dispatch(target, native, reference, operands, batched)
+    limit = functools.partial(_backward_limit, config, operands)
+    gradients = ffi.dispatch(target, native, reference, operands, batched, limit)
     values, weights, bias = gradients
     # One group: the sum over the whole batch.
     return None, values, None, weights[0], bias[0]
@@ -231,7 +233,7 @@ def _forward_reference(config, keys, values, kernel_keys, weights, bias):
         return total + sum_products(seen[:, None], w[:, :, tap, None], axis=2), None
 
     total = jnp.zeros((x.shape[0], bias.size, window.output_sites), jnp.float32)
-    total = _ffi.vary_together(total, x, w)[0]
+    total = ffi.vary_together(total, x, w)[0]
     response, _ = jax.lax.scan(add_tap, total, jnp.arange(window.taps))
     rounded = (response + bias[:, None]).astype(values.dtype)
     candidate = response != 0
@@ -262,7 +264,7 @@ def _backward_reference(config, keys, values, kernel_keys, weights, output_keys,
         x_bar += sum_products(seen, w[:, :, tap].T[:, :, None], axis=2)
         return x_bar, sum_products(seen, x[:, :, None], axis=(0, 3))
 
-    start = _ffi.vary_together(jnp.zeros_like(x), g, w)[0]
+    start = ffi.vary_together(jnp.zeros_like(x), g, w)[0]
     x_bar, w_bar = jax.lax.scan(add_tap, start, jnp.arange(window.taps))  # w_bar [taps, Cin, Cout]
     x_bar = jnp.where(stored, x_bar, 0).astype(values.dtype)
     return x_bar, at_live_weights(kernel_keys, w_bar)[None], bias[None]
@@ -276,6 +278,26 @@ def _dense_planes(keys: jax.Array, values: jax.Array, sites: int) -> jax.Array:
 
 
 # --- The kernels: xla_kernels/conv.{cc,cu} -----------------------------------------------------------------
+
+
+def _forward_limit(config, operands, platform):
+    """What a GPU's kernel cannot do, such as a window whose taps exceed its shared memory; "" if nothing."""
+    if platform != "cuda":
+        return ""
+    batch, in_channels, slots = operands[1].shape
+    sizes = (batch, in_channels, slots, operands[-1].size, config.capacity)
+    reason = _plans_cuda.conv_forward_limit(config.window, *sizes, gpus.shared_memory())
+    return f"The CUDA kernel cannot do it: {reason}." if reason else ""
+
+
+def _backward_limit(config, operands, platform):
+    if platform != "cuda":
+        return ""
+    values, cotangent = operands[1], operands[-1]
+    batch, in_channels, slots = values.shape
+    sizes = (batch, 1, in_channels, slots, cotangent.shape[1], config.capacity)
+    reason = _plans_cuda.conv_backward_limit(config.window, *sizes, gpus.shared_memory())
+    return f"The CUDA kernel of its gradient cannot do it: {reason}." if reason else ""
 
 
 def _forward_native(config, platform, groups, keys, values, kernel_keys, weights, bias):
@@ -295,12 +317,12 @@ def _forward_native(config, platform, groups, keys, values, kernel_keys, weights
         jax.ShapeDtypeStruct(shape[:2], jnp.int32),
         jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8),
     )
-    results = _ffi.call(
+    results = ffi.call(
         "ilajax_conv_fwd",
         outputs,
         *(keys, values, kernel_keys, weights, bias),
         select=config.select,
-        **_ffi.window_attributes(config.window),
+        **ffi.window_attributes(config.window),
         **plan.attributes,
     )
     return results[:3]
@@ -325,11 +347,11 @@ def _backward_native(
         jax.ShapeDtypeStruct((groups, out_channels), jnp.float32),
         jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8),
     )
-    results = _ffi.call(
+    results = ffi.call(
         "ilajax_conv_bwd",
         outputs,
         *(keys, values, kernel_keys, weights, output_keys, cotangent),
-        **_ffi.window_attributes(config.window),
+        **ffi.window_attributes(config.window),
         **plan.attributes,
     )
     return results[:3]

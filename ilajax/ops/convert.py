@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ilajax import _ffi
+from ilajax import ffi
 from ilajax.geometry import check_spatial_shape, sites
 from ilajax.ops import _plans, _plans_cuda_ops
 from ilajax.ops.k_select import Selected, check_capacity, check_select, pad_slots, select_reference
@@ -30,7 +30,7 @@ def to_dense(x: SparseTensor) -> jax.Array:
       (1, 3, 3, 1)
     """
     check_sparse("x", x)
-    planes = _to_dense(x.sites, *_ffi.vary_together(x.keys, x.values))
+    planes = _to_dense(x.sites, *ffi.vary_together(x.keys, x.values))
     return jnp.moveaxis(planes, 1, 2).reshape(x.shape)
 
 
@@ -43,7 +43,7 @@ def _to_dense(sites: int, keys: jax.Array, values: jax.Array) -> jax.Array:
 def _scatter(sites: int, keys: jax.Array, values: jax.Array) -> jax.Array:
     def native(platform, groups, keys, values):
         outputs = (jax.ShapeDtypeStruct((*values.shape[:2], sites), values.dtype),)
-        return _ffi.call("ilajax_to_dense_fwd", outputs, keys, values)
+        return ffi.call("ilajax_to_dense_fwd", outputs, keys, values)
 
     def reference(keys, values):
         keys = jnp.broadcast_to(_drop_outside(keys, sites), values.shape)
@@ -51,20 +51,20 @@ def _scatter(sites: int, keys: jax.Array, values: jax.Array) -> jax.Array:
         segment = lambda k, v: jnp.zeros(sites, v.dtype).at[k].set(v, mode="drop")  # noqa: E731
         return (jax.vmap(jax.vmap(segment))(keys, values),)
 
-    return _ffi.dispatch("ilajax_to_dense_fwd", native, reference, (keys, values), (True, True))[0]
+    return ffi.dispatch("ilajax_to_dense_fwd", native, reference, (keys, values), (True, True))[0]
 
 
 def _gather(sites: int, keys: jax.Array, planes: jax.Array) -> jax.Array:
     def native(platform, groups, keys, planes):
         shape = (*planes.shape[:2], keys.shape[2])
         outputs = (jax.ShapeDtypeStruct(shape, planes.dtype),)
-        return _ffi.call("ilajax_to_dense_bwd", outputs, keys, planes)
+        return ffi.call("ilajax_to_dense_bwd", outputs, keys, planes)
 
     def reference(keys, planes):
         keys = jnp.broadcast_to(_drop_outside(keys, sites), (*planes.shape[:2], keys.shape[2]))
         return (jnp.take_along_axis(planes, keys, axis=2, mode="fill", fill_value=0),)
 
-    return _ffi.dispatch("ilajax_to_dense_bwd", native, reference, (keys, planes), (True, True))[0]
+    return ffi.dispatch("ilajax_to_dense_bwd", native, reference, (keys, planes), (True, True))[0]
 
 
 def _drop_outside(keys: jax.Array, sites: int) -> jax.Array:
@@ -146,7 +146,7 @@ def _from_dense(config: _Config, x: jax.Array) -> Selected:
             jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8),
         )
         attributes = {"select": config.select, **plan.attributes}
-        return _ffi.call("ilajax_from_dense_fwd", outputs, x, **attributes)[:2]
+        return ffi.call("ilajax_from_dense_fwd", outputs, x, **attributes)[:2]
 
     def reference(x):
         values = jnp.moveaxis(x, 2, 1)
@@ -157,7 +157,7 @@ def _from_dense(config: _Config, x: jax.Array) -> Selected:
             )
         )
 
-    return Selected(*_ffi.dispatch("ilajax_from_dense_fwd", native, reference, (x,), (True,)))
+    return Selected(*ffi.dispatch("ilajax_from_dense_fwd", native, reference, (x,), (True,)))
 
 
 def _from_dense_forward(config, x):

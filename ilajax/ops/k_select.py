@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ilajax import _ffi
+from ilajax import ffi
 from ilajax.ops import _plans_cuda_ops
 from ilajax.sparse_tensor import SparseTensor, check_sparse
 
@@ -47,7 +47,7 @@ def k_select(x: SparseTensor, capacity: int, *, select: str = "value") -> Sparse
         return pad_slots(x, capacity)
     x = x.unshare()
     keys, values = _k_select(
-        _Config(x.sites, capacity, select), *_ffi.vary_together(x.keys, x.values)
+        _Config(x.sites, capacity, select), *ffi.vary_together(x.keys, x.values)
     )
     return SparseTensor(keys, values, x.spatial_shape)
 
@@ -153,7 +153,7 @@ def _forward(config: _Config, keys: jax.Array, values: jax.Array) -> Selected:
             plan = _plans_cuda_ops.select(batch * channels, slots)
             outputs.append(jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8))
             attributes |= plan.attributes
-        return _ffi.call("ilajax_k_select_fwd", outputs, keys, values, **attributes)[:2]
+        return ffi.call("ilajax_k_select_fwd", outputs, keys, values, **attributes)[:2]
 
     def reference(keys, values):
         stored = (keys >= 0) & (keys < config.sites)
@@ -162,7 +162,7 @@ def _forward(config: _Config, keys: jax.Array, values: jax.Array) -> Selected:
         )
 
     return Selected(
-        *_ffi.dispatch("ilajax_k_select_fwd", native, reference, (keys, values), (True, True))
+        *ffi.dispatch("ilajax_k_select_fwd", native, reference, (keys, values), (True, True))
     )
 
 
@@ -184,10 +184,10 @@ def match(sites: int, keys: jax.Array, kept_keys: jax.Array, cotangent: jax.Arra
 
     def native(platform, groups, keys, kept_keys, cotangent):
         outputs = (jax.ShapeDtypeStruct(keys.shape, cotangent.dtype),)
-        return _ffi.call("ilajax_k_select_bwd", outputs, keys, kept_keys, cotangent, sites=sites)
+        return ffi.call("ilajax_k_select_bwd", outputs, keys, kept_keys, cotangent, sites=sites)
 
     def reference(keys, kept_keys, cotangent):
         return (lookup_reference(keys, kept_keys, cotangent, sites),)
 
     operands = (keys, kept_keys, cotangent)
-    return _ffi.dispatch("ilajax_k_select_bwd", native, reference, operands, (True,) * 3)[0]
+    return ffi.dispatch("ilajax_k_select_bwd", native, reference, operands, (True,) * 3)[0]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from ilajax import _ffi
+from ilajax import ffi
 from ilajax.geometry import Window, pool_window, ravel, unravel
 from ilajax.ops import _plans, _plans_cuda_ops
 from ilajax.ops.k_select import check_capacity, lookup_reference, select_reference
@@ -118,7 +118,7 @@ def _pool_checked(
     capacity = lossless if capacity is None else check_capacity(capacity)
     if capacity < lossless:
         x = x.unshare()
-    keys, values = _pool(_Config(cells, capacity, mode), *_ffi.vary_together(x.keys, x.values))
+    keys, values = _pool(_Config(cells, capacity, mode), *ffi.vary_together(x.keys, x.values))
     return SparseTensor(keys, values, cells.output_shape)
 
 
@@ -130,14 +130,14 @@ class _Config:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _pool(config: _Config, keys: jax.Array, values: jax.Array) -> _ffi.Outputs:
+def _pool(config: _Config, keys: jax.Array, values: jax.Array) -> ffi.Outputs:
     return _forward(config, keys, values)
 
 
-def _forward(config: _Config, *operands: jax.Array) -> _ffi.Outputs:
+def _forward(config: _Config, *operands: jax.Array) -> ffi.Outputs:
     native = functools.partial(_forward_native, config)
     reference = functools.partial(_forward_reference, config)
-    return _ffi.dispatch("ilajax_pool_fwd", native, reference, operands, (True, True))
+    return ffi.dispatch("ilajax_pool_fwd", native, reference, operands, (True, True))
 
 
 def _vjp_forward(config, keys, values):
@@ -149,7 +149,7 @@ def _vjp_backward(config, residuals, cotangents):
     native = functools.partial(_backward_native, config)
     reference = functools.partial(_backward_reference, config)
     operands = (*residuals, cotangents[1])
-    (gradient,) = _ffi.dispatch("ilajax_pool_bwd", native, reference, operands, (True,) * 4)
+    (gradient,) = ffi.dispatch("ilajax_pool_bwd", native, reference, operands, (True,) * 4)
     return None, gradient
 
 
@@ -257,18 +257,18 @@ def _forward_native(config, platform, groups, keys, values):
         jax.ShapeDtypeStruct((batch, channels, config.capacity), values.dtype),
         jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8),
     )
-    window = _ffi.window_attributes(config.cells)
+    window = ffi.window_attributes(config.cells)
     attributes = {"mode": config.mode, **window, **plan.attributes}
-    return _ffi.call("ilajax_pool_fwd", outputs, keys, values, **attributes)[:2]
+    return ffi.call("ilajax_pool_fwd", outputs, keys, values, **attributes)[:2]
 
 
 def _backward_native(config, platform, groups, keys, values, pooled_keys, cotangent):
     batch, channels, _ = values.shape
     outputs = [jax.ShapeDtypeStruct(values.shape, values.dtype)]
-    attributes = {"mode": config.mode, **_ffi.window_attributes(config.cells)}
+    attributes = {"mode": config.mode, **ffi.window_attributes(config.cells)}
     if platform == "cpu":
         plan = _plans.pool(config.cells, batch * channels, config.capacity, values.dtype.itemsize)
         outputs.append(jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8))
         attributes |= plan.attributes
     operands = (keys, values, pooled_keys, cotangent)
-    return _ffi.call("ilajax_pool_bwd", outputs, *operands, **attributes)[:1]
+    return ffi.call("ilajax_pool_bwd", outputs, *operands, **attributes)[:1]

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ilajax import _ffi
+from ilajax import ffi
 from ilajax.geometry import Window
 from ilajax.ops import _plans, _plans_cuda_ops
 from ilajax.ops.weights import at_live_weights, dense_weights, sum_products
@@ -24,7 +24,7 @@ def submanifold_conv(
     See `ilajax.conv` for the semantics. The source is Graham et al., "Submanifold sparse convolutional
     networks"; the paper cites it as [11].
     """
-    return _submanifold(window, *_ffi.vary_together(keys, values, kernel_keys, weights, bias))
+    return _submanifold(window, *ffi.vary_together(keys, values, kernel_keys, weights, bias))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -32,11 +32,11 @@ def _submanifold(window, keys, values, kernel_keys, weights, bias):
     return _forward(window, keys, values, kernel_keys, weights, bias)
 
 
-def _forward(window: Window, *operands: jax.Array) -> _ffi.Outputs:
+def _forward(window: Window, *operands: jax.Array) -> ffi.Outputs:
     target = "ilajax_submanifold_fwd"
     native = functools.partial(_forward_native, window)
     reference = functools.partial(_forward_reference, window)
-    return _ffi.dispatch(target, native, reference, operands, (True, True, False, False, False))
+    return ffi.dispatch(target, native, reference, operands, (True, True, False, False, False))
 
 
 def _vjp_forward(window, keys, values, kernel_keys, weights, bias):
@@ -50,7 +50,7 @@ def _vjp_backward(window, residuals, cotangents):
     reference = functools.partial(_backward_reference, window)
     operands = (*residuals, cotangents[0])
     batched = (True, True, False, False, True)
-    values, weights, bias = _ffi.dispatch(target, native, reference, operands, batched)
+    values, weights, bias = ffi.dispatch(target, native, reference, operands, batched)
     return None, values, None, weights[0], bias[0]
 
 
@@ -66,7 +66,7 @@ def _forward_reference(window, keys, values, kernel_keys, weights, bias):
         return total + sum_products(seen[:, None], w[:, :, tap, None], axis=2), None
 
     total = jnp.zeros((x.shape[0], bias.size, x.shape[2]), jnp.float32)
-    total = _ffi.vary_together(total, x, w)[0]
+    total = ffi.vary_together(total, x, w)[0]
     response, _ = jax.lax.scan(add_tap, total, jnp.arange(window.taps))
     response = jnp.where(_inside(window, keys), response, 0)
     responses = jnp.sum(response != 0, axis=2, dtype=jnp.int32)
@@ -84,7 +84,7 @@ def _backward_reference(window, keys, values, kernel_keys, weights, cotangent):
         x_bar += sum_products(seen[:, None], w[:, :, tap].T[..., None], axis=2)
         return x_bar, sum_products(x[:, :, None], seen[:, None], axis=(0, 3))
 
-    start = _ffi.vary_together(jnp.zeros_like(x), g, w)[0]
+    start = ffi.vary_together(jnp.zeros_like(x), g, w)[0]
     x_bar, w_bar = jax.lax.scan(add_tap, start, jnp.arange(window.taps))
     x_bar = jnp.where(_inside(window, keys), x_bar, 0).astype(values.dtype)
     return x_bar, at_live_weights(kernel_keys, w_bar)[None], jnp.sum(g, axis=(0, 2))[None]
@@ -123,8 +123,8 @@ def _forward_native(window, platform, groups, keys, values, kernel_keys, weights
         jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8),
     )
     operands = (keys, values, kernel_keys, weights, bias)
-    attributes = {**_ffi.window_attributes(window), **plan.attributes}
-    return _ffi.call("ilajax_submanifold_fwd", outputs, *operands, **attributes)[:2]
+    attributes = {**ffi.window_attributes(window), **plan.attributes}
+    return ffi.call("ilajax_submanifold_fwd", outputs, *operands, **attributes)[:2]
 
 
 def _backward_native(window, platform, groups, keys, values, kernel_keys, weights, cotangent):
@@ -145,5 +145,5 @@ def _backward_native(window, platform, groups, keys, values, kernel_keys, weight
         jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8),
     )
     operands = (keys, values, kernel_keys, weights, cotangent)
-    attributes = {**_ffi.window_attributes(window), **plan.attributes}
-    return _ffi.call("ilajax_submanifold_bwd", outputs, *operands, **attributes)[:3]
+    attributes = {**ffi.window_attributes(window), **plan.attributes}
+    return ffi.call("ilajax_submanifold_bwd", outputs, *operands, **attributes)[:3]

@@ -3,10 +3,12 @@
 from ilajax.optim.compact import compact
 from ilajax.optim.density_biased_l2 import DensityBiasedL2State, density_biased_l2
 from ilajax.optim.excess_density import excess_density
+from ilajax.optim.filters import filters
 from ilajax.optim.one_warning_shot_pruning import (
     OneWarningShotPruningState,
     one_warning_shot_pruning,
 )
+from ilajax.optim.sparse_training import sparse_training
 
 __all__ = [
     "DensityBiasedL2State",
@@ -14,5 +16,7 @@ __all__ = [
     "compact",
     "density_biased_l2",
     "excess_density",
+    "filters",
     "one_warning_shot_pruning",
+    "sparse_training",
 ]

@@ -1,5 +1,6 @@
 """Takes pruned weights out of filters and out of the optimizer's state."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -36,8 +37,14 @@ def compact(model: Any, optimizer: nnx.Optimizer, *, shrink: bool = False) -> No
 
     Args:
       model: the NNX module, changed in place.
-      optimizer: its `nnx.Optimizer`, with `one_warning_shot_pruning` in the chain; changed in place.
+      optimizer: its `nnx.Optimizer`, made with `ilajax.optim.sparse_training` (or another chain that has
+        `one_warning_shot_pruning` in it); changed in place.
       shrink: whether to shorten the arrays; not inside `nnx.jit`.
+
+    Warns:
+      UserWarning: if weights of anything but the filters are pruned, of dense layers or biases: they stay in
+        place as zeros, and the network may no longer learn. `ilajax.optim.sparse_training` prunes filters
+        alone. There is no warning inside `nnx.jit`, where values are not known yet.
 
     Raises:
       TypeError: if `optimizer` is not an `nnx.Optimizer`.
@@ -46,10 +53,11 @@ def compact(model: Any, optimizer: nnx.Optimizer, *, shrink: bool = False) -> No
 
     Example:
       >>> model = ilajax.nn.Conv(1, 2, (3,), density_bound=0.5, rngs=nnx.Rngs(0))
-      >>> tx = optax.chain(optax.adam(1e-3), ilajax.optim.one_warning_shot_pruning(1e6))
-      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> recipe = ilajax.optim.sparse_training(model, optax.adam(1e-3), threshold=1e6)
+      >>> optimizer = nnx.Optimizer(model, recipe, wrt=nnx.Param)
+      >>> grads, excess = nnx.state(model, nnx.Param), ilajax.optim.excess_density(model)
       >>> for epoch in range(2):
-      ...     _ = optimizer.update(model, nnx.state(model, nnx.Param), epoch_end=True)
+      ...     _ = optimizer.update(model, grads, excess_density=excess, epoch_end=True)
       >>> ilajax.optim.compact(model, optimizer, shrink=True)
       >>> int(model.sparse_kernel.count), model.kernel.shape
       (0, (1,))
@@ -61,6 +69,7 @@ def compact(model: Any, optimizer: nnx.Optimizer, *, shrink: bool = False) -> No
     slots = list(_slots(optimizer))
     convs = list(iter_convs(model))
     _check_ties(convs)
+    _warn_beyond_filters(slots, {(*path, "kernel") for path, _ in convs})
     for path, conv in convs:
         own = [slot for slot in slots if slot.path[: len(path) + 1] == (*path, "kernel")]
         _compact_kernel(conv, own, shrink)
@@ -80,7 +89,7 @@ def _slots(optimizer: nnx.Optimizer) -> Iterator[_Slot]:
     if not pruning:
         raise ValueError(
             "optimizer has no state of one_warning_shot_pruning, so nothing says which weights are "
-            "pruned. Put ilajax.optim.one_warning_shot_pruning(threshold) last into its chain."
+            "pruned. Make its transformation with ilajax.optim.sparse_training(model, optimizer)."
         )
     pruned = {id(leaf) for state in pruning for leaf in _nodes(state.pruned, nnx.Variable)}
     # An Optax state holds trees like params where it has one array for each: in NNX these are nnx.State.
@@ -133,6 +142,28 @@ def _check_ties(convs: list[tuple[Path, Conv]]) -> None:
                 f"the Conv at {path} shares its kernel with another one, but not its kernel_keys. Tie "
                 f"both, or call the same Conv twice."
             )
+
+
+def _warn_beyond_filters(slots: list[_Slot], filters: set[Path]) -> None:
+    """One warning that names all parameters outside of `filters` that have lost weights."""
+    marks = {s.path: s.variable[...] for s in slots if s.is_pruned and s.path not in filters}
+    if any(isinstance(mark, jax.core.Tracer) for mark in marks.values()):
+        return
+    counts = jax.device_get([mark.sum() for mark in marks.values()])  # one wait for all
+    hit = [
+        f"{'.'.join(map(str, path))} ({count:,} of {mark.size:,})"
+        for (path, mark), count in zip(marks.items(), counts, strict=True)
+        if count
+    ]
+    if hit:
+        warnings.warn(
+            f"one_warning_shot_pruning has set weights to 0 for good that are not in the filter of an "
+            f"ilajax.nn.Conv: {', '.join(hit)}. Nothing is saved by that, and the network may no longer "
+            f"learn. Make the optimizer's transformation with ilajax.optim.sparse_training, or mask the "
+            f"pruning: optax.masked(ilajax.optim.one_warning_shot_pruning(threshold), "
+            f"ilajax.optim.filters(model)).",
+            stacklevel=3,
+        )
 
 
 def _compact_kernel(conv: Conv, slots: list[_Slot], shrink: bool) -> None:

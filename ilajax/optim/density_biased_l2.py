@@ -23,6 +23,8 @@ def density_biased_l2(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds the gradient of scale / 2 * sum (w + b)^2, with b from the excess density, to the updates.
 
+    A part of `ilajax.optim.sparse_training`, which is what to train with; this is for chains of your own.
+
     With e = rho - rho_up, how far the density of a weight's output channel stands above its bound,
 
       b_new = offset + b1 * e   if e > 0   (the channel exceeds its resources)
@@ -33,17 +35,14 @@ def density_biased_l2(
     Values, not magnitudes, are pushed: the ReLU behind a filter (`select="positive"`) turns lower weights
     into fewer responses. It stands first in a chain, so that the optimizer scales it like any gradient:
 
-      >>> tx = optax.chain(
-      ...     ilajax.optim.density_biased_l2(0.1, offset=0.1, b1=0.1, b2=0.1),
-      ...     optax.adagrad(1e-3),
-      ...     ilajax.optim.one_warning_shot_pruning(1e-3),
-      ... )
+      >>> regulariser = ilajax.optim.density_biased_l2(0.1, offset=0.1, b1=0.1, b2=0.1)
+      >>> tx = optax.chain(regulariser, optax.adagrad(1e-3))
       >>> model = ilajax.nn.Conv(1, 2, (3,), density_bound=0.5, rngs=nnx.Rngs(0))
       >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
       >>> x = ilajax.from_dense(jnp.ones((1, 8, 1)), capacity=8)
       >>> grads = nnx.grad(lambda model: model(x).values.sum())(model)
       >>> excess = ilajax.optim.excess_density(model)
-      >>> _ = optimizer.update(model, grads, excess_density=excess, epoch_end=False)
+      >>> _ = optimizer.update(model, grads, excess_density=excess)
 
     Args:
       scale: strength of the regularisation, lambda, 0 or more.

@@ -14,7 +14,7 @@ def excess_density(model: Any, wrt: Any = nnx.Param) -> Any:
     """The excess density e = rho - rho_up of every parameter's output channel.
 
     rho is what each `ilajax.nn.Conv` measured in its last call, rho_up its density bound; before the first
-    call rho is 0. It feeds `density_biased_l2`, and works under `nnx.jit`.
+    call rho is 0. Each step of `ilajax.optim.sparse_training` asks for it. It works under `nnx.jit`.
 
     Args:
       model: an NNX module, sparse layers anywhere in it.

@@ -23,6 +23,16 @@ class OneWarningShotPruningState(NamedTuple):
 def one_warning_shot_pruning(threshold: float) -> optax.GradientTransformationExtraArgs:
     """Sets weights to 0 for good that are below a threshold at the ends of two epochs in a row.
 
+    A part of `ilajax.optim.sparse_training`, which is what to train with: there it prunes the filters of
+    `ilajax.nn.Conv` alone. By itself it prunes every parameter it is given: wide dense layers, whose weights
+    all start small, and biases, which start at 0, would be gone for good at the second epoch's end. Mask it
+    in a chain of your own:
+
+      >>> model = ilajax.nn.Conv(1, 2, (3,), density_bound=0.5, rngs=nnx.Rngs(0))
+      >>> pruning = ilajax.optim.one_warning_shot_pruning(1e-3)
+      >>> pruning = optax.masked(pruning, ilajax.optim.filters(model))
+      >>> optimizer = nnx.Optimizer(model, optax.chain(optax.adam(1e-3), pruning), wrt=nnx.Param)
+
     At an epoch's end (`epoch_end=True`) each weight w is looked at as it is before this step's update:
 
       |w| < threshold and not warned:  it is warned
@@ -36,13 +46,7 @@ def one_warning_shot_pruning(threshold: float) -> optax.GradientTransformationEx
     weight decay would move pruned weights away from 0 again. In front of it they may do as they like.
 
     It works on any tree of parameters; weights of dense layers stay in place as zeros. `ilajax.optim.compact`
-    takes the pruned weights of sparse layers out of storage. Biases usually start at 0, so that slow ones are
-    pruned there; to prune filters only:
-
-      >>> def kernels(params):
-      ...     is_kernel = lambda path, _: jax.tree_util.DictKey('kernel') in path
-      ...     return jax.tree_util.tree_map_with_path(is_kernel, params)
-      >>> pruning = optax.masked(ilajax.optim.one_warning_shot_pruning(1e-3), kernels)
+    takes the pruned weights of sparse layers out of storage.
 
     Args:
       threshold: magnitude below which a weight counts as small, 0 (nothing is pruned) or more.
@@ -57,11 +61,11 @@ def one_warning_shot_pruning(threshold: float) -> optax.GradientTransformationEx
       TypeError: in an update, if `epoch_end` is not a bool.
 
     Example:
-      >>> tx = optax.chain(optax.sgd(0.1), ilajax.optim.one_warning_shot_pruning(0.5))
-      >>> params, grads = jnp.array([0.25, 1.0]), jnp.zeros(2)
-      >>> state = tx.init(params)
+      >>> pruning = ilajax.optim.one_warning_shot_pruning(0.5)
+      >>> params, updates = jnp.array([0.25, 1.0]), jnp.zeros(2)
+      >>> state = pruning.init(params)
       >>> for epoch in range(2):
-      ...     updates, state = tx.update(grads, state, params, epoch_end=True)
+      ...     updates, state = pruning.update(updates, state, params, epoch_end=True)
       >>> optax.apply_updates(params, updates)
       Array([0., 1.], dtype=float32)
 

@@ -12,10 +12,12 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <mutex>
 #include <random>
 #include <set>
 #include <sstream>
+#include <utility>
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -30,7 +32,14 @@ namespace {
 
 constexpr size_t kStack = 256 << 10;
 constexpr unsigned kMaxThreads = 1024;
-constexpr size_t kMaxShared = 227 << 10;  // of Hopper
+// Static shared memory that every kernel counts as having: the host does not know.
+constexpr size_t kStaticShared = 2 << 10;
+
+// A device's shared memory for a block that opts in: Hopper's, or what CUDA_ON_HOST_SHARED says.
+size_t MaxShared() {
+  const char* bytes = std::getenv("CUDA_ON_HOST_SHARED");
+  return bytes == nullptr ? 227 << 10 : std::strtoul(bytes, nullptr, 10);
+}
 
 // Where a fiber goes on. swapcontext() would make two system calls at every barrier, most of the
 // time of a test, so the processor of most machines has its own.
@@ -116,6 +125,7 @@ std::vector<char> shared;
 std::string error;
 Order order = Order::kForward;
 std::mt19937 random_order;
+std::map<const void*, size_t> opted_in;  // kernel -> dynamic shared memory
 
 void Switch(Context* from, Context* to, [[maybe_unused]] void** fake_stack,
             [[maybe_unused]] const void* stack, [[maybe_unused]] size_t size) {
@@ -287,6 +297,8 @@ const uint64_t* Exchange(uint32_t mask, uint64_t value, const char* file, int li
   return values;
 }
 
+std::function<void()> after_opt_in;
+
 void* DynamicShared() { return shared.data(); }
 
 cudaError_t Run(const cudaLaunchConfig_t& config, const void* kernel,
@@ -295,8 +307,15 @@ cudaError_t Run(const cudaLaunchConfig_t& config, const void* kernel,
   const dim3 grid = config.gridDim, block = config.blockDim;
   const uint64_t count = uint64_t{block.x} * block.y * block.z;
   if (count == 0 || count > kMaxThreads || block.z > 64 || grid.x > 0x7fffffff || grid.y > 65535 ||
-      grid.z > 65535 || config.dynamicSmemBytes > kMaxShared) {
+      grid.z > 65535) {
     error = "a launch out of CUDA's limits";
+    return cudaErrorInvalidConfiguration;
+  }
+  const auto opt_in = opted_in.find(kernel);
+  const size_t most = opt_in == opted_in.end() ? (48 << 10) - kStaticShared : opt_in->second;
+  if (config.dynamicSmemBytes > most) {
+    error = "a launch with " + std::to_string(config.dynamicSmemBytes) +
+            " bytes of shared memory, where the kernel may have " + std::to_string(most);
     return cudaErrorInvalidConfiguration;
   }
   executed.kernels.insert(kernel);
@@ -350,5 +369,20 @@ std::string RunInAllOrders(const std::function<bool()>& launches,
 
 }  // namespace cuda_on_host
 
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = static_cast<int>(cuda_on_host::MaxShared());
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int bytes) {
+  using namespace cuda_on_host;
+  std::lock_guard<std::recursive_mutex> lock(mutex);
+  if (bytes + kStaticShared > MaxShared()) {
+    error = "an opt-in to more shared memory than there is";
+    return cudaErrorInvalidConfiguration;
+  }
+  opted_in[function] = bytes;
+  if (after_opt_in) std::exchange(after_opt_in, nullptr)();
+  return cudaSuccess;
+}
 const char* cudaGetErrorName(cudaError_t) { return "CUDA on the host"; }
 const char* cudaGetErrorString(cudaError_t) { return cuda_on_host::error.c_str(); }

@@ -18,6 +18,10 @@ struct Bytes {
   size_t size;
 };
 
+// What another host thread does between a kernel's opt-in to more shared memory and its launch:
+// runs once, as the next opt-in ends.
+extern std::function<void()> after_opt_in;
+
 // Runs `launches` in every order, each time with other rubbish in `outputs`, and compares their
 // bytes between the runs. Returns what is wrong, or "".
 std::string RunInAllOrders(const std::function<bool()>& launches,

@@ -51,18 +51,15 @@ class Build:
         """The handlers of all targets, for the process that JAX runs in."""
         return self.folder / "kernels.so"
 
-    @property
-    def planted(self) -> Path:
-        """The program with the planted bugs."""
-        return self.folder / "planted_bugs"
-
     def make_library(self) -> None:
         """Brings the library up to date."""
         self._make(self.library, ["-shared"], [*cuda_sources(), HERE / "handlers.cc"])
 
-    def make_planted(self) -> None:
-        """Brings the program with the planted bugs up to date."""
-        self._make(self.planted, [], [HERE / "planted_bugs.cu"])
+    def make_program(self, source: str) -> Path:
+        """Brings the program of a .cu file of this folder up to date."""
+        out = self.folder / source.removesuffix(".cu")
+        self._make(out, [], [HERE / source])
+        return out
 
     def _make(self, out: Path, flags: list[str], sources: list[Path]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -141,5 +138,6 @@ def _stamp(parts: list[str]) -> str:
 
 if __name__ == "__main__":
     for chosen in sys.argv[1:] or BUILDS:
-        BUILDS[chosen].make_planted()
+        for program in HERE.glob("*.cu"):
+            BUILDS[chosen].make_program(program.name)
         BUILDS[chosen].make_library()

@@ -4,13 +4,28 @@ Run by tests/test_cuda_on_host.py, with the plugin that makes "native" mean the 
 those of tests/ops, of sizes and types that between them reach every instantiation and every way to cut.
 """
 
+import bisect
+import functools
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import oracles
 import samples
+from ilajax import ffi
+from ilajax.geometry import conv_window
 from ilajax.ops import _plans_cuda, _plans_cuda_ops
-from ops import test_conv, test_convert, test_k_select, test_pool, test_submanifold
+from ilajax.ops import conv as conv_op
+from ops import (
+    test_conv,
+    test_convert,
+    test_k_select,
+    test_memory_safety,
+    test_pool,
+    test_submanifold,
+)
 
 GRIDS = {1: (17,), 2: (5, 6), 3: (4, 3, 5), 4: (2, 3, 2, 3)}
 DTYPES = pytest.mark.parametrize("dtype", samples.DTYPES)
@@ -123,3 +138,86 @@ def test_pooling_in_parts(backend, workspace):
     """Catches segments that are lost between two runs of them."""
     workspace(1)
     test_pool.check(backend, "max", samples.tensor(3, 2, 3, capacity=20, density=0.6), 2, 3)
+
+
+# --- What a handler refuses -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", test_memory_safety.SELECTING)
+def test_capacity_zero(backend, program):
+    """Catches a handler that looks for a cut for ever."""
+    test_memory_safety.test_a_selection_of_nothing_is_refused(program)
+
+
+def test_responses_without_input_channels(backend):
+    """Catches results that nobody writes where a filter has no rows."""
+    window = window_of(3, 1)
+    plan = _plans_cuda_ops.submanifold_forward(window, 0, 2)
+    outputs = (
+        jax.ShapeDtypeStruct((1, 2, 4), jnp.float32),
+        jax.ShapeDtypeStruct((1, 2), jnp.int32),
+        jax.ShapeDtypeStruct((max(1, plan.workspace),), jnp.uint8),
+    )
+    features, responses, _ = ffi.call(
+        "ilajax_submanifold_fwd",
+        outputs,
+        *(jnp.arange(4)[None, None], jnp.zeros((1, 0, 4)), jnp.zeros(0, int), jnp.zeros(0)),
+        jnp.ones(2),
+        **ffi.window_attributes(window),
+        **plan.attributes,
+    )
+    np.testing.assert_array_equal(features, 0)
+    np.testing.assert_array_equal(responses, 0)
+
+
+LEAST = 99 << 10  # of shared memory, of the devices that the kernels are for
+
+
+def window_of(taps, axes):
+    return conv_window((*(1,) * (axes - 1), 8), (*(1,) * (axes - 1), taps))
+
+
+def run_conv(window, backward):
+    x = samples.tensor(0, 1, 1, window.input_shape, capacity=4)
+    keys = jnp.arange(0, window.taps, 97)  # a few of the taps are live
+    config, operands = (
+        conv_op._Config(window, 4, "value"),
+        (x.keys, x.values, keys, jnp.ones(keys.size)),
+    )
+    if backward:
+        return conv_op._backward_native(config, "cuda", 1, *operands, x.keys, x.values)
+    return conv_op._forward_native(config, "cuda", 1, *operands, jnp.ones(1))
+
+
+run_forward = functools.partial(run_conv, backward=False)
+run_backward = functools.partial(run_conv, backward=True)
+
+
+@pytest.mark.parametrize("axes", [1, 4])
+@pytest.mark.parametrize(
+    ("run", "limit", "shape"),
+    [
+        (run_forward, _plans_cuda.conv_forward_limit, (1, 1, 4, 1, 4)),
+        (run_backward, _plans_cuda.conv_backward_limit, (1, 1, 1, 4, 1, 4)),
+    ],
+    ids=["forward", "backward"],
+)
+def test_windows_beyond_shared_memory(backend, run, limit, shape, axes, monkeypatch):
+    """Catches a plan that takes a tap more than the handler does, or leaves one to the reference."""
+    monkeypatch.setenv("CUDA_ON_HOST_SHARED", str(LEAST))
+    refused = range(1, 1 << 14)
+    most = bisect.bisect_left(
+        refused, True, key=lambda taps: limit(window_of(taps, axes), *shape, LEAST) is not None
+    )
+    jax.block_until_ready(run(window_of(most, axes)))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="bytes of shared memory, the device has"):
+        jax.block_until_ready(run(window_of(most + 1, axes)))
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_sums_in_shared_memory_or_not(backend, more):
+    """Catches a plan whose workspace is not for the sums that the handler puts there."""
+    most = bisect.bisect_left(
+        range(1, 1 << 14), True, key=lambda t: not _plans_cuda._sums_in_shared(window_of(t, 1), 1)
+    )
+    jax.block_until_ready(run_backward(window_of(most + more, 1)))

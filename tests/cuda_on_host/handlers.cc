@@ -88,8 +88,6 @@ XLA_FFI_Error* Checked(const char* target, XLA_FFI_Handler* handler, XLA_FFI_Cal
 }  // namespace
 }  // namespace cuda_on_host
 
-#define TARGET_CPU(target, Handler)
-#define TARGET_UNPROVEN TARGET
 #define TARGET(target, Handler)                                                \
   extern "C" __attribute__((weak)) XLA_FFI_Error* Handler(XLA_FFI_CallFrame*); \
   extern "C" XLA_FFI_Error* target(XLA_FFI_CallFrame* frame) {                 \

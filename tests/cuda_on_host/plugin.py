@@ -10,13 +10,17 @@ import collections
 import ctypes
 import os
 import re
-import types
+import sys
 
 import jax
 import pytest
 
 from cuda_on_host import build
-from ilajax import _ffi
+
+# Its handlers would take the names that the CUDA handlers get here.
+sys.modules["ilajax._cpu"] = None
+
+from ilajax.ffi import gpus, registry, routes, stamp
 from ilajax.ops import _plans_cuda, _plans_cuda_ops
 
 
@@ -26,16 +30,20 @@ def registrations() -> dict[str, object]:
     listed = (build.KERNELS / "targets.def").read_text()
     return {
         target: jax.ffi.pycapsule(getattr(library, target))
-        for target, handler in re.findall(r"^TARGET(?:_UNPROVEN)?\((\w+), (\w+)\)", listed, re.M)
+        for target, handler in re.findall(r"^TARGET\((\w+), (\w+)\)", listed, re.M)
         if hasattr(library, handler)
     }
 
 
 def pytest_configure(config):
-    module = types.SimpleNamespace(registrations=registrations)
-    _ffi._PLATFORMS = (("cpu", "cuda", "cuda_on_host"),)
-    _ffi.importlib = types.SimpleNamespace(import_module=lambda name: module)
-    _ffi._platforms_here = lambda: {"cuda"}
+    handlers = registrations()
+    for target, handler in handlers.items():
+        jax.ffi.register_ffi_target(target, handler, platform="cpu")
+    registry.extensions["cuda"] = registry.Extension(frozenset(handlers), None, "")
+    routes.platforms = lambda: ("cuda",)
+    routes.default_platform = lambda: "cuda"
+    gpus.unfit = stamp.unchecked = lambda: ""
+    gpus.shared_memory = lambda: 99 << 10  # the least of all that the kernels are built for
     # Such that small problems are cut, too.
     _plans_cuda_ops._SELECT_WHOLE = 8
     _plans_cuda_ops._SELECT_CHUNK = 4

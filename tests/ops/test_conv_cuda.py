@@ -10,12 +10,12 @@ import pytest
 
 import ilajax
 import samples
-from ilajax import _ffi
+from ilajax.ffi import routes
 from ilajax.ops import _plans_cuda
 
 pytestmark = [
     pytest.mark.skipif(
-        jax.default_backend() != "gpu" or "cuda" not in _ffi.native_platforms(),
+        jax.default_backend() != "gpu" or "cuda" not in routes.native_platforms(),
         reason="needs a GPU and the CUDA extension",
     ),
     pytest.mark.nans,

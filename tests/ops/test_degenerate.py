@@ -19,7 +19,7 @@ import pytest
 import ilajax
 import oracles
 import samples
-from ilajax import _ffi
+from ilajax.ffi import routes
 from ilajax.ops import _plans
 from ops import test_conv, test_convert, test_k_select, test_pool, test_submanifold
 
@@ -30,7 +30,7 @@ NAN = np.nan
 @pytest.fixture
 def native(monkeypatch):
     """The native backend, for what is too much for the reference."""
-    if not _ffi.native_platforms():
+    if not routes.native_platforms():
         pytest.skip("no kernels are installed")
     monkeypatch.setenv("ILAJAX_BACKEND", "native")
     return "native"

@@ -12,7 +12,13 @@ from flax import nnx
 import drawn
 import ilajax
 from ilajax.nn import Conv
-from ilajax.optim import compact, density_biased_l2, excess_density, one_warning_shot_pruning
+from ilajax.optim import (
+    compact,
+    excess_density,
+    filters,
+    one_warning_shot_pruning,
+    sparse_training,
+)
 
 X = ilajax.from_dense(drawn.normal(0, (3, 10, 1)), capacity=6)
 Y = drawn.normal(1, (3, 2))
@@ -63,11 +69,7 @@ def start():
 
 
 def regularised(optimizer):
-    return optax.chain(
-        density_biased_l2(0.05, offset=0.1, b1=0.1, b2=0.1, momentum=0.5),
-        optimizer,
-        one_warning_shot_pruning(0.45),
-    )
+    return sparse_training(start(), optimizer, scale=0.05, threshold=0.45, momentum=0.5)
 
 
 OPTIMIZERS = {
@@ -118,7 +120,7 @@ def trained(name):
 
 def pruned_of(optimizer, name):
     """The pruning state of a filter, found by hand."""
-    return np.asarray(of_filter(optimizer.opt_state[-1].pruned, name)[...])
+    return np.asarray(of_filter(optimizer.opt_state[-1].inner_state.pruned, name)[...])
 
 
 def slots_by_key(model, optimizer):
@@ -311,7 +313,8 @@ def test_stacked_layers_shrink_to_the_longest():
     values = np.ones((3, 20), np.float32)
     values[0, 5:] = values[1, :12] = values[2, ::2] = 0.0
     model.kernel[...] = jnp.asarray(values)
-    optimizer = nnx.Optimizer(model, optax.chain(optax.adam(0.0), pruning()), wrt=nnx.Param)
+    tx = optax.chain(optax.adam(0.0), optax.masked(pruning(), filters(model)))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     for _ in range(2):
         optimizer.update(model, nnx.state(model, nnx.Param), epoch_end=True)
     compact(model, optimizer, shrink=True)
@@ -319,6 +322,48 @@ def test_stacked_layers_shrink_to_the_longest():
     assert_same_bits(model.kernel_keys[...][0], [0, 1, 2, 3, 4, *[20] * 5])
     assert_same_bits(model.kernel_keys[...][1], [*range(12, 20), 20, 20])
     assert_same_bits(model.kernel_keys[...][2], range(1, 20, 2))
+
+
+# --- Pruning beyond filters ------------------------------------------------------------------------------
+
+
+def pruned_everywhere(epochs):
+    """A model whose pruning is not masked, after epochs of one step that moves nothing."""
+    model = nnx.clone(start())
+    tx = optax.chain(optax.set_to_zero(), pruning())
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for _ in range(epochs):
+        optimizer.update(model, nnx.state(model, nnx.Param), epoch_end=True)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("shrink", [False, True])
+def test_pruned_weights_beyond_filters_are_named_in_one_warning(shrink):
+    """Catches silence about a net that may be dead, a warning for each layer, and filters left alone."""
+    small = {
+        name: int((np.abs(layer.kernel[...]) < 0.3).sum())
+        for name, layer in {"head": start().head, **start().convs()}.items()
+    }
+    model, optimizer = pruned_everywhere(2)
+    with pytest.warns(UserWarning, match=r"sparse_training.*filters\(model\)") as caught:
+        compact(model, optimizer, shrink=shrink)
+    (warning,) = caught
+    assert warning.filename == __file__
+    text = str(warning.message)
+    assert f"head.kernel ({small['head']} of 40)" in text
+    for path in ("head.bias (2 of 2)", "first.bias (3 of 3)", "twins.0.bias (2 of 2)"):
+        assert path in text
+    assert text.count(" of ") == 5 + text.count("filter of")  # twin.bias is the fifth
+    for name, conv in model.convs().items():
+        assert int(conv.sparse_kernel.count) == conv.sparse_kernel.size - small[name]
+
+
+def test_no_warning_where_nothing_is_pruned_yet_or_nobody_can_look():
+    """Catches a warning about warned weights, and a look at values that jit has not computed."""
+    compact(*pruned_everywhere(1))
+    model, optimizer = pruned_everywhere(2)
+    jitted_compact(model, optimizer)
+    assert int(model.first.sparse_kernel.count) < model.first.sparse_kernel.size
 
 
 # --- Bad arguments ---------------------------------------------------------------------------------------

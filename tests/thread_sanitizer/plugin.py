@@ -7,13 +7,21 @@ JAX then sees the handlers of record.cc as those of its CPU platform, and these 
 
 import collections
 import ctypes
+import importlib.machinery
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import jax
 import pytest
 
-from ilajax import _cpu, _ffi
+# Found before ilajax is imported, which would register its handlers.
+_PACKAGE = importlib.util.find_spec("ilajax").submodule_search_locations
+_CPU = importlib.machinery.PathFinder.find_spec("ilajax._cpu", _PACKAGE)
+sys.modules["ilajax._cpu"] = None
+
+from ilajax.ffi import registry
 
 BUILD = Path(__file__).resolve().parents[2] / "build" / "thread_sanitizer"
 
@@ -55,14 +63,18 @@ def registrations() -> dict[str, object]:
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     recording = {}
-    for target, handler in _cpu.registrations().items():
+    cpu = importlib.util.module_from_spec(_CPU)
+    for target, handler in cpu.registrations().items():
         ctypes.c_void_p.in_dll(library, f"{target}_handler").value = pointer(handler, None)
         recording[target] = jax.ffi.pycapsule(getattr(library, target))
     return recording
 
 
 def pytest_configure(config):
-    _ffi._PLATFORMS = (("cpu", "cpu", __name__),)
+    handlers = registrations()
+    for target, handler in handlers.items():
+        jax.ffi.register_ffi_target(target, handler, platform="cpu")
+    registry.extensions["cpu"] = registry.Extension(frozenset(handlers), None, "")
 
 
 @pytest.hookimpl(trylast=True)

@@ -113,7 +113,8 @@ struct TapList {
 
 // The filters as dense blocks f32[blocks][Cin][taps][block] with flags u8[blocks][Cin][taps] that
 // tell the taps with a live weight. One call fills one (block, input channel); a block of threads
-// calls it.
+// calls it. Of weights with one key, which breaks their contract, any one wins, by the order of
+// threads.
 struct DenseFilters {
   int block = 0, in_channels = 0, out_channels = 0, taps = 0;
   float* weights = nullptr;

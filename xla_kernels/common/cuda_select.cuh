@@ -130,6 +130,7 @@ __device__ void CountDigits(const SegmentEntries<T>& entries, int64_t begin, int
 __device__ inline void ChooseDigit(const int32_t* histogram, int shift, Cut& cut) {
   const int lane = threadIdx.x % 32;
   const int64_t ties = cut.ties;
+  __syncwarp();  // before one lane writes what all have read: shuffles order no memory
   // Lane 0 has the eight strongest bins.
   const int first = 8 * (31 - lane);
   int32_t own = 0;
@@ -395,11 +396,12 @@ template <typename T>
 ffi::Error LaunchSelect(cudaStream_t stream, const Entries<T>& entries, int64_t chunk,
                         void* workspace, int32_t* kept_keys, T* kept_values, int64_t capacity) {
   namespace k = select_kernels;
+  if (capacity < 1) return InvalidArgument("k-selection: the capacity is ", capacity);
   const k::Output<T> out = {kept_keys, kept_values, capacity};
   const int64_t work = chunk < entries.count ? chunk : entries.count;
   const int threads = work > 8192 ? 1024 : work > 256 ? 256 : 64;
   if (chunk >= entries.count) {
-    return Launch(k::WholeSegments<T>, GridFor(entries.segments), threads, 0, stream, entries, out);
+    return Launch<k::WholeSegments<T>>(GridFor(entries.segments), threads, 0, stream, entries, out);
   }
   Carver carver(workspace);
   k::Chunks c = {chunk, CeilDiv(entries.count, chunk), nullptr, nullptr};
@@ -407,15 +409,15 @@ ffi::Error LaunchSelect(cudaStream_t stream, const Entries<T>& entries, int64_t 
   c.tallies = carver.Take<Tally>(entries.segments * c.chunks);
   const dim3 grid = GridFor(entries.segments * c.chunks);
   if (entries.count > capacity) {
-    ILAJAX_RETURN_IF_ERROR(Launch(k::ZeroHistograms<T>, GridFor(entries.segments), kMaxThreads, 0,
-                                  stream, entries, c));
+    ILAJAX_RETURN_IF_ERROR(Launch<k::ZeroHistograms<T>>(GridFor(entries.segments), kMaxThreads, 0,
+                                                        stream, entries, c));
     for (int pass = 0; pass < kSelectPasses; ++pass) {
       ILAJAX_RETURN_IF_ERROR(
-          Launch(k::CountDigitsOfChunks<T>, grid, threads, 0, stream, entries, capacity, c, pass));
+          Launch<k::CountDigitsOfChunks<T>>(grid, threads, 0, stream, entries, capacity, c, pass));
     }
   }
-  ILAJAX_RETURN_IF_ERROR(Launch(k::TallyChunks<T>, grid, threads, 0, stream, entries, capacity, c));
-  return Launch(k::EmitChunks<T>, grid, threads, 0, stream, entries, out, c);
+  ILAJAX_RETURN_IF_ERROR(Launch<k::TallyChunks<T>>(grid, threads, 0, stream, entries, capacity, c));
+  return Launch<k::EmitChunks<T>>(grid, threads, 0, stream, entries, out, c);
 }
 
 }  // namespace ilajax

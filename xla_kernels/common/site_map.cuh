@@ -13,7 +13,8 @@
 // The map covers the sites [begin, begin + sites) of the grid, a slab of it where memory is short.
 // Built in one pass: a block takes kMapChunk sites, finds each channel's entries by search, and
 // knows where its rows and values begin from the searches alone: before them stand at most as many
-// as the channels have entries below. Whatever the keys, everything stays inside its buffers.
+// as the channels have entries below. Whatever the keys, everything stays inside its buffers. Of a
+// channel's entries with one key, which breaks its contract, any one wins, by the order of threads.
 
 #ifndef ILAJAX_XLA_KERNELS_COMMON_SITE_MAP_CUH_
 #define ILAJAX_XLA_KERNELS_COMMON_SITE_MAP_CUH_

@@ -1,4 +1,4 @@
-"""The one door to native code: loads and registers the kernels, chooses the backend, maps and shards calls.
+"""Calls of kernels, mapped and sharded as JAX maps and shards its own operations.
 
 An op hands over two forms of the same function, `native(platform, groups, *operands)`, which calls a
 target by `call`, and `reference(*operands)`, plain jax.numpy. `dispatch` then sees to it that
@@ -12,10 +12,8 @@ target by `call`, and `reference(*operands)`, plain jax.numpy. `dispatch` then s
 
 import dataclasses
 import functools
-import importlib
 import itertools
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,12 +24,8 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ilajax.ffi import routes
 from ilajax.geometry import Window
-
-BACKENDS = ("auto", "native", "reference")
-
-# XLA's name of a platform, jax.lax.platform_dependent's name, and the module with its kernels.
-_PLATFORMS = (("cpu", "cpu", "ilajax._cpu"), ("CUDA", "cuda", "ilajax._cuda"))
 
 Outputs = tuple[jax.Array, ...]
 
@@ -65,6 +59,7 @@ def dispatch(
     reference: Callable[..., Outputs],
     operands: Sequence[jax.Array],
     batched: Sequence[bool],
+    limit: Callable[[str], str] = lambda platform: "",
 ) -> Outputs:
     """Calls `native` where the target has a kernel for the platform, else `reference`.
 
@@ -75,70 +70,27 @@ def dispatch(
       reference: a function of the operands, with one group.
       operands: arrays.
       batched: which operands lead with the batch axis.
+      limit: a function of the platform: why its kernel cannot do this, such as a window that is too large for
+        the device; "" if it can.
 
     Returns:
       The results.
     """
     operands = vary_together(*operands)
-    choice = backend()
-    kernels = {} if choice == "reference" else _registered(target)
-    if choice == "native" and not kernels:
-        raise RuntimeError(
-            f"ILAJAX_BACKEND=native, but {target} has no native kernel here. Install ilajax where a C++ "
-            f"compiler is found, or set ILAJAX_BACKEND=auto."
-        )
+    operation = target.removeprefix("ilajax_").removesuffix("_fwd").removesuffix("_bwd")
+    here = routes.platforms()
     branches = {
         platform: _fold(functools.partial(native, platform), tuple(batched), 1)
-        for platform in kernels
+        for platform in here
+        if routes.kernel_runs(operation, platform, functools.partial(limit, platform))
     }
     if not branches:
         return reference(*operands)
-    here = _platforms_here()
-    if here <= branches.keys():
-        if len(here) == 1:
-            return branches[next(iter(here))](*operands)
-        return jax.lax.platform_dependent(*operands, **branches)
-    return jax.lax.platform_dependent(*operands, default=reference, **branches)
-
-
-def backend() -> str:
-    """The value of ILAJAX_BACKEND: "auto" (kernels where there are any), "native" or "reference"."""
-    choice = os.environ.get("ILAJAX_BACKEND", "auto")
-    if choice not in BACKENDS:
-        raise ValueError(f"ILAJAX_BACKEND must be one of {BACKENDS}, got {choice!r}.")
-    return choice
-
-
-def native_platforms() -> tuple[str, ...]:
-    """The platforms whose kernels are installed, of "cpu" and "cuda"."""
-    return tuple(_load())
-
-
-@functools.cache
-def _load() -> dict[str, frozenset[str]]:
-    """Imports and registers what is installed: platform -> names of its targets."""
-    loaded = {}
-    for xla_name, platform, module_name in _PLATFORMS:
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name != module_name:
-                raise
-            continue
-        registrations = module.registrations()
-        for name, handler in registrations.items():
-            jax.ffi.register_ffi_target(name, handler, platform=xla_name)
-        loaded[platform] = frozenset(registrations)
-    return loaded
-
-
-def _registered(target: str) -> set[str]:
-    return {platform for platform, targets in _load().items() if target in targets}
-
-
-def _platforms_here() -> set[str]:
-    default = jax.default_backend()
-    return {"cpu", "cuda" if default == "gpu" else default}
+    if len(branches) < len(here):
+        return jax.lax.platform_dependent(*operands, default=reference, **branches)
+    if len(here) == 1:
+        return branches[here[0]](*operands)
+    return jax.lax.platform_dependent(*operands, **branches)
 
 
 def _fold(
