@@ -34,7 +34,7 @@ from experiments.timing import headline, provenance, show, side_by_side
 from experiments.training import Row, Run, live_weights, train
 
 # Of the sparse blocks. A surface's density goes with 1 / resolution.
-BOUNDS = {16: (0.24, 0.56), 32: (0.12, 0.28, 0.66), 64: (0.06, 0.14, 0.33)}
+BOUNDS = {16: (0.08, 0.24), 32: (0.04, 0.12, 0.28), 64: (0.02, 0.06, 0.14)}
 RECIPE = ("learning_rate", "scale", "offset", "b1", "b2", "threshold")
 
 
@@ -415,11 +415,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--resolution", type=int, choices=sorted(BOUNDS), default=64, help="of the grid")
     add("--epochs", type=frame.positive_int, default=8, metavar="N", help="epochs")
-    add("--train-size", type=frame.positive_int, default=640, metavar="N", help="solids to train")
-    add("--test-size", type=frame.positive_int, default=160, metavar="N", help="solids to test")
+    add("--train-size", type=frame.positive_int, default=480, metavar="N", help="solids to train")
+    add("--test-size", type=frame.positive_int, default=320, metavar="N", help="solids to test")
     add("--batch-size", type=frame.positive_int, default=8, metavar="N", help="solids a step")
     add("--seed", type=frame.seed, default=0, metavar="N", help="of weights, order and dropout")
-    add("--learning-rate", type=frame.positive, default=2e-4, metavar="RATE", help="Adam's rate")
+    add("--learning-rate", type=frame.positive, default=4e-4, metavar="RATE", help="Adam's rate")
     add(
         "--scale",
         type=frame.not_negative,
@@ -433,7 +433,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--threshold",
         type=frame.not_negative,
-        default=0.06,
+        default=0.08,
         metavar="W",
         help="filter weights that are below it at two epochs' ends in a row go",
     )

@@ -33,6 +33,7 @@ struct BackwardWorker {
   float* own = nullptr;           // one input line of one channel; zero in between
   float* sums = nullptr;          // what it gets
   const float** bases = nullptr;  // [line of taps]
+  uint8_t* filled = nullptr;      // DenseSlab::filled
 
   void Carve(Carver& carver, const Lines& lines, const Filters& filters, const GradientPlan& plan,
              const DenseGradient& dense) {
@@ -48,6 +49,7 @@ struct BackwardWorker {
     own = carver.Take<float>(dense.layout.vectors * kLanes);
     sums = carver.Take<float>(dense.layout.vectors * kLanes);
     bases = carver.Take<const float*>(lines.tap_lines);
+    filled = carver.Take<uint8_t>(dense.lines.InputLines(plan.dense_rows));
   }
 };
 
@@ -74,7 +76,7 @@ struct Backward {
   void Run(int64_t item, int64_t begin, int64_t end, BackwardWorker& worker) const {
     const int64_t length = lines.line.input_length, row = lines.input_row_lines * length;
     if (worker.line.piece == lines.line.output_length) {
-      const bool dense = DensePays(item, begin, end);
+      const bool dense = DensePays(item, begin, end, worker);
       const int64_t step = dense ? plan.dense_rows : end - begin;
       for (; begin < end; begin += step) {
         RunKeys<Loops, kOctets>(item, dense, 0, s.in_channels, begin * row,
@@ -90,14 +92,20 @@ struct Backward {
     }
   }
 
-  bool DensePays(int64_t item, int64_t begin, int64_t end) const {
+  bool DensePays(int64_t item, int64_t begin, int64_t end, const BackwardWorker& worker) const {
     if (plan.dense_rows == 0 || !filters.finite) return false;
     const int64_t row = lines.input_row_lines * lines.line.input_length;
     const int64_t entries = input.Count(item, 0, s.in_channels, begin * row, end * row);
-    return kDenseBackward.Pays(dense.layout, (end - begin) * lines.input_row_lines, s.in_channels,
-                               lines.tap_lines, dense.taps.count(0, s.in_channels), entries,
-                               lines.line.taps * filters.blocks * plan.block / kLanes,
-                               plan.dense_percent);
+    const auto pays = [&](int64_t filled) {
+      return kDenseBackward.Pays(dense.layout, (end - begin) * lines.input_row_lines, filled,
+                                 s.in_channels, lines.tap_lines, dense.taps.count(0, s.in_channels),
+                                 entries, lines.line.taps * filters.blocks * plan.block / kLanes,
+                                 plan.dense_percent);
+    };
+    const int64_t length = lines.line.input_length;
+    return pays(CeilDiv(entries, s.in_channels * length)) &&
+           pays(input.FilledLines(item, begin * row, end * row, length, worker.entries.data,
+                                  plan.room));
   }
 
   // The entries of channels [ic_begin, ic_end) with keys in [begin, end), halved until they have
@@ -159,7 +167,7 @@ struct Backward {
     const int64_t first = range.first_line, last = first + range.lines;
     int64_t begin, end;
     t.InputRows(first / t.row_lines, CeilDiv(last, t.row_lines), begin, end);
-    DenseSlab slab = {dense.layout, 0, 0, worker.cotangents};
+    DenseSlab slab = {dense.layout, worker.cotangents, worker.filled};
     slab.Fill(
         begin * t.input_row_lines, (end - begin) * t.input_row_lines, s.capacity,
         [&](int64_t oc) { return OutKeysOf(item, oc); },
@@ -169,7 +177,8 @@ struct Backward {
     for (int64_t line = first; line < last; ++line, walk.Next()) {
       if (entries.begin(line) == entries.end(line)) continue;
       Entry* const stop = entries.entries(entries.end(line));
-      slab.Reads(walk, dense.taps, filters.tap_offsets, t.line.taps * (t.axes + 1), worker.bases);
+      (void)slab.Reads(walk, dense.taps, filters.tap_offsets, t.line.taps * (t.axes + 1),
+                       worker.bases);
       for (Entry *run = entries.entries(entries.begin(line)), *end; run != stop; run = end) {
         for (end = run; end != stop && end->channel == run->channel; ++end) {
           worker.own[end->place] += end->value;

@@ -1,6 +1,7 @@
 // The dense form of conv.cc: input lines laid out site by site, and a list of live weights, one of
-// which at a time is added along a whole line. Its work follows lines x live weights, whatever is
-// stored at the sites: it pays where the filters are pruned, or the grid is nearly full.
+// which at a time is added along a whole line. Its work follows filled lines x live weights: it
+// pays where the filters are pruned, or the grid is nearly full. Lines without an entry are never
+// read.
 //
 // Its gradient is the same form of the transposed convolution, from the cotangents laid out so.
 
@@ -91,11 +92,35 @@ struct LiveTaps {
   }
 };
 
+// How many lines of a sample hold entries of any channel, with keys in [begin, end): by a bitmap in
+// `words`, or all of them where there is no room for one. `begin` is the first key of a line.
+template <typename KeyOf>
+int64_t FilledLines(int64_t begin, int64_t end, int64_t length, int64_t channels, int64_t slots,
+                    KeyOf&& key_of, uint64_t* words, int64_t room) {
+  const int64_t lines = CeilDiv(end - begin, length), count = CeilDiv(lines, 64);
+  if (count > room) return lines;
+  std::fill_n(words, count, 0);
+  const Divider divider(length);
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    const int32_t* key = key_of(channel);
+    const Range range(key, slots, begin, end);
+    for (int64_t i = range.first; i < range.last; ++i) {
+      if (key[i] < begin || key[i] >= end) continue;
+      const int64_t line = divider.Quotient(key[i] - begin);
+      words[line / 64] |= uint64_t{1} << (line % 64);
+    }
+  }
+  int64_t filled = 0;
+  for (int64_t i = 0; i < count; ++i) filled += __builtin_popcountll(words[i]);
+  return filled;
+}
+
 // Some lines of one sample.
 struct DenseSlab {
   DenseLines layout;
-  int64_t first_line = 0, lines = 0;
   float* values = nullptr;
+  uint8_t* filled = nullptr;  // [line]: whether it holds an entry; the others are not laid out
+  int64_t first_line = 0, lines = 0;
   bool finite = true;
 
   // Lays out lines [first, first + count). The caller has seen to it that there is room.
@@ -103,7 +128,7 @@ struct DenseSlab {
   template <typename KeyOf, typename ValueOf>
   void Fill(int64_t first, int64_t count, int64_t slots, KeyOf&& key_of, ValueOf&& value_of) {
     first_line = first, lines = count;
-    std::memset(values, 0, count * layout.size() * sizeof(float));
+    std::memset(filled, 0, count);
     const int64_t begin = first * layout.length, end = (first + count) * layout.length;
     const Divider divider(layout.length);
     uint32_t largest = 0;
@@ -115,6 +140,10 @@ struct DenseSlab {
       for (int64_t i = range.first; i < range.last; ++i) {
         if (key[i] < begin || key[i] >= end) continue;
         const int64_t line = divider.Quotient(key[i] - begin);
+        if (!filled[line]) {
+          filled[line] = 1;
+          std::memset(values + line * layout.size(), 0, layout.size() * sizeof(float));
+        }
         const float x = static_cast<float>(value[i]);
         to[line * layout.size() + key[i] - begin - line * layout.length] += x;
         largest = std::max(largest, FloatBits(x) & 0x7f800000u);
@@ -123,14 +152,18 @@ struct DenseSlab {
     finite = largest != 0x7f800000u;
   }
 
-  // Where each line of taps reads for the line that `walk` stands at; nullptr outside the grid.
-  void Reads(const LineWalk& walk, const LiveTaps& taps, const int32_t* tap_offsets, int64_t step,
+  // Where each line of taps reads for the line that `walk` stands at; nullptr where nothing is.
+  // Returns whether there is anything.
+  bool Reads(const LineWalk& walk, const LiveTaps& taps, const int32_t* tap_offsets, int64_t step,
              const float** bases) const {
+    bool any = false;
     for (int64_t t = 0; t < taps.tap_lines; ++t) {
-      const int64_t read = walk.Reads(tap_offsets + t * step, taps.lines[t]);
-      const bool inside = read >= first_line && read < first_line + lines;
-      bases[t] = inside ? values + (read - first_line) * layout.size() : nullptr;
+      const int64_t read = walk.Reads(tap_offsets + t * step, taps.lines[t]) - first_line;
+      const bool there = read >= 0 && read < lines && filled[read];
+      bases[t] = there ? values + read * layout.size() : nullptr;
+      any |= there;
     }
+    return any;
   }
 };
 
@@ -148,20 +181,24 @@ inline bool HasStrides(const Window& w) {
   return std::any_of(w.strides, w.strides + w.rank, [](int64_t stride) { return stride != 1; });
 }
 
-// Whether the dense form of `lines` lines costs less than so many percent of the other. The prices
+// Whether the dense form of `lines` lines, of which `filled` hold entries, costs less than so many
+// percent of the other. The prices
 // are cycles, to a third or so: of a vector of sites for a tap, of a tap, of a list; and of the
 // other form, of a vector that an entry adds to, of an entry, and of a channel on a line. `python
 // -m experiments.dense_form` times both forms against the choice.
 struct DenseCost {
   double vector, tap, list, entry_vector, entry, channel_line;
 
-  bool Pays(const DenseLines& dense, int64_t lines, int64_t targets, int64_t tap_lines,
-            int64_t taps, int64_t entries, int64_t entry_vectors, int64_t percent) const {
+  bool Pays(const DenseLines& dense, int64_t lines, int64_t filled, int64_t targets,
+            int64_t tap_lines, int64_t taps, int64_t entries, int64_t entry_vectors,
+            int64_t percent) const {
     const double along = taps * (dense.vectors * vector + CeilDiv(dense.vectors, 4) * tap);
     const double lists = targets * (tap_lines * list + dense.vectors * kLanes);
     const double other = entries * tap_lines * (entry_vectors * entry_vector + entry) +
                          lines * targets * channel_line;
-    return 100 * lines * (along + lists) < percent * other;
+    // Each filled line is read by every line of taps, from about twice as many lines.
+    const int64_t read = std::min(lines, 2 * filled);
+    return 100 * (filled * along + read * lists) < percent * other;
   }
 };
 constexpr DenseCost kDenseForward = {0.6, 1.5, 4.0, 1.2, 4.0, 0.0};

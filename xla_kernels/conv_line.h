@@ -36,6 +36,13 @@ struct StoredInput {
     }
     return count;
   }
+  // See conv_dense.h; `scratch` has 16 * room bytes.
+  int64_t FilledLines(int64_t item, int64_t begin, int64_t end, int64_t length, float* scratch,
+                      int64_t room) const {
+    return ilajax::FilledLines(
+        begin, end, length, s.shared ? 1 : s.in_channels, s.slots,
+        [&](int64_t ic) { return Keys(item, ic); }, reinterpret_cast<uint64_t*>(scratch), 2 * room);
+  }
 };
 
 // What an output line reads through one line of taps.

@@ -63,6 +63,8 @@ struct SumsWorker {
   Segment* segments = nullptr;
   uint64_t* read_bits = nullptr;  // sites that an output line reads, see Dilate; zero between lines
   const float** bases = nullptr;  // [line of taps]: what the dense form reads
+  int64_t dense_lines = 0;        // input lines that it lays out at once
+  uint8_t* filled = nullptr;      // DenseSlab::filled
 
   SumsWorker() = default;
   SumsWorker(const Lines& lines, const SumsPlan& plan, const LineBuffer& buffer)
@@ -72,7 +74,8 @@ struct SumsWorker {
                     ? LineEntries::Words(lines.InputLines(plan.max_rows), lines.line.input_length)
                     : 0,
                 plan.room},
-        words(buffer.plain ? CeilDiv(lines.line.input_length, 64) : 0) {}
+        words(buffer.plain ? CeilDiv(lines.line.input_length, 64) : 0),
+        dense_lines(plan.dense_rows > 0 ? lines.InputLines(plan.dense_rows) : 0) {}
 
   void Carve(Carver& carver, const Lines& lines) {
     line.Carve(carver);
@@ -80,6 +83,7 @@ struct SumsWorker {
     segments = carver.Take<Segment>(lines.tap_lines);
     read_bits = carver.Take<uint64_t>((lines.line.taps + 1) * words);
     bases = carver.Take<const float*>(lines.tap_lines);
+    filled = carver.Take<uint8_t>(dense_lines);
   }
   void Clear(const Lines& lines) const {
     line.Clear();
@@ -107,7 +111,7 @@ struct LineSums {
   template <typename Loops, int kOctets, typename Take>
   void Run(int64_t item, int64_t block, int64_t row, int64_t last, SumsWorker& worker,
            Take&& take) const {
-    const bool dense = DensePays(item, block);
+    const bool dense = DensePays(item, block, worker);
     while (row < last) {
       int64_t rows = std::min(dense ? plan.dense_rows : plan.max_rows, last - row);
       if (!dense || !RunDense<Loops, kOctets>(item, block, row, rows, worker, take)) {
@@ -123,14 +127,20 @@ struct LineSums {
     }
   }
 
-  bool DensePays(int64_t item, int64_t block) const {
+  bool DensePays(int64_t item, int64_t block, const SumsWorker& worker) const {
     if (plan.dense_rows == 0 || !filters.finite) return false;
     const int64_t first = block * plan.block;
     const int64_t channels = std::min(plan.block, s.out_channels - first);
     const int64_t entries = input.Count(item, 0, s.in_channels, 0, lines.input_sites());
-    return kDenseForward.Pays(dense_lines, lines.rows * lines.row_lines, channels, lines.tap_lines,
-                              live_taps.count(first, first + channels), entries,
-                              lines.line.taps * plan.block / kLanes, plan.dense_percent);
+    const auto pays = [&](int64_t filled) {
+      return kDenseForward.Pays(dense_lines, lines.rows * lines.row_lines, filled, channels,
+                                lines.tap_lines, live_taps.count(first, first + channels), entries,
+                                lines.line.taps * plan.block / kLanes, plan.dense_percent);
+    };
+    // No fewer lines are filled than the channels have entries for.
+    return pays(CeilDiv(entries, s.in_channels * lines.line.input_length)) &&
+           pays(input.FilledLines(item, 0, lines.input_sites(), lines.line.input_length,
+                                  worker.entries.data, plan.room));
   }
 
   // The dense form for output rows [row, row + rows); false where a value is not finite.
@@ -141,7 +151,7 @@ struct LineSums {
     const int64_t channels = std::min(plan.block, s.out_channels - first);
     int64_t begin, end;
     lines.InputRows(row, row + rows, begin, end);
-    DenseSlab slab = {dense_lines, 0, 0, worker.entries.data};
+    DenseSlab slab = {dense_lines, worker.entries.data, worker.filled};
     slab.Fill(
         begin * lines.input_row_lines, (end - begin) * lines.input_row_lines, s.slots,
         [&](int64_t ic) { return input.Keys(item, ic); },
@@ -149,9 +159,10 @@ struct LineSums {
     if (!slab.finite) return false;
     LineWalk walk(lines, row * lines.row_lines);
     for (int64_t line = row * lines.row_lines; line < (row + rows) * lines.row_lines; ++line) {
-      slab.Reads(walk, live_taps, filters.tap_offsets, lines.line.taps * (lines.axes + 1),
-                 worker.bases);
+      const bool any = slab.Reads(walk, live_taps, filters.tap_offsets,
+                                  lines.line.taps * (lines.axes + 1), worker.bases);
       walk.Next();
+      if (!any) continue;
       Loops::template kRespondAlong<kOctets>(live_taps.taps, live_taps.list(first), channels,
                                              lines.tap_lines, worker.bases, length,
                                              worker.line.first(lines.line));

@@ -16,6 +16,9 @@ Surface = Callable[[int, np.random.Generator], np.ndarray]
 # As shares of the grid's edge: a solid's radius, and how far it is moved from the middle along each axis.
 RADIUS = (0.22, 0.31)
 SHIFT = 0.08
+# Each axis is shrunk by up to this; then a solid turns about the vertical, and leans over by up to so much.
+STRETCH = 0.7
+LEAN = math.radians(20)
 POINTS_PER_VOXEL = 8
 
 
@@ -86,14 +89,28 @@ def _voxels(surface: Surface, resolution: int, rng: np.random.Generator) -> np.n
     """Keys of the voxels that a surface's points lie in, ascending."""
     radius = rng.uniform(*RADIUS) * resolution
     # A ball's surface meets 6 pi radius^2 voxels, and no other solid's in the ball meets more.
-    points = surface(int(POINTS_PER_VOXEL * 6 * math.pi * radius**2), rng) * rng.uniform(0.5, 1, 3)
-    turned = points @ np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    points = surface(int(POINTS_PER_VOXEL * 6 * math.pi * radius**2), rng)
+    turned = points * rng.uniform(STRETCH, 1, 3) @ _turn(rng)
     scaled = turned * (radius / np.linalg.norm(turned, axis=1).max())
     moved = scaled + resolution * (0.5 + rng.uniform(-SHIFT, SHIFT, 3))
     x, y, z = np.floor(moved).astype(np.int64).clip(0, resolution - 1).T
     met = np.zeros(resolution**3, bool)
     met[(x * resolution + y) * resolution + z] = True
     return np.flatnonzero(met)
+
+
+def _turn(rng: np.random.Generator) -> np.ndarray:
+    """A rotation about the vertical, then one by at most `LEAN` about a horizontal axis, and one more."""
+
+    def about(axis: int, angle: float) -> np.ndarray:
+        matrix = np.eye(3)
+        i, j = (axis + 1) % 3, (axis + 2) % 3
+        matrix[i, i] = matrix[j, j] = math.cos(angle)
+        matrix[i, j], matrix[j, i] = -math.sin(angle), math.sin(angle)
+        return matrix
+
+    first, lean, last = rng.uniform(0, 2 * math.pi), rng.uniform(0, LEAN), rng.uniform(0, 2 * math.pi)
+    return about(2, first) @ about(0, lean) @ about(2, last)
 
 
 def _pyramid(count: int, rng: np.random.Generator) -> np.ndarray:

@@ -7,6 +7,7 @@
 | stage | |
 |---|---|
 | build | ilajax with its CUDA kernels, for this GPU |
+| check | `python -m ilajax check`, which leaves a stamp |
 | tests | the test suite on the GPU |
 | sanitizer | every kernel under compute-sanitizer's memcheck and racecheck, broken keys under memcheck |
 | bits | all operations in several processes at once: the same bits in each |

@@ -168,7 +168,14 @@ def _bench(facts: Record) -> str:
     return f"{len(tasks) - errors} of {len(tasks)} tasks"
 
 
-SAID = {"build": _build, "tests": _tests, "sanitizer": _sanitizer, "bits": _bits, "bench": _bench}
+SAID = {
+    "build": _build,
+    "check": lambda facts: facts.get("said", ""),
+    "tests": _tests,
+    "sanitizer": _sanitizer,
+    "bits": _bits,
+    "bench": _bench,
+}
 
 
 def _failures(stages: Record) -> list[str]:

@@ -128,6 +128,17 @@ def build(check: Check, facts: Facts, limit: float) -> str:
     return "passed"
 
 
+def agreement(check: Check, facts: Facts, limit: float) -> str:
+    """`python -m ilajax check`: every operation beside its reference. A GPU that passes gets its stamp."""
+    command = [check.python, "-m", "ilajax", "check", "--limit", f"{limit:.0f}"]
+    ended = run(command, log=check.folder / "check.log", limit=limit + 5, env=check.shared)
+    facts["said"] = ended.tail(1)[0] if ended.output else ""
+    if ended.status != "passed":
+        facts["output"] = [line for line in ended.output.splitlines() if "FAILED" in line]
+    check.say(facts["said"])
+    return ended.status
+
+
 def tests(check: Check, facts: Facts, limit: float) -> str:
     """The test suite on the default device: kernels against the reference, all on the GPU."""
     left_out = LEFT_OUT + [path for name, path in NEEDED.items() if not _importable(name)]
@@ -261,6 +272,7 @@ def _until_one_fails(
 # Name -> the stage, and its part of the time; what one leaves, those behind it share.
 STAGES: dict[str, tuple[Callable[[Check, Facts, float], str], int]] = {
     "build": (build, 60),
+    "check": (agreement, 15),
     "tests": (tests, 40),
     "sanitizer": (sanitizer, 15),
     "bits": (bits, 8),

@@ -52,11 +52,13 @@ class Backend:
       versions: package -> version, Python's too.
       devices: JAX's devices, in words.
       operations: platform -> operation -> `Route`, the default platform first.
+      elsewhere: platform without a device here -> why its kernels are not installed, "" where they are.
     """
 
     versions: Mapping[str, str]
     devices: tuple[str, ...]
     operations: Mapping[str, Mapping[str, Route]]
+    elsewhere: Mapping[str, str]
 
     def __str__(self) -> str:
         lines = [", ".join(f"{name} {number}" for name, number in self.versions.items())]
@@ -69,6 +71,9 @@ class Backend:
                 names = [name for name, route in routes.items() if route.why == why]
                 some = "all" if len(names) == len(routes) else ", ".join(names)
                 lines += [f"  {some}: {why}".replace("\n", "\n    ")]
+        for platform, missing in self.elsewhere.items():
+            said = missing or "Its kernels are installed."
+            lines += ["", f"no device of {platform} here. {said}".replace("\n", "\n    ")]
         return "\n".join(lines)
 
 
@@ -95,6 +100,7 @@ def backend() -> Backend:
         {**{name: version(name) for name in PACKAGES}, "Python": host.python_version()},
         tuple(f"{device.device_kind} ({device})" for device in jax.devices()),
         {platform: {name: route(name, platform) for name in OPERATIONS} for platform in here},
+        {name: extension.missing for name, extension in extensions.items() if name not in here},
     )
 
 

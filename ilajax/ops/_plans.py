@@ -21,7 +21,7 @@ _CPU_WORKERS = 16
 # The dense form of convolution: what a worker lays out at once, and the grids it may pay on.
 _CPU_DENSE = 1 << 20
 _CPU_DENSE_SHARE = 32  # a channel stores at least one in so many sites
-_CPU_DENSE_PERCENT = 100  # what it may cost of the other form's cost, see experiments.dense_form
+_CPU_DENSE_PERCENT = 65  # what it may cost of the other form's cost, see experiments.dense_form
 _LIVE_TAP = 12  # sizeof(LiveTap)
 _SEGMENT = 32  # sizeof(Segment)
 _TAP_LINE = 48  # sizeof(TapLine)
@@ -123,6 +123,7 @@ class _Sums:
             + lines.tables(lines.max_rows)
             + _align(room * 16)
             + _align(lines.tap_lines * 8)
+            + (_align(lines.read_lines(dense_rows)) if dense_rows else 0)
         )
         self.attributes = {
             "channel_block": self.block,
@@ -174,6 +175,7 @@ def conv_backward(
                 + _align(weights * 32)
                 + 2 * _align(_ceil(transposed.output_length, 8) * 32)
                 + _align(lines.tap_lines * 8)
+                + _align(transposed.read_lines(dense_rows))
             )
     units = batch // groups * _ceil(lines.input_rows, slab_rows)
     parts = _parts(units, groups * weights * 4, budget)

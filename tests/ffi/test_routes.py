@@ -166,3 +166,12 @@ def test_the_command_prints_the_data():
     for name in routes.OPERATIONS:
         assert f"  {name} " in done.stdout
     assert "devices: " in done.stdout
+
+
+def test_what_is_installed_for_other_platforms(monkeypatch):
+    """Catches a login node, without a GPU, that does not tell whether the GPU's kernels are there."""
+    monkeypatch.setitem(registry.extensions, "cuda", extension(missing="nvcc was not found."))
+    monkeypatch.setattr(routes, "platforms", lambda: ("cpu",))
+    assert "no device of cuda here. nvcc was not found." in str(ilajax.backend())
+    monkeypatch.setitem(registry.extensions, "cuda", extension())
+    assert "no device of cuda here. Its kernels are installed." in str(ilajax.backend())
