@@ -16,6 +16,10 @@ import pytest
 
 from ilajax.ffi import routes
 
+if not routes.native_platforms():
+    # Where no kernel could be built, tests run on the reference, and it is no surprise.
+    os.environ.setdefault("ILAJAX_BACKEND", "reference")
+
 # The same examples in every run, however slow the machine is.
 hypothesis.settings.register_profile("ilajax", deadline=None, database=None, derandomize=True)
 hypothesis.settings.load_profile("ilajax")

@@ -6,6 +6,7 @@ import jax
 import optax
 from flax import nnx
 
+from ilajax.nn.conv import iter_convs
 from ilajax.optim.density_biased_l2 import density_biased_l2
 from ilajax.optim.filters import filters
 from ilajax.optim.one_warning_shot_pruning import one_warning_shot_pruning
@@ -90,8 +91,17 @@ def sparse_training(
             f"has none: there is nothing to prune. Give the module that holds the sparse layers, or train "
             f"with optimizer alone."
         )
+    regulariser = density_biased_l2(scale, offset=offset, b1=b1, b2=b2, momentum=momentum)
     return optax.chain(
-        density_biased_l2(scale, offset=offset, b1=b1, b2=b2, momentum=momentum),
+        # No state for what has no bound: a wide dense layer's would be as large as all the rest.
+        optax.masked(regulariser, _bounded(model, wrt)),
         optimizer,
         optax.masked(one_warning_shot_pruning(threshold), mask),
     )
+
+
+def _bounded(model: Any, wrt: Any) -> nnx.State:
+    """A mask of the parameters whose density has a bound, see `filters`."""
+    layers = {path for path, conv in iter_convs(model) if conv.density_bound is not None}
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(model, wrt))]
+    return nnx.from_flat_state([(path, path[:-1] in layers) for path in paths])

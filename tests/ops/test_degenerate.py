@@ -208,8 +208,9 @@ PLANS = {
         "_CPU_TASKS": 64,
         "_stage": lambda entries: 24,
     },
-    # The dense form, a few rows at once.
+    # The dense form, a few rows at once; whatever it costs, also where most lines are empty.
     "small-slabs": {"_CPU_DENSE": 2048, "_CPU_TASKS": 2},
+    "dense-lines": {"_CPU_DENSE_PERCENT": 10**9, "_CPU_DENSE_SHARE": 10**9},
 }
 
 

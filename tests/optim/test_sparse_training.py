@@ -241,3 +241,12 @@ def test_a_number_outside_its_range_is_named(name):
     """Catches an argument that is handed on under another's name."""
     with pytest.raises(ValueError, match=f"^{name} must"):
         sparse_training(Model(nnx.Rngs(0)), optax.adam(0.1), **{name: -1.0})
+
+
+def test_dense_layers_cost_no_state():
+    """Catches a regulariser, or a pruning, that keeps an array for each weight of a wide dense layer."""
+    model = Model(nnx.Rngs(0))
+    state = sparse_training(model, optax.sgd(0.1)).init(nnx.state(model, nnx.Param))
+    kept = [leaf.shape for leaf in jax.tree.leaves(state)]
+    assert model.head.kernel.shape not in kept
+    assert kept.count(model.conv.kernel.shape) == 3  # the bias b, and what is warned and pruned
