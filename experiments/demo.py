@@ -1,4 +1,4 @@
-"""What the system is for, in one command: a net for 64^3 voxels that gets smaller and faster as it learns.
+"""What the system is for, in one command: a net for 64^3 voxels that gets smaller as it learns.
 
     python -m experiments.demo                     # trains, measures, draws; some minutes on two cores
     python -m experiments.demo --plain             # the same net without regulariser and pruning
@@ -128,6 +128,7 @@ def make_net(key: jax.Array, *, resolution: int, dense: bool = False) -> ilajax.
 @functools.cache
 def recipe(
     resolution: int,
+    steps: int,
     learning_rate: float,
     scale: float,
     offset: float,
@@ -141,7 +142,7 @@ def recipe(
     )
     return ilajax.optim.sparse_training(
         structure,
-        optax.adam(learning_rate),
+        optax.adam(optax.cosine_decay_schedule(learning_rate, steps)),
         scale=scale,
         offset=offset,
         b1=b1,
@@ -157,7 +158,9 @@ def _net(
     if plain:
         values |= {"scale": 0.0, "threshold": 0.0}
     model = make_net(jax.random.key(seed), resolution=options.resolution)
-    return model, nnx.Optimizer(model, recipe(options.resolution, **values), wrt=nnx.Param)
+    steps = options.epochs * (options.train_size // options.batch_size)
+    transformation = recipe(options.resolution, steps, **values)
+    return model, nnx.Optimizer(model, transformation, wrt=nnx.Param)
 
 
 def _train(
@@ -414,12 +417,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--resolution", type=int, choices=sorted(BOUNDS), default=64, help="of the grid")
-    add("--epochs", type=frame.positive_int, default=8, metavar="N", help="epochs")
+    add("--epochs", type=frame.positive_int, default=10, metavar="N", help="epochs")
     add("--train-size", type=frame.positive_int, default=480, metavar="N", help="solids to train")
     add("--test-size", type=frame.positive_int, default=320, metavar="N", help="solids to test")
     add("--batch-size", type=frame.positive_int, default=8, metavar="N", help="solids a step")
     add("--seed", type=frame.seed, default=0, metavar="N", help="of weights, order and dropout")
-    add("--learning-rate", type=frame.positive, default=4e-4, metavar="RATE", help="Adam's rate")
+    add(
+        "--learning-rate",
+        type=frame.positive,
+        default=5e-4,
+        metavar="RATE",
+        help="Adam's first rate, which falls to 0 by a cosine",
+    )
     add(
         "--scale",
         type=frame.not_negative,
@@ -433,7 +442,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--threshold",
         type=frame.not_negative,
-        default=0.08,
+        default=0.07,
         metavar="W",
         help="filter weights that are below it at two epochs' ends in a row go",
     )

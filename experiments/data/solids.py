@@ -109,7 +109,11 @@ def _turn(rng: np.random.Generator) -> np.ndarray:
         matrix[i, j], matrix[j, i] = -math.sin(angle), math.sin(angle)
         return matrix
 
-    first, lean, last = rng.uniform(0, 2 * math.pi), rng.uniform(0, LEAN), rng.uniform(0, 2 * math.pi)
+    first, lean, last = (
+        rng.uniform(0, 2 * math.pi),
+        rng.uniform(0, LEAN),
+        rng.uniform(0, 2 * math.pi),
+    )
     return about(2, first) @ about(0, lean) @ about(2, last)
 
 
