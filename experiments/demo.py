@@ -417,7 +417,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--resolution", type=int, choices=sorted(BOUNDS), default=64, help="of the grid")
-    add("--epochs", type=frame.positive_int, default=10, metavar="N", help="epochs")
+    add("--epochs", type=frame.positive_int, default=12, metavar="N", help="epochs")
     add("--train-size", type=frame.positive_int, default=480, metavar="N", help="solids to train")
     add("--test-size", type=frame.positive_int, default=320, metavar="N", help="solids to test")
     add("--batch-size", type=frame.positive_int, default=8, metavar="N", help="solids a step")
@@ -442,7 +442,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--threshold",
         type=frame.not_negative,
-        default=0.07,
+        default=0.05,
         metavar="W",
         help="filter weights that are below it at two epochs' ends in a row go",
     )
