@@ -1,6 +1,8 @@
 """What the README promises: its example runs and learns, its commands and links exist."""
 
+import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -37,3 +39,25 @@ def test_links_into_the_repository_lead_somewhere():
         assert links
         for link in links:
             assert "://" in link or (ROOT / link).exists(), link
+
+
+def test_the_first_figures_are_those_of_the_demo():
+    """Catches a README that still tells the figures of an earlier `python -m experiments.demo --report`."""
+    record = json.loads((ROOT / "experiments" / "results" / "demo.json").read_text())
+    steps = record["steps"]
+    ours = steps["sparse, trained"]["median_s"]
+    mean = {
+        name: statistics.mean(seed[name] for seed in record["seeds"]) for name in record["seeds"][0]
+    }
+    figures = [
+        f"{ours * 1e3:.0f} ms",
+        f"{steps['dense, PyTorch']['ratio']:.1f} times",
+        f"{steps['dense, XLA']['ratio']:.0f} times",
+        f"{steps['sparse, trained']['temporary_bytes'] / 1e6:,.0f} MB",
+        f"{steps['dense, XLA']['temporary_bytes'] / 1e6:,.0f} MB",
+        f"{mean['weights_left']:.0%}",
+        f"{mean['test_accuracy']:.1%}",
+        f"{mean['plain_test_accuracy']:.1%}",
+    ]
+    shown = README[README.index("## What it is for") : README.index("## Start")]
+    assert [figure for figure in figures if figure not in shown] == []

@@ -9,7 +9,7 @@ def unfit() -> str:
     """Why the CUDA kernels as they were built cannot run on this machine's GPUs; "" if they can."""
     built = tuple(extensions["cuda"].module.architectures())
     for device in jax.devices("cuda"):
-        if not runs_on(built, str(device.compute_capability)):
+        if built and not runs_on(built, str(device.compute_capability)):
             return (
                 f"The CUDA kernels were built for {', '.join(built)}, but {device.device_kind} is of compute "
                 f"capability {device.compute_capability}. Install ilajax again on this machine, with nvcc."
@@ -38,4 +38,5 @@ def runs_on(built: tuple[str, ...], capability: str) -> bool:
 
 def shared_memory() -> int:
     """Bytes of shared memory that a block may have on each of this machine's GPUs."""
-    return min(device["max_shared"] for device in extensions["cuda"].module.devices())
+    devices = extensions["cuda"].module.devices()
+    return min((device["max_shared"] for device in devices), default=48 << 10)
