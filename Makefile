@@ -11,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard xla_kernels/*.* xla_kernels/common/*.*)
+COMMA := ,
 GPU := $(shell nvidia-smi -L 2> /dev/null | grep -o -m 1 GPU)
 CXX_FILES = $(shell find xla_kernels tests -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inc')
 
@@ -31,13 +32,18 @@ help:
 	@echo "make bazel     the CPU extension built and smoke-tested by Bazel"
 	@echo "make clean     remove what was built, .venv too"
 
-demo: $(VENV)/.experiments $(if $(GPU),check)
+# Where there is a GPU, demo and test begin with this, so that they use its kernels; if it fails, it says so, and
+# they run the reference.
+CHECK = $(if $(GPU),-$(BIN)/python -m ilajax check)
+
+demo: $(VENV)/.experiments
+	$(CHECK)
 	$(BIN)/python -m experiments.demo $(ARGS)
 
-test: $(VENV)/.test $(if $(GPU),check)
+test: $(VENV)/.test
+	$(CHECK)
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
-# Behind a build; where there is a GPU, demo and test begin with it, so that they use its kernels.
 check: $(if $(wildcard $(VENV)/.test),$(VENV)/.test,$(VENV)/.experiments)
 	$(BIN)/python -m ilajax check
 
@@ -88,10 +94,10 @@ $(VENV)/.build: pyproject.toml
 	$(PIP) install -qq cmake ninja --requirement $@-requirements
 	@touch $@
 
-# CUDA kernels where there is a GPU to run them.
+# With CUDA kernels, and JAX for them, where there is a GPU.
 $(VENV)/.%: $(VENV)/.build $(SOURCES)
 	ILAJAX_CUDA="$${ILAJAX_CUDA:-$(if $(GPU),AUTO,OFF)}" \
-	  $(PIP) install -qq --no-build-isolation --editable '.[$*]'
+	  $(PIP) install -qq --no-build-isolation --editable '.[$*$(if $(GPU),$(COMMA)cuda)]'
 	@$(BIN)/python -c 'from ilajax.ffi.registry import extensions; print(extensions["cpu"].missing, end="")'
 	@touch $@
 
