@@ -64,6 +64,7 @@ def registrations() -> dict[str, object]:
     pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     recording = {}
     cpu = importlib.util.module_from_spec(_CPU)
+    _CPU.loader.exec_module(cpu)
     for target, handler in cpu.registrations().items():
         ctypes.c_void_p.in_dll(library, f"{target}_handler").value = pointer(handler, None)
         recording[target] = jax.ffi.pycapsule(getattr(library, target))
