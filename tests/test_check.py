@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,20 @@ def test_a_wrong_kernel_is_seen(monkeypatch):
 
 
 @native
+@pytest.mark.nans
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_nan_is_seen(exact):
+    """Catches a NaN that passes for a zero."""
+
+    def function(x, _):
+        return ilajax.to_dense(x).at[0, 2, 0].add(jnp.nan if routes.choice() == "native" else 0.0)
+
+    x = ilajax.SparseTensor(jnp.array([[[1, 4]]]), jnp.ones((1, 1, 2)), (6,))
+    case = check.Case("to_dense", "", function, (x, None), exact=exact)
+    assert "the kernel has nan, the reference 0.0" in check.compare(case)
+
+
+@native
 def test_a_wrong_gradient_is_seen():
     """Catches a comparison of results only."""
 
@@ -62,12 +77,18 @@ def test_the_command(monkeypatch):
 
 
 def test_a_hang_is_stopped(monkeypatch, capfd):
-    """Catches a kernel that hangs, and takes the check with it."""
-    monkeypatch.setattr(
-        check, "_COMMAND", "import time; print('conv ...', flush=True); time.sleep(60)"
+    """Catches a kernel that hangs, in the middle of a line as all do, and takes the check with it."""
+    script = (
+        "import time; print('begun', flush=True); time.sleep(1);"
+        "print('  conv ', end='', flush=True); time.sleep(60)"
     )
+    monkeypatch.setattr(check, "_COMMAND", script)
+    start = time.monotonic()
     assert check.supervise(limit=5) == 1
-    assert "FAILED: stopped after 5 s, behind: conv ..." in capfd.readouterr().out
+    assert time.monotonic() - start < 30
+    said = capfd.readouterr().out
+    assert said.startswith("begun\n  conv ")
+    assert "FAILED: stopped after 5 s, in: conv" in said
 
 
 def test_a_crash_is_told(monkeypatch):

@@ -63,6 +63,8 @@ def _unfit_driver(module: Any) -> str:
 
     Asked before a handler is registered, and without starting CUDA: that would settle which GPUs are visible.
     """
+    if not hasattr(module, "driver_version"):
+        return "The CUDA extension is older than ilajax: install it again."
     driver, runtime = module.driver_version(), module.runtime_version()
     if driver == 0:
         return "There is no NVIDIA driver here."

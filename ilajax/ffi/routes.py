@@ -13,7 +13,7 @@ import os
 import platform as host
 import warnings
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 import jax
@@ -97,7 +97,7 @@ def backend() -> Backend:
     default = default_platform()
     here = sorted(platforms(), key=lambda platform: platform != default)
     return Backend(
-        {**{name: version(name) for name in PACKAGES}, "Python": host.python_version()},
+        {**{name: _version(name) for name in PACKAGES}, "Python": host.python_version()},
         tuple(f"{device.device_kind} ({device})" for device in jax.devices()),
         {platform: {name: route(name, platform) for name in OPERATIONS} for platform in here},
         {name: extension.missing for name, extension in extensions.items() if name not in here},
@@ -181,6 +181,13 @@ def choice() -> str:
     if given not in CHOICES:
         raise ValueError(f"ILAJAX_BACKEND must be one of {CHOICES}, got {given!r}.")
     return given
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a folder on the path
+        return "not installed"
 
 
 def _sent_to_reference() -> frozenset[str]:

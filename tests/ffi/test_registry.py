@@ -49,6 +49,12 @@ def test_an_extension_that_does_not_load(module, monkeypatch):
     assert "GLIBCXX_3.4.99" in found.missing
 
 
+def test_an_extension_of_an_older_ilajax(module):
+    """Catches an extension from before an update, which takes `import ilajax` down."""
+    module("ilajax._cuda", types.SimpleNamespace(registrations=dict))
+    assert "older than ilajax: install it again" in registry._load("cuda").missing
+
+
 @pytest.mark.parametrize(
     ("driver", "runtime", "said"),
     [

@@ -1,5 +1,6 @@
 """What runs where, why, and what is said of it."""
 
+import importlib.metadata
 import subprocess
 import sys
 import warnings
@@ -166,6 +167,16 @@ def test_the_command_prints_the_data():
     for name in routes.OPERATIONS:
         assert f"  {name} " in done.stdout
     assert "devices: " in done.stdout
+
+
+def test_a_copy_that_is_not_installed(monkeypatch):
+    """Catches a report that fails where ilajax is just a folder on the path."""
+
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(routes, "version", version)
+    assert str(ilajax.backend()).startswith("ilajax not installed, ")
 
 
 def test_what_is_installed_for_other_platforms(monkeypatch):
