@@ -1,13 +1,18 @@
 """ilajax: convolutional networks on sparse data in JAX."""
 
-from ilajax import models, nn, optim
+from ilajax import data, export, models, nn, optim
 from ilajax.ffi.routes import Backend, Route, backend
 from ilajax.geometry import capacity
+from ilajax.ops.add import add
+from ilajax.ops.concatenate import concatenate
 from ilajax.ops.conv import ConvResult, conv
-from ilajax.ops.convert import concatenate, from_dense, from_points, to_dense
+from ilajax.ops.convert import from_dense, to_dense
 from ilajax.ops.k_select import k_select
+from ilajax.ops.points import from_points
 from ilajax.ops.pointwise import relu
 from ilajax.ops.pool import avg_pool, global_avg_pool, global_max_pool, max_pool
+from ilajax.ops.sample import sample
+from ilajax.plotting import plot
 from ilajax.sparse_kernel import SparseKernel
 from ilajax.sparse_tensor import SparseTensor
 
@@ -19,11 +24,14 @@ __all__ = [
     "Route",
     "SparseKernel",
     "SparseTensor",
+    "add",
     "avg_pool",
     "backend",
     "capacity",
     "concatenate",
     "conv",
+    "data",
+    "export",
     "from_dense",
     "from_points",
     "global_avg_pool",
@@ -33,6 +41,8 @@ __all__ = [
     "models",
     "nn",
     "optim",
+    "plot",
     "relu",
+    "sample",
     "to_dense",
 ]

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 Padding = str | Sequence[tuple[int, int]]
 
@@ -59,13 +58,20 @@ def capacity(density_bound: float, spatial_shape: Sequence[int]) -> int:
       The capacity K, the number of slots of each (batch, channel) segment.
 
     Raises:
+      TypeError: if the bound is not one number.
       ValueError: if the bound lies outside (0, 1] or the grid is not valid.
 
     Example:
       >>> capacity(0.1, (10, 10, 10))
       100
     """
-    bound = float(density_bound)
+    try:
+        bound = float(density_bound)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"density_bound must be one number in (0, 1], got {density_bound!r}. Each layer has a bound of "
+            f"its own, known before tracing, which holds for every channel."
+        ) from None
     if not 0.0 < bound <= 1.0:
         raise ValueError(
             f"density_bound must lie in (0, 1], got {density_bound!r}. It is the share of the grid's "
@@ -94,6 +100,46 @@ def per_axis(argument: str, value: int | Sequence[int], rank: int) -> tuple[int,
     if min(values) < 1:
         raise ValueError(f"{argument} must be at least 1 along every axis, got {values}.")
     return values
+
+
+def check_padding(padding: Padding, rank: int) -> Padding:
+    """Returns the padding's name as it is, and pairs as a tuple of pairs, which is hashable.
+
+    Raises:
+      TypeError: if it is neither a name nor a sequence of pairs of integers.
+      ValueError: if the name is unknown, or the pairs are not one for each axis.
+    """
+    if isinstance(padding, str):
+        if padding.upper() not in ("SAME", "SAME_LOWER", "VALID"):
+            raise ValueError(
+                f"padding must be 'SAME', 'SAME_LOWER', 'VALID' or a (low, high) pair for each spatial axis, "
+                f"got {padding!r}."
+            )
+        return padding
+    try:
+        pads = tuple((operator.index(low), operator.index(high)) for low, high in padding)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"padding must be 'SAME', 'SAME_LOWER', 'VALID' or a sequence of (low, high) pairs of integers, "
+            f"got {padding!r}.{_pairs_for(padding, rank)}"
+        ) from None
+    if len(pads) != rank:
+        raise ValueError(
+            f"padding must have one (low, high) pair for each of the {rank} spatial axes, got {pads}."
+        )
+    return pads
+
+
+def _pairs_for(padding: object, rank: int) -> str:
+    """Advice where padding is one integer, or one for each axis, as other libraries take it."""
+    sides = (padding,) * rank if isinstance(padding, int) else padding
+    if not isinstance(sides, list | tuple) or len(sides) != rank:
+        return ""
+    if not all(isinstance(side, int) for side in sides):
+        return ""
+    return (
+        f" For as many sites on both sides write padding={tuple((side, side) for side in sides)}."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,10 +232,15 @@ def conv_window(
     strides = per_axis("strides", strides, rank)
     dilation = per_axis("kernel_dilation", dilation, rank)
     extent = tuple((w - 1) * d + 1 for w, d in zip(window_shape, dilation, strict=True))
-    pads = _pads(padding, input_shape, extent, strides)
+    padding = check_padding(padding, rank)
+    if isinstance(padding, str):
+        padding = [
+            (int(low), int(high))
+            for low, high in jax.lax.padtype_to_pads(input_shape, extent, strides, padding.upper())
+        ]
     output_shape = []
     for axis, (size, reach, stride, (low, high)) in enumerate(
-        zip(input_shape, extent, strides, pads, strict=True)
+        zip(input_shape, extent, strides, padding, strict=True)
     ):
         if reach > size + low + high:
             raise ValueError(
@@ -202,7 +253,7 @@ def conv_window(
         tuple(window_shape),
         strides,
         dilation,
-        tuple(low for low, _ in pads),
+        tuple(low for low, _ in padding),
         check_spatial_shape(output_shape),
     )
 
@@ -233,35 +284,3 @@ def ravel(position: Sequence[jax.Array], shape: Sequence[int]) -> jax.Array:
         # Clipped, so that a position far outside cannot overflow into the grid.
         key = key * size + jnp.clip(p, 0, size - 1)
     return jnp.where(inside, key, sites(shape)).astype(jnp.int32)
-
-
-def _pads(
-    padding: Padding,
-    input_shape: tuple[int, ...],
-    extent: tuple[int, ...],
-    strides: tuple[int, ...],
-) -> list[tuple[int, int]]:
-    if isinstance(padding, str):
-        name = padding.upper()
-        if name not in ("SAME", "SAME_LOWER", "VALID"):
-            raise ValueError(
-                f"padding must be 'SAME', 'SAME_LOWER', 'VALID' or a (low, high) pair for each spatial axis, "
-                f"got {padding!r}."
-            )
-        return [
-            (int(low), int(high))
-            for low, high in jax.lax.padtype_to_pads(input_shape, extent, strides, name)
-        ]
-    try:
-        pads = [(operator.index(low), operator.index(high)) for low, high in padding]
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"padding must be 'SAME', 'VALID' or a sequence of (low, high) pairs of integers, got "
-            f"{padding!r}."
-        ) from None
-    if len(pads) != len(input_shape):
-        raise ValueError(
-            f"padding must have one (low, high) pair for each of the {len(input_shape)} spatial axes, "
-            f"got {np.asarray(pads).tolist()}."
-        )
-    return pads

@@ -45,7 +45,8 @@ class SparseKernel:
         if len(self.keys.shape) != 1 or self.keys.shape != self.values.shape:
             raise ValueError(
                 f"keys and values must be vectors of one length, got shapes {self.keys.shape} and "
-                f"{self.values.shape}."
+                f"{self.values.shape}. Were a layer's weights restored without its kernel_keys? Save all "
+                f"variables, nnx.state(model), and load them with ilajax.nn.load_state."
             )
         if self.keys.dtype != jnp.int32:
             raise TypeError(f"keys must be int32, got {self.keys.dtype}.")
@@ -134,6 +135,20 @@ class SparseKernel:
         """The full filter again: removed weights re-enter at 0 and are live, for transfer learning."""
         return type(self).from_dense(self.to_dense())
 
+    def validate(self) -> Self:
+        """Checks the keys' order on concrete arrays and returns the kernel.
+
+        Raises:
+          ValueError: if a key lies outside the filter, or keys do not ascend with padding at the tail. Under
+            `jit` there is nothing to look at: validate outside.
+        """
+        if isinstance(self.keys, jax.core.Tracer):
+            raise ValueError(
+                "validate() looks at concrete arrays, got tracers. Call it outside jit."
+            )
+        check_kernel_keys("keys", self.keys, self.shape)
+        return self
+
     @property
     def _safe_keys(self) -> jax.Array:
         # Negative indices would wrap around.
@@ -171,6 +186,29 @@ def check_kernel_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     if sites(checked) > MAX_SITES:
         raise ValueError(f"a kernel must have fewer than 2**31 weights, got shape {checked}.")
     return checked
+
+
+def check_kernel_keys(argument: str, keys: Any, shape: tuple[int, ...]) -> None:
+    """Raises ValueError where concrete keys [..., N] of filters of one shape are out of order."""
+    if not getattr(keys, "is_fully_addressable", True) and not keys.is_fully_replicated:
+        return  # parts of them lie in other processes
+    keys, size = np.asarray(keys, np.int64), sites(shape)
+    outside = (keys < 0) | (keys > size)
+    # Any number of padding keys may follow; nothing but padding may follow padding.
+    unordered = (keys[..., :-1] >= keys[..., 1:]) & (keys[..., 1:] != size)
+    if outside.any():
+        problem = f"but {keys[outside][0]} is among them"
+    elif unordered.any():
+        where = (*np.argwhere(unordered)[0][:-1], slice(None))
+        slot = int(np.argmax(unordered[where]))
+        problem = f"but at slot {slot + 1} {keys[where][slot + 1]} follows {keys[where][slot]}"
+    else:
+        return
+    raise ValueError(
+        f"{argument} must ascend in [0, {size}), with padding of {size} behind, {problem}. Were they "
+        f"restored by Orbax with strict=False, which fills up with 0? Load the checkpoint with "
+        f"ilajax.nn.load_state, which takes the lengths as they were stored."
+    )
 
 
 def _to_key_order(w: jax.Array) -> jax.Array:

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import sparse
 
+from ilajax import display
 from ilajax.geometry import check_spatial_shape, sites
 
 VALUE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -30,7 +31,11 @@ class SparseTensor:
       values: float32, bfloat16 or float16 [B, C, K]; 0 in padding.
       spatial_shape: the grid, one or more axes with fewer than 2**31 sites; static.
 
-    The keys are integers, so differentiate with respect to the values, or pass `allow_int=True`:
+    `x + y` and `x - y` add over the union of the supports (`ilajax.add`), `-x`, `2 * x` and `x / 2` scale the
+    stored values, and `x.map(f)` applies any function to them.
+
+    The keys are integers, of which `jax.grad` says "grad requires real- or complex-valued inputs, got int32".
+    So differentiate with respect to the values, or pass `allow_int=True` and read `.values` of the result:
 
       >>> x = ilajax.from_dense(jnp.ones((1, 4, 4, 1)), capacity=16)
       >>> loss = lambda values: ilajax.to_dense(x.with_values(values)).sum()
@@ -45,6 +50,9 @@ class SparseTensor:
     keys: jax.Array
     values: jax.Array
     spatial_shape: tuple[int, ...]
+
+    # Addition is an operation and stands above this file: ilajax/ops/add.py puts it here.
+    _add: ClassVar[Callable[["SparseTensor", "SparseTensor"], "SparseTensor"]]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spatial_shape", check_spatial_shape(self.spatial_shape))
@@ -85,39 +93,104 @@ class SparseTensor:
     @property
     def counts(self) -> jax.Array:
         """Stored sites of each sample and channel, int32[B, C]."""
-        stored = jnp.sum(self.keys < self.sites, axis=2, dtype=jnp.int32)
-        return jnp.broadcast_to(stored, (self.batch_size, self.channels))
+        xp = _namespace(self.keys)
+        stored = xp.sum(self.keys < self.sites, axis=2, dtype=np.int32)
+        return xp.broadcast_to(stored, (self.batch_size, self.channels))
 
     @property
     def density(self) -> jax.Array:
         """Share of the sites that are stored, float32[B, C]."""
-        return self.counts.astype(jnp.float32) / self.sites
+        return self.counts.astype(np.float32) / self.sites
+
+    def coordinates(self) -> jax.Array:
+        """Positions of the stored sites, int32[B, C or 1, K, d]; padding has `spatial_shape`.
+
+        Padding thus lies one past the end on every axis, as in a `BCOO`.
+
+        Example:
+          >>> x = ilajax.from_dense(jnp.eye(2)[None, ..., None], capacity=3)
+          >>> x.coordinates()[0, 0]
+          Array([[0, 0],
+                 [1, 1],
+                 [2, 2]], dtype=int32)
+        """
+        xp = _namespace(self.keys)
+        axes, rest = [], self.keys
+        for size in reversed(self.spatial_shape):
+            axes.append(rest % size)
+            rest = rest // size
+        stored = (self.keys < self.sites)[..., None]
+        extent = np.array(self.spatial_shape, np.int32)
+        return xp.where(stored, xp.stack(axes[::-1], axis=-1), extent)
 
     def with_values(self, values: jax.Array) -> Self:
-        """The same support with other values, [B, C', K]; C' may differ where the support is shared."""
+        """The same support with other values, [B, C', K]; C' may differ where the support is shared.
+
+        Whose values they are cannot be seen: those of another support would land on the wrong sites. To
+        combine tensors use `x + y`, which knows the supports of both.
+        """
         return dataclasses.replace(self, values=values)
 
     def map(self, f: Callable[[jax.Array], jax.Array]) -> Self:
         """Applies `f` to the stored values; padding stays 0, whatever `f` makes of it."""
         # Padding is kept away from f too: where f has no derivative at 0, its gradient would be nan.
         stored = self.keys < self.sites
-        mapped = f(jnp.where(stored, self.values, jnp.ones_like(self.values)))
-        return self.with_values(jnp.where(stored, mapped, jnp.zeros_like(mapped)))
+        xp = _namespace(self.keys, self.values)
+        mapped = f(xp.where(stored, self.values, xp.ones_like(self.values)))
+        xp = _namespace(self.keys, mapped)  # jax.nn.relu of NumPy's arrays is JAX's
+        return self.with_values(xp.where(stored, mapped, xp.zeros_like(mapped)))
 
     def unshare(self) -> Self:
         """Gives each channel its own keys."""
         shape = (self.batch_size, self.channels, self.capacity)
-        return dataclasses.replace(self, keys=jnp.broadcast_to(self.keys, shape))
+        keys = _namespace(self.keys).broadcast_to(self.keys, shape)
+        return dataclasses.replace(self, keys=keys)
+
+    def __neg__(self) -> Self:
+        return self.map(jnp.negative)
+
+    def __mul__(self, factor: Any) -> Self:
+        """The stored values times a scalar."""
+        _check_scalar("*", factor)
+        return self.map(lambda values: values * factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> Self:
+        """The stored values divided by a scalar."""
+        _check_scalar("/", divisor)
+        return self.map(lambda values: values / divisor)
+
+    def __add__(self, other: Any) -> "SparseTensor":
+        """The sum over the union of both supports, see `ilajax.add`."""
+        if isinstance(other, SparseTensor):
+            return SparseTensor._add(self, other)
+        if _is_zero(other):
+            return self  # where sum() starts
+        raise TypeError(
+            f"+ and - take another SparseTensor, got {type(other).__name__}. To add to the stored sites use "
+            "x.map(lambda v: v + 1); to all sites, ilajax.to_dense(x) + 1."
+        )
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> "SparseTensor":
+        """The difference over the union of both supports, see `ilajax.add`."""
+        return self + (-other if isinstance(other, SparseTensor) else other)
+
+    # NumPy's scalars and arrays leave their operators to the ones above.
+    __array_ufunc__ = None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        raise TypeError(
+            "a SparseTensor does not become an array by itself: use ilajax.to_dense(x) for the dense array, "
+            "or x.values for the stored values."
+        )
 
     def to_bcoo(self) -> sparse.BCOO:
         """The same array as a `jax.experimental.sparse.BCOO` of shape (B, C, *S) with n_batch=2."""
-        own = self.unshare()
-        position = jnp.stack(jnp.unravel_index(own.keys, self.spatial_shape), axis=-1)
-        # BCOO marks padding by an index past the end of every axis.
-        padding = (own.keys >= self.sites)[..., None]
-        indices = jnp.where(padding, jnp.array(self.spatial_shape, jnp.int32), position)
         return sparse.BCOO(
-            (self.values, indices.astype(jnp.int32)),
+            (jnp.asarray(self.values), jnp.asarray(self.unshare().coordinates())),
             shape=(self.batch_size, self.channels, *self.spatial_shape),
             indices_sorted=True,
             unique_indices=True,
@@ -183,13 +256,10 @@ class SparseTensor:
         return self
 
     def __repr__(self) -> str:
-        if not hasattr(self.values, "dtype") or not hasattr(self.keys, "shape"):
-            return f"SparseTensor(keys={self.keys!r}, values={self.values!r})"
-        support = ", shared support" if self.shared else ""
-        return (
-            f"SparseTensor({self.dtype}{list(self.shape)}, capacity={self.capacity} of {self.sites} sites"
-            f"{support})"
-        )
+        return display.text(self.keys, self.values, self.spatial_shape)
+
+    def _repr_html_(self) -> str | None:
+        return display.html(self.keys, self.values, self.spatial_shape)
 
     def tree_flatten_with_keys(self) -> tuple[tuple[Any, Any], tuple[int, ...]]:
         name = jax.tree_util.GetAttrKey
@@ -205,6 +275,14 @@ class SparseTensor:
         return self
 
 
+def _namespace(*arrays: Any) -> Any:
+    """NumPy where all arrays are NumPy's, else jax.numpy.
+
+    Workers of a data loader hold NumPy arrays and must not wake up JAX, which does not survive a fork.
+    """
+    return np if all(isinstance(a, np.ndarray) for a in arrays) else jnp
+
+
 def check_sparse(argument: str, x: object) -> None:
     """Raises TypeError unless `x` is a SparseTensor, and whatever its constructor would raise."""
     if not isinstance(x, SparseTensor):
@@ -213,6 +291,22 @@ def check_sparse(argument: str, x: object) -> None:
             f"Make one with ilajax.from_dense or ilajax.from_points."
         )
     _check_arrays(x.keys, x.values)
+
+
+def _check_scalar(operator: str, factor: object) -> None:
+    if isinstance(factor, int | float) or getattr(factor, "shape", None) == ():
+        return
+    what = type(factor).__name__
+    if hasattr(factor, "shape"):
+        what += f" of shape {factor.shape}"
+    raise TypeError(
+        f"a SparseTensor {operator} takes a scalar, got {what}. For two tensors of one support, or a factor "
+        f"for each channel, use x.with_values(x.values {operator} ...); for any function, x.map(f)."
+    )
+
+
+def _is_zero(other: object) -> bool:
+    return isinstance(other, int | float | np.number) and other == 0
 
 
 def _check_arrays(keys: Any, values: Any) -> None:

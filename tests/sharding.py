@@ -1,8 +1,10 @@
 """Checks on four devices, run by test_ffi.py in a process of its own: prints {check: error or null}.
 
-Arguments name the checks to run; without any, all are.
+Each runs on a mesh of Auto axes, and on one of Explicit axes, which is what `jax.make_mesh` makes. Arguments
+name the checks to run; without any, all are.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -25,8 +27,16 @@ KERNEL = samples.kernel(0, (3, 3), 2, 3)
 BIAS = jnp.array([1.0, 0.0, -1.0])
 
 
-def mesh():
-    return jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+kind = AxisType.Auto
+
+
+def mesh(shape=(4,), names=("data",)):
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+
+
+def context(mesh):
+    """What a user of Explicit axes sets around the whole program."""
+    return jax.set_mesh(mesh) if kind == AxisType.Explicit else contextlib.nullcontext()
 
 
 def tensor(seed=0, **options):
@@ -56,8 +66,8 @@ def submanifold_total(weights, bias, x):
     return (features.values**2).sum()
 
 
-def split(x):
-    return jax.device_put(x, NamedSharding(mesh(), P("data")))
+def split(x, spec=P("data")):
+    return jax.device_put(x, NamedSharding(mesh(), spec))
 
 
 def close(got, want):
@@ -70,7 +80,7 @@ def check_shard_map_forward():
     run = jax.jit(
         jax.shard_map(chain, mesh=mesh(), in_specs=(P("data"), P(), P()), out_specs=P("data"))
     )
-    close(run(x, KERNEL.values, BIAS), jax.jit(chain)(x, KERNEL.values, BIAS))
+    close(run(split(x), KERNEL.values, BIAS), jax.jit(chain)(x, KERNEL.values, BIAS))
 
 
 def gradients_in_shard_map(loss, x):
@@ -83,7 +93,7 @@ def gradients_in_shard_map(loss, x):
         return jax.grad(mean, (0, 1))(weights, bias)
 
     sharded = jax.shard_map(step, mesh=mesh(), in_specs=(P(), P(), P("data")), out_specs=(P(), P()))
-    return jax.jit(sharded)(KERNEL.values, BIAS, x)
+    return jax.jit(sharded)(KERNEL.values, BIAS, split(x))
 
 
 def check_gradients_of_replicated_weights():
@@ -108,7 +118,7 @@ def check_gradient_without_psum():
         return jax.grad(lambda w: total(w, BIAS, x))(weights)
 
     got = jax.jit(jax.shard_map(step, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P()))(
-        KERNEL.values, x
+        KERNEL.values, split(x)
     )
     close(got, jax.jit(jax.grad(total))(KERNEL.values, BIAS, x))
 
@@ -116,7 +126,7 @@ def check_gradient_without_psum():
 def false_out_specs(f):
     """Fails unless JAX refuses to return device-dependent data of f as if it were replicated."""
     with pytest.raises(ValueError, match="out_specs"):
-        jax.jit(jax.shard_map(f, mesh=mesh(), in_specs=P("data"), out_specs=P()))(tensor())
+        jax.jit(jax.shard_map(f, mesh=mesh(), in_specs=P("data"), out_specs=P()))(split(tensor()))
 
 
 def check_false_out_specs_of_conv():
@@ -170,7 +180,8 @@ def check_vmap_inside_shard_map():
             f, mesh=mesh(), in_specs=(P(None, "data"), P(), P()), out_specs=P(None, "data")
         )
     )
-    close(run(xs, KERNEL.values, BIAS), jax.jit(f)(xs, KERNEL.values, BIAS))
+    placed = split(xs, P(None, "data"))
+    close(run(placed, KERNEL.values, BIAS), jax.jit(f)(xs, KERNEL.values, BIAS))
 
 
 def no_gather(f, *arguments):
@@ -262,12 +273,13 @@ def check_a_batch_that_does_not_divide():
 def check_two_mesh_axes():
     """Catches a batch over two mesh axes, gradients included."""
     x = tensor(15)
-    square = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-    placed = jax.device_put(x, NamedSharding(square, P(("a", "b"))))
     want = jax.jit(jax.grad(total, (0, 1)))(KERNEL.values, BIAS, x)
-    close(no_gather(jax.grad(total, (0, 1)), KERNEL.values, BIAS, placed), want)
+    square = mesh((2, 2), ("a", "b"))
+    placed = jax.device_put(x, NamedSharding(square, P(("a", "b"))))
     half = jax.device_put(x, NamedSharding(square, P("b")))
-    close(jax.jit(jax.grad(total, (0, 1)))(KERNEL.values, BIAS, half), want)
+    with context(square):
+        close(no_gather(jax.grad(total, (0, 1)), KERNEL.values, BIAS, placed), want)
+        close(jax.jit(jax.grad(total, (0, 1)))(KERNEL.values, BIAS, half), want)
 
 
 def check_pmean_training_step():
@@ -279,21 +291,24 @@ def check_pmean_training_step():
         return weights - 0.01 * gradient
 
     sharded = jax.shard_map(step, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P())
-    got = jax.jit(sharded)(KERNEL.values, x)
+    got = jax.jit(sharded)(KERNEL.values, split(x))
     want = KERNEL.values - 0.01 * jax.grad(total)(KERNEL.values, BIAS, x) / 4
     close(got, want)
 
 
 def main():
     assert jax.device_count() == 4, "run with XLA_FLAGS=--xla_force_host_platform_device_count=4"
+    global kind
+    checks = [name for name in globals() if name.startswith("check_")]
     results = {}
-    for name, check in list(globals().items()):
-        if name in sys.argv[1:] or (len(sys.argv) == 1 and name.startswith("check_")):
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        for name in sys.argv[1:] or checks:
             try:
-                check()
-                results[name] = None
+                with context(mesh()):
+                    globals()[name]()
+                results[f"{name} {kind}"] = None
             except Exception:
-                results[name] = traceback.format_exc()
+                results[f"{name} {kind}"] = traceback.format_exc()
     print(json.dumps(results))
 
 

@@ -186,3 +186,38 @@ def test_any_mask_round_trips(seed, density):
     count = int(kernel.count)
     for got, want in ((again.keys, kernel.keys), (again.values, kernel.values)):
         np.testing.assert_array_equal(np.asarray(got)[:count], np.asarray(want)[:count])
+
+
+# --- Validation ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [[0, 3, 5], [0, 18, 18], [18, 18, 18], [17]], ids=str)
+def test_keys_in_order_are_valid(keys):
+    """Catches padding at the tail, any number of it, taken for a repeated key."""
+    kernel = ilajax.SparseKernel(jnp.array(keys, jnp.int32), jnp.ones(len(keys)), (3, 2, 3))
+    assert kernel.validate() is kernel
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ([0, 3, 3], "slot 2 3 follows 3"),
+        ([4, 0, 0], "slot 1 0 follows 4"),
+        ([2, 18, 5], "slot 2 5 follows 18"),
+        ([-1, 2, 3], "-1 is among them"),
+        ([1, 2, 19], "19 is among them"),
+    ],
+    ids=str,
+)
+def test_keys_out_of_order_raise(keys, problem):
+    """Catches what Orbax fills up with 0, and keys of a filter of another shape."""
+    kernel = ilajax.SparseKernel(jnp.array(keys, jnp.int32), jnp.ones(3), (3, 2, 3))
+    with pytest.raises(ValueError, match=f"keys must ascend.*{problem}.*load_state"):
+        kernel.validate()
+
+
+def test_validation_under_jit_raises():
+    """Catches a check that seems to have looked at what jit has not computed."""
+    kernel = ilajax.SparseKernel.from_dense(jnp.ones((3, 2, 3)))
+    with pytest.raises(ValueError, match="outside jit"):
+        jax.jit(lambda kernel: kernel.validate().count)(kernel)

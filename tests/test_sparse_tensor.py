@@ -100,6 +100,55 @@ def test_map_may_change_the_dtype():
     oracles.assert_invariants(y)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("grid", [(7,), (3, 4), (2, 3, 4), (2, 2, 2, 3)])
+def test_coordinates(grid, shared):
+    """Catches axes in another order than the grid's, and padding that looks like a site."""
+    x = samples.tensor(5, 2, 3, grid, capacity=9, shared=shared)
+    keys = np.asarray(x.keys)
+    stored = keys < x.sites
+    want = np.stack(np.unravel_index(np.where(stored, keys, 0), grid), axis=-1)
+    want[~stored] = grid
+    for got in (x.coordinates(), jax.jit(lambda x: x.coordinates())(x)):
+        assert got.dtype == jnp.int32
+        np.testing.assert_array_equal(got, want)
+
+
+def test_coordinates_of_a_grid_near_2_31():
+    """Catches a position that overflows."""
+    size = 1290
+    x = make([[[0, size**3 - 2, size**3]]], np.zeros((1, 1, 3)), (size,) * 3)
+    want = [[0] * 3, [size - 1, size - 1, size - 2], [size] * 3]
+    np.testing.assert_array_equal(x.coordinates()[0, 0], want)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_numpys_leaves_stay_numpys(shared):
+    """Catches a property that calls JAX, which workers of a data loader must not."""
+    x = samples.tensor(6, 2, 3, (4, 5), capacity=9, shared=shared)
+    host = jax.tree.map(np.asarray, x)
+    for f in (
+        lambda x: x.counts,
+        lambda x: x.density,
+        lambda x: x.coordinates(),
+        lambda x: x.map(abs),
+        lambda x: x.unshare(),
+        lambda x: x.with_values(x.values),
+    ):
+        for got, want in zip(jax.tree.leaves(f(host)), jax.tree.leaves(f(x)), strict=True):
+            assert type(got) is np.ndarray
+            assert got.dtype == want.dtype
+            np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_a_function_of_jax_maps_numpys_leaves():
+    """Catches NumPy that pulls back what a function of JAX has made, inside jit for one."""
+    host = jax.tree.map(np.asarray, samples.tensor(7))
+    traced = jax.jit(lambda s: host.map(lambda v: v * s))(2.0)
+    oracles.assert_invariants(traced)
+    np.testing.assert_array_equal(traced.values, 2 * host.values)
+
+
 # --- Construction and validate ---------------------------------------------------------------------
 
 KEYS, VALUES = jnp.zeros((1, 2, 3), jnp.int32), jnp.zeros((1, 2, 3))
@@ -315,3 +364,90 @@ def test_from_bcoo_rejects_other_types():
 def test_invariants_of_samples(seed, density, shared):
     """Catches a generator of test data, or a validate, that is wrong itself."""
     oracles.assert_invariants(samples.tensor(seed, density=density, shared=shared))
+
+
+# --- Operators -------------------------------------------------------------------------------------
+
+SCALARS = {
+    "int": 2,
+    "float": 0.5,
+    "numpy": np.float32(2),
+    "numpy-0d": np.array(2.0, np.float32),
+    "jax": jnp.float32(2),
+    "inf": np.inf,
+}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", SCALARS)
+def test_scalars_scale_the_stored_values(kind, shared):
+    """Catches NumPy or JAX taking the tensor for an array, other keys, and inf * 0 in padding."""
+    x, factor = samples.tensor(3, shared=shared), SCALARS[kind]
+    values = oracles.read(x.values)
+    stored = np.broadcast_to(np.asarray(x.keys) < x.sites, values.shape)
+    results = [
+        (x * factor, values * np.where(stored, factor, 0)),
+        (factor * x, values * np.where(stored, factor, 0)),
+        (x / factor, values / factor),
+        (-x, -values),
+    ]
+    for y, want in results:
+        assert isinstance(y, ilajax.SparseTensor)
+        assert y.keys is x.keys
+        np.testing.assert_array_equal(oracles.read(y.values), np.where(stored, want, 0))
+
+
+@pytest.mark.nans
+def test_nan_and_zero_divisors_leave_padding_at_0():
+    """Catches padding that a scalar fills."""
+    x = samples.tensor(4)
+    for y in (x * np.nan, x / 0, jnp.nan * x):
+        oracles.assert_invariants(y)
+
+
+def test_scaling_keeps_the_dtype_and_differentiates():
+    """Catches a Python scalar that widens, and a gradient that padding or another entry gets."""
+    x = samples.tensor(5, dtype="bfloat16")
+    assert {(x * 2).dtype, (x / 3).dtype, (-x).dtype} == {jnp.dtype(jnp.bfloat16)}
+    x = samples.tensor(5)
+    gradients = jax.grad(lambda s, v: (x.with_values(v) * s).values.sum(), (0, 1))(3.0, x.values)
+    np.testing.assert_array_equal(gradients[0], x.values.sum())
+    np.testing.assert_array_equal(gradients[1], np.where(x.keys < x.sites, 3, 0))
+
+
+def test_plus_minus_and_sum():
+    """Catches `-` in the wrong direction, and sum(), which starts at 0."""
+    x, y = samples.tensor(6, shared=True), samples.tensor(7, shared=True)
+    a, b = oracles.dense(x), oracles.dense(y)
+    np.testing.assert_array_equal(oracles.dense(x + y), a + b)
+    np.testing.assert_array_equal(oracles.dense(x - y), a - b)
+    np.testing.assert_array_equal(oracles.dense(sum([x, y, x])), a + b + a)
+    assert (x - x.map(jnp.square)).keys is x.keys
+    assert x + 0 is x
+    assert 0 + x is x
+    assert x - 0 is x
+
+
+Y = samples.tensor(8)
+NO_OPERATION = {
+    "number": (lambda: Y + 1, r"\+.*int.*x\.map"),
+    "number-left": (lambda: 1.0 + Y, r"\+.*float.*x\.map"),
+    "minus": (lambda: Y - 1, r"-.*int.*x\.map"),
+    "array": (lambda: Y + Y.values, r"\+.*another SparseTensor"),
+    "numpy-left": (lambda: np.ones(2) + Y, r"\+.*another SparseTensor.*ndarray"),
+    "product": (lambda: Y * Y, r"\*.*scalar.*SparseTensor.*with_values.*x\.map"),
+    "quotient": (lambda: Y / Y, r"/.*scalar.*SparseTensor.*with_values.*x\.map"),
+    "factors": (lambda: Y * np.ones(2), r"\*.*scalar.*\(2,\).*with_values"),
+    "factors-left": (lambda: jnp.ones(2) * Y, r"\*.*scalar.*\(2,\).*with_values"),
+    "text": (lambda: Y * "2", r"\*.*scalar.*str"),
+    "asarray": (lambda: np.asarray(Y), r"to_dense.*x\.values"),
+    "jax-asarray": (lambda: jnp.asarray(Y), r"to_dense.*x\.values"),
+}
+
+
+@pytest.mark.parametrize("case", NO_OPERATION)
+def test_what_has_no_meaning_says_what_has(case):
+    """Catches a dense operation on a sparse tensor that passes, or fails without a way on."""
+    call, message = NO_OPERATION[case]
+    with pytest.raises(TypeError, match=message):
+        call()

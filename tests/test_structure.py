@@ -24,10 +24,11 @@ TARGETS = re.findall(
 # What a module may import, of the project, stands before it in this list. Data types and ffi know the
 # geometry only; the package's own __init__ exports all.
 LAYERS = (
-    ("ilajax.geometry",),
+    ("ilajax.geometry", "ilajax.display"),
     ("ilajax.sparse_tensor", "ilajax.sparse_kernel", "ilajax.ffi"),
-    ("ilajax.ops",),
-    ("ilajax.nn",),
+    ("ilajax.ops", "ilajax.plotting"),
+    ("ilajax.data", "ilajax.nn"),
+    ("ilajax.export",),
     ("ilajax.optim",),
     ("ilajax.models",),
     ("ilajax.check",),
@@ -253,7 +254,7 @@ def test_what_is_shipped_runs_on_any_machine():
 
 
 def public_objects():
-    for module in (ilajax, ilajax.nn, ilajax.optim, ilajax.models):
+    for module in (ilajax, ilajax.data, ilajax.nn, ilajax.optim, ilajax.models):
         assert module.__doc__
         for name in module.__all__:
             value = getattr(module, name)

@@ -1,6 +1,7 @@
 """The one door to native code: what is installed, what runs where, and how calls are mapped and sharded."""
 
-from ilajax.ffi.calls import Outputs, call, dispatch, vary_together, window_attributes
+from ilajax.ffi.calls import call, dispatch, window_attributes
+from ilajax.ffi.meshes import Outputs, place, vary_together
 from ilajax.ffi.routes import Backend, Route, backend
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "backend",
     "call",
     "dispatch",
+    "place",
     "vary_together",
     "window_attributes",
 ]

@@ -102,6 +102,7 @@ class OctNet3(nnx.Module):
       kernel_init: initialiser of all layers with a ReLU behind them. The default, He's, keeps the responses'
         scale from layer to layer; Flax's own halves their variance each time, and a network under a strict
         bound then takes several epochs longer to learn.
+      axis_name: over which devices the sparse layers measure their densities, see `ilajax.nn.Conv`.
       dtype: dtype of the computation, see `ilajax.nn.Conv`.
       param_dtype: dtype of the parameters.
 
@@ -135,6 +136,7 @@ class OctNet3(nnx.Module):
         select: str = "positive",
         kernel_density: float = 1.0,
         kernel_init: Initializer = nnx.initializers.he_normal(),
+        axis_name: str | tuple[str, ...] | None = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
     ):
@@ -176,6 +178,7 @@ class OctNet3(nnx.Module):
                     density_bound=bounds[index],
                     select=select,
                     kernel_density=kernel_density,
+                    axis_name=axis_name,
                     **common,
                 )
                 # "positive" is its own activation.

@@ -1,6 +1,7 @@
 """Conv: the sparse convolution with attention as a Flax NNX module."""
 
 import contextlib
+import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,10 +11,10 @@ import jax.numpy as jnp
 from flax import errors, nnx
 
 from ilajax import geometry
-from ilajax.geometry import Padding, conv_window, per_axis
-from ilajax.ops.conv import SUPPORTS, conv
+from ilajax.geometry import Padding, check_padding, conv_window, per_axis
+from ilajax.ops.conv import check_support, conv
 from ilajax.ops.k_select import check_select
-from ilajax.sparse_kernel import SparseKernel
+from ilajax.sparse_kernel import SparseKernel, check_kernel_keys
 from ilajax.sparse_tensor import VALUE_DTYPES, SparseTensor, check_sparse
 
 Initializer = Callable[..., jax.Array]
@@ -24,7 +25,7 @@ class KernelKeys(nnx.Variable):
 
 
 class Density(nnx.Variable):
-    """Response density of each output channel as a `Conv` measured it last, float32[Cout]."""
+    """Response density of each output channel as a `Conv` measured it last, float32[Cout]; -1 until then."""
 
 
 class Conv(nnx.Module):
@@ -38,17 +39,20 @@ class Conv(nnx.Module):
     The weights are a list of the live ones (see `ilajax.SparseKernel`); no gradient ever reaches a removed
     weight. They start as those of `flax.nnx.Conv` do: the same `rngs` gives the same filter.
 
-    Every call measures the share of output sites that had a response before the selection, for each output
-    channel, as a mean over the batch (under `shard_map`: over the shard's part of it).
-    `ilajax.optim.density_biased_l2` learns from it. The measurement leaves through Flax's transformations
+    Every call in training measures the share of output sites that had a response before the selection, for
+    each output channel, as a mean over the batch (under `shard_map` and `vmap`: over the device's part of it,
+    unless `axis_name` says otherwise). `ilajax.optim.density_biased_l2` learns from it. After `model.eval()`
+    nothing is measured, until `model.train()`. The measurement leaves through Flax's transformations
     (`nnx.jit`, `nnx.grad`, `nnx.scan`, `nnx.remat`, ...), as the statistics of `nnx.BatchNorm` do. A plain
     JAX transformation that closes over the layer has no way out for it: then `density` keeps its old value.
+    With a functional `jax.grad`, use `nnx.merge(..., copy=True)` and return
+    `nnx.state(model, ilajax.nn.Density)` beside the loss.
 
     Attributes:
       kernel: `nnx.Param`, values of the stored weights, float[N].
       kernel_keys: `KernelKeys`, their keys, int32[N]; see `ilajax.SparseKernel`.
       bias: `nnx.Param`, float[Cout], or None.
-      density: `Density`, float32[Cout]; 0 until the first call. Above the bound, the selection cut.
+      density: `Density`, float32[Cout]; -1 until the first measurement. Above the bound, the selection cut.
       kernel_shape: (*window, Cin, Cout).
 
     Args:
@@ -69,13 +73,21 @@ class Conv(nnx.Module):
         max(1, round(kernel_density * size)) weights, and the list has that length.
       kernel_init: initialiser of the full filter, of shape `kernel_shape`.
       bias_init: initialiser of the bias.
-      dtype: dtype of the computation: input, weights and bias are cast to it, and the output has it. None:
-        what they promote to. Sums are in float32 in any case.
+      dtype: dtype of the computation: the input is cast to it, weights and bias are rounded to it, and the
+        output has it. None: what they promote to. Sums are in float32 in any case, and so are the gradients
+        of weights and bias: those of float32 parameters are never rounded to `dtype`.
       param_dtype: dtype of the parameters: float32, bfloat16 or float16.
+      use_running_average: whether `density` stays as it is, instead of being measured. `model.eval()` and
+        `model.train()` set it, as they do for `nnx.BatchNorm`.
+      axis_name: the axis of `shard_map` or `vmap` (or a tuple of axes) over which the density is a mean too,
+        as in `nnx.BatchNorm`. Under `jit` alone the batch is whole, and none is needed.
       rngs: random streams; `rngs.params` is drawn from as by `flax.nnx.Conv`.
 
     Call:
-      x: SparseTensor [B, *S, Cin]. Returns the features, a SparseTensor [B, *S', Cout].
+      x: SparseTensor [B, *S, Cin].
+      use_running_average: takes precedence over the layer's own, unless None.
+
+      Returns the features, a SparseTensor [B, *S', Cout].
 
     Raises:
       TypeError, ValueError: naming the argument, what it got, and what to do.
@@ -84,7 +96,7 @@ class Conv(nnx.Module):
       >>> layer = ilajax.nn.Conv(1, 8, (3, 3), density_bound=0.25, rngs=nnx.Rngs(0))
       >>> x = ilajax.from_dense(jnp.eye(16)[None, ..., None], capacity=16)
       >>> layer(x)
-      SparseTensor(float32[1, 16, 16, 8], capacity=64 of 256 sites)
+      SparseTensor(float32[1, 16, 16, 8], capacity=64 of 256 sites, 62% filled, full in 1 of 8 segments)
       >>> layer.density.shape
       (8,)
 
@@ -109,8 +121,11 @@ class Conv(nnx.Module):
         bias_init: Initializer = nnx.initializers.zeros_init(),
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
+        use_running_average: bool = False,
+        axis_name: str | tuple[str, ...] | None = None,
         rngs: nnx.Rngs,
     ):
+        _check_rngs(rngs)
         window = _window(kernel_size)
         self.kernel_shape = (
             *window,
@@ -120,10 +135,12 @@ class Conv(nnx.Module):
         self.density_bound, self.select = _output_rule(support, density_bound, select, len(window))
         self.support = support
         self.strides = per_axis("strides", strides, len(window))
-        self.padding = _static_padding(padding)
+        self.padding = check_padding(padding, len(window))
         self.kernel_dilation = per_axis("kernel_dilation", kernel_dilation, len(window))
         self.dtype = None if dtype is None else _value_dtype("dtype", dtype)
         param_dtype = _value_dtype("param_dtype", param_dtype)
+        self.use_running_average = use_running_average
+        self.axis_name = axis_name
 
         # Drawn in Flax's order, so that a dense twin starts from the same weights.
         kernel_key = rngs.params()
@@ -136,7 +153,7 @@ class Conv(nnx.Module):
             self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
         else:
             self.bias = nnx.data(None)
-        self.density = Density(jnp.zeros((out_features,), jnp.float32))
+        self.density = Density(jnp.full((out_features,), -1, jnp.float32))
 
     @property
     def in_features(self) -> int:
@@ -155,8 +172,18 @@ class Conv(nnx.Module):
         """The filter as it stands."""
         return SparseKernel(self.kernel_keys[...], self.kernel[...], self.kernel_shape)
 
-    def __call__(self, x: SparseTensor) -> SparseTensor:
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """What `nnx.view` calls."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+    def __call__(self, x: SparseTensor, *, use_running_average: bool | None = None) -> SparseTensor:
         check_sparse("x", x)
+        if x.channels != self.in_features:
+            raise ValueError(
+                f"x must have the {self.in_features} channels that the layer was made for, got {x.channels}: "
+                f"{x}. Make the layer with in_features={x.channels}."
+            )
         window = conv_window(
             x.spatial_shape,
             self.kernel_size,
@@ -176,24 +203,32 @@ class Conv(nnx.Module):
             select=self.select,
             support=self.support,
         )
-        self._measure(result.responses, window.output_sites)
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        if not use_running_average:
+            self._measure(result.responses, window.output_sites)
         return result.features
 
     def _promoted(self, x: SparseTensor) -> tuple[SparseTensor, SparseKernel, jax.Array | None]:
         """Input, filter and bias in the dtype of the computation."""
+        if not isinstance(self.kernel_keys[...], jax.core.Tracer):
+            # A checkpoint that was filled up with zeros would compute something, and wrong.
+            check_kernel_keys("kernel_keys", self.kernel_keys[...], self.kernel_shape)
         kernel, bias = self.sparse_kernel, None if self.bias is None else self.bias[...]
         dtype = self.dtype
         if dtype is None:
             dtype = jnp.result_type(x.values, kernel.values, *(() if bias is None else (bias,)))
-        kernel = SparseKernel(kernel.keys, kernel.values.astype(dtype), kernel.shape)
+        kernel = SparseKernel(kernel.keys, _rounded(kernel.values, dtype), kernel.shape)
         return (
             x.with_values(x.values.astype(dtype)),
             kernel,
-            None if bias is None else bias.astype(dtype),
+            None if bias is None else _rounded(bias, dtype),
         )
 
     def _measure(self, responses: jax.Array, output_sites: int) -> None:
         density = jnp.mean(responses.astype(jnp.float32), axis=0) / output_sites
+        if self.axis_name is not None:
+            density = jax.lax.pmean(density, self.axis_name)
         # A plain jax.jit or jax.grad may close over the layer: for inference, or gradients of the input.
         with contextlib.suppress(errors.TraceContextError):
             self.density[...] = density
@@ -212,6 +247,30 @@ def iter_convs(model: Any) -> Iterator[tuple[tuple[Any, ...], Conv]]:
             yield path, module
 
 
+def _rounded(weights: jax.Array, dtype: Any) -> jax.Array:
+    """Weights with the values that they have in `dtype`, but in float32, and so are their gradients."""
+    return _straight_through(weights.astype(jnp.float32), dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _straight_through(weights: jax.Array, dtype: Any) -> jax.Array:
+    return weights.astype(dtype).astype(weights.dtype)
+
+
+@_straight_through.defjvp
+def _(dtype, primals, tangents):
+    # The derivative of a cast would be rounded by it: in float16 a gradient overflows at 65504.
+    return _straight_through(*primals, dtype), *tangents
+
+
+def _check_rngs(rngs: object) -> None:
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(
+            f"rngs must be an nnx.Rngs, got {type(rngs).__name__}. Make one from a seed or a key: "
+            f"rngs=nnx.Rngs(0), rngs=nnx.Rngs(key)."
+        )
+
+
 def _window(kernel_size: int | Sequence[int]) -> tuple[int, ...]:
     sizes = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
     return per_axis("kernel_size", sizes, len(sizes))
@@ -221,7 +280,10 @@ def _features(argument: str, features: int) -> int:
     try:
         count = operator.index(features)
     except TypeError:
-        raise TypeError(f"{argument} must be an integer, got {features!r}.") from None
+        raise TypeError(
+            f"{argument} must be an integer, a number of channels, got {features!r}. It is not read off the "
+            f"first input: weights exist from the start."
+        ) from None
     if count < 1:
         raise ValueError(f"{argument} must be at least 1, got {count}.")
     return count
@@ -231,8 +293,7 @@ def _output_rule(
     support: str, density_bound: float | None, select: str | None, rank: int
 ) -> tuple[float | None, str | None]:
     """The checked density bound and selection, both None for a submanifold convolution."""
-    if support not in SUPPORTS:
-        raise ValueError(f"support must be one of {SUPPORTS}, got {support!r}.")
+    check_support(support)
     if support == "input":
         for name, value in (("density_bound", density_bound), ("select", select)):
             if value is not None:
@@ -250,19 +311,6 @@ def _output_rule(
     select = "positive" if select is None else select
     check_select(select)
     return float(density_bound), select
-
-
-def _static_padding(padding: Padding) -> Padding:
-    """Hashable, as a static attribute has to be; against the grid it is checked in each call."""
-    if isinstance(padding, str):
-        return padding
-    try:
-        return tuple((operator.index(low), operator.index(high)) for low, high in padding)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"padding must be 'SAME', 'VALID' or a sequence of (low, high) pairs of integers, got "
-            f"{padding!r}."
-        ) from None
 
 
 def _value_dtype(argument: str, dtype: Any) -> Any:

@@ -5,18 +5,23 @@ from typing import Any
 import jax
 
 from ilajax.nn.conv import iter_convs
-from ilajax.sparse_kernel import SparseKernel
+from ilajax.sparse_kernel import SparseKernel, check_kernel_keys
 
 
 def refill(model: Any) -> None:
     """Re-enters the removed weights of every `Conv` in a model at 0, where they are live again.
 
     Pruning finds the pattern that suits one training set; before a pruned model is tuned to other data, its
-    filters are made full. The network's output stays the same. Create the optimizer anew afterwards: the old
-    one's state belongs to the pruned weights, and would hold them at 0.
+    filters are made full. The network's output stays the same, up to the order in which its float32 sums are
+    formed. Create the optimizer anew afterwards: the old one's state belongs to the pruned weights, and would
+    hold them at 0.
 
     Args:
       model: the NNX module, changed in place.
+
+    Raises:
+      ValueError: if `kernel_keys` are out of order. Inside `nnx.jit`, where they are not known yet, nobody
+        looks.
 
     Example:
       >>> layer = ilajax.nn.Conv(1, 2, (3,), density_bound=1.0, kernel_density=0.5, rngs=nnx.Rngs(0))
@@ -26,7 +31,10 @@ def refill(model: Any) -> None:
 
     Source: Hackel et al., section 4, "Regularisation and pruning", last paragraph.
     """
-    for _, conv in iter_convs(model):
+    for path, conv in iter_convs(model):
+        if not isinstance(conv.kernel_keys[...], jax.core.Tracer):
+            name = ".".join(map(str, (*path, "kernel_keys")))
+            check_kernel_keys(name, conv.kernel_keys[...], conv.kernel_shape)
 
         def full(keys: jax.Array, values: jax.Array, shape: Any = conv.kernel_shape) -> Any:
             kernel = SparseKernel(keys, values, shape).refill()

@@ -38,6 +38,24 @@ class Plan:
     attributes: dict[str, int]
 
 
+# Samples that a plan reckons with where the batch is left open: as many as keep every thread busy.
+_OPEN_BATCH = 64
+
+
+def planned(size: int) -> int:
+    """The size that attributes are chosen for: the size itself, or a guess where `jax.export` leaves it open.
+
+    A kernel does any batch with any plan, since what it cuts are tasks or chunks. Only a workspace that
+    grows with the batch is reckoned with the size itself, as an expression that is known once it runs.
+    """
+    return size if is_known(size) else _OPEN_BATCH
+
+
+def is_known(size: int) -> bool:
+    """Whether a dimension is a number, and not a symbol of `jax.export`."""
+    return isinstance(size, int)
+
+
 def conv_forward(
     window: Window,
     batch: int,
@@ -52,7 +70,7 @@ def conv_forward(
 
     With more than one part each selects for itself, and what it keeps is merged at the end.
     """
-    budget = cpu_budget(window)
+    batch, budget = planned(batch), cpu_budget(window)
     sums = _Sums(window, in_channels, out_channels, slots, weights)
     lines, block, blocks = sums.lines, sums.block, sums.blocks
     shared = sums.shared + _align(blocks * block * 4)
@@ -149,7 +167,8 @@ def conv_backward(
     block, blocks = _blocks(out_channels)
     lines = _Lines(window, block)
     # As many slabs as make a few tasks for every thread: each looks at the cotangents within its reach.
-    slabs = min(_ceil(_CPU_TASKS, batch // groups), lines.input_rows)
+    items = planned(batch // groups)
+    slabs = min(_ceil(_CPU_TASKS, items), lines.input_rows)
     slab_rows = _ceil(lines.input_rows, slabs)
     room = _entries_room(lines, in_channels, slots, budget)
     worker = (
@@ -177,12 +196,13 @@ def conv_backward(
                 + _align(lines.tap_lines * 8)
                 + _align(transposed.read_lines(dense_rows))
             )
-    units = batch // groups * _ceil(lines.input_rows, slab_rows)
-    parts = _parts(units, groups * weights * 4, budget)
-    shared += _align(groups * parts * weights * 4)
-    workers = _workers(groups * parts, worker, budget - shared)
+    units = items * _ceil(lines.input_rows, slab_rows)
+    parts = _parts(units, planned(groups) * weights * 4, budget)
+    sums = parts * weights * 4
+    rest = budget - shared - _align(planned(groups) * sums)
+    workers = _workers(planned(groups) * parts, worker, rest)
     return Plan(
-        shared + workers * worker,
+        shared + _align(groups * sums) + workers * worker,
         {
             "channel_block": block,
             "line_sites": lines.line_sites,
@@ -327,12 +347,14 @@ def submanifold_forward(
 ) -> Plan:
     """Tasks are (sample, block of output channels, part of the rows), as in conv."""
     sums = _Sums(window, in_channels, out_channels, slots, weights)
-    tasks = batch * sums.blocks
+    tasks = planned(batch) * sums.blocks
     parts = sums.lines.parts(tasks)
-    shared = sums.shared + _align(parts * batch * out_channels * 4)
-    workers = _workers(tasks * parts, sums.worker, cpu_budget(window) - shared)
+    counts = parts * out_channels * 4
+    rest = cpu_budget(window) - sums.shared - _align(planned(batch) * counts)
+    workers = _workers(tasks * parts, sums.worker, rest)
     attributes = {"parts": parts, "workers": workers}
-    return Plan(shared + workers * sums.worker, sums.attributes | attributes)
+    workspace = sums.shared + _align(batch * counts) + workers * sums.worker
+    return Plan(workspace, sums.attributes | attributes)
 
 
 # The gradient is that of a conv that kept the input's sites.
@@ -347,7 +369,7 @@ def pool(cells: Window, segments: int, capacity: int, itemsize: int) -> Plan:
     sites = rows * output_row
     worker = 2 * _align(sites * 4) + _bitmap(sites)
     worker += _align(stage * 8) + _align(_DIGITS * 4)
-    workers = _workers(segments, worker, cpu_budget(cells))
+    workers = _workers(planned(segments), worker, cpu_budget(cells))
     return Plan(workers * worker, {"slab_rows": rows, "room": stage, "workers": workers})
 
 
@@ -356,7 +378,7 @@ def from_dense(batch: int, channels: int, capacity: int, itemsize: int) -> Plan:
     stage = max(64, min(capacity, 1 << 14))
     block = min(channels, 16)
     worker = _align(block * _TOP_K) + _align(block * stage * 8) + _align(block * _DIGITS * 4)
-    workers = _workers(batch * _ceil(channels, block), worker, _CPU_BUDGET)
+    workers = _workers(planned(batch) * _ceil(channels, block), worker, _CPU_BUDGET)
     attributes = {"channel_block": block, "room": stage, "workers": workers}
     return Plan(workers * worker, attributes)
 

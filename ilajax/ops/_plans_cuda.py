@@ -9,7 +9,7 @@ under which its handler returns an error. Of the other ops (`_plans_cuda_ops`) n
 """
 
 from ilajax.geometry import Window
-from ilajax.ops._plans import Plan
+from ilajax.ops._plans import Plan, is_known, planned
 
 _BUDGET = 256 << 20
 _GROUP = 32  # channels of a site map's mask
@@ -40,7 +40,7 @@ def conv_forward(
 ) -> Plan:
     """Blocks are (item, block of output channels, tile of output sites)."""
     most = budget(window)
-    batch = max(batch, 1)
+    batch = max(planned(batch), 1)
     blocks = _ceil(out_channels, _BLOCK)
     all_rows, row = window.output_shape[0], _row(window.output_shape)
     tile = _MAX_TILE
@@ -103,35 +103,41 @@ def conv_backward(
 ) -> Plan:
     """Blocks are (item or run of items, input channel, part of its stored entries)."""
     most = budget(window)
-    batch = max(batch, groups)
-    group_items = batch // groups
+    all_items, open_batch = batch, not (is_known(batch) and is_known(groups))
+    if not open_batch:
+        all_items = max(batch, groups)
+    group_items = planned(all_items // groups)
+    batch = planned(groups) * group_items
     width = _ceil(out_channels, _BLOCK) * _BLOCK
     row_sums = window.taps * width * 4
     copies = 1 if _sums_in_shared(window, out_channels) else _GRADIENT_WARPS
     part_bytes = in_channels * copies * row_sums
     all_rows = window.input_shape[0]
     filters = _filters(window, in_channels, out_channels)
-    bias = _align(4 * batch * out_channels * _ceil(capacity, _BIAS_STRIP))
+    bias_item = 4 * out_channels * _ceil(capacity, _BIAS_STRIP)
     sums = max(most // 8, part_bytes)
 
-    def size(items: int, rows: int, parts: int) -> int:
+    def size(items: int, rows: int, parts: int, batch: int = batch) -> int:
         slabs = _ceil(all_rows, rows)
         reach = _reach(window, rows) if slabs > 1 else window.output_shape[0]
         return (
             filters
+            + _align(batch * bias_item)
             + _site_map(items, out_channels, capacity, reach * _row(window.output_shape))
             + _align(slabs * parts * part_bytes)
-            + bias
         )
 
     rows = all_rows
     while rows > 1 and size(1, rows, 1) > most // 2:
         rows = _ceil(rows, 2)
     slabs = _ceil(all_rows, rows)
-    # Items share their sums where those of each would not fit; where there are few, each has parts.
+    # Items share their sums where those of each would not fit; where there are few, each has parts. Of an
+    # open batch each has its own, since no number divides it for certain.
     span = 1
-    while span < group_items and (
-        group_items % span or slabs * (batch // span) * part_bytes > sums
+    while (
+        not open_batch
+        and span < group_items
+        and (group_items % span or slabs * (batch // span) * part_bytes > sums)
     ):
         span += 1
     parts = 1
@@ -144,7 +150,7 @@ def conv_backward(
         each = size(1, rows, 0) - size(0, rows, 0)
         items = max(1, min(batch // span, (most - fixed) // (each * span))) * span
     attributes = {"chunk_items": items, "slab_rows": rows, "span": span, "parts": parts}
-    return Plan(size(items, rows, batch // span * parts), attributes)
+    return Plan(size(items, rows, all_items // span * parts, all_items), attributes)
 
 
 def conv_forward_limit(
@@ -212,7 +218,7 @@ def _count_limit(
 ) -> str | None:
     if _GROUP * max(slots, capacity) > _MOST:
         return f"{max(slots, capacity)} slots of a channel are 2^26 or more"
-    if batch * max(in_channels, out_channels) > _MOST:
+    if planned(batch) * max(in_channels, out_channels) > _MOST:
         return f"a batch of {batch} has 2^31 channels or more"
     if window.taps > 1 << 24:
         return f"a window of {window.taps} taps has more than 2^24"

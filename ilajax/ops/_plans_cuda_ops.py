@@ -5,7 +5,7 @@ they bind. The workspace is bound by max(8 * sites, 256 MiB), where sites is one
 """
 
 from ilajax.geometry import Window
-from ilajax.ops._plans import Plan
+from ilajax.ops._plans import Plan, is_known, planned
 
 _BUDGET = 256 << 20
 # What fills the largest GPUs several times over, so that uneven blocks even out.
@@ -29,11 +29,12 @@ def pool_forward(
     cells: Window, batch: int, channels: int, slots: int, capacity: int, itemsize: int
 ) -> Plan:
     """Blocks take slabs of cells; where the capacity cuts, for as many segments at a time as fit."""
-    segments = batch * channels
+    segments = planned(batch) * channels
     slabs = _ceil(cells.output_sites, _SLAB)
     most = min(slots, cells.output_sites)
     if capacity >= most:
-        return Plan(_align(segments * slabs * 4), {"segments_at_once": segments, "chunk": most})
+        workspace = _align(batch * channels * slabs * 4)
+        return Plan(workspace, {"segments_at_once": segments, "chunk": most})
     at_once = segments
     while True:
         chunk = _chunk(at_once, most)
@@ -59,13 +60,19 @@ def submanifold_backward(
 ) -> Plan:
     """The transposed filter; then sums of the weights over a fixed number of runs of sites."""
     in_block = _channel_block(window, cout, cin)
-    row = groups * window.taps * cin * 4
+    row = planned(groups) * window.taps * cin * 4
     out_block = max(1, min(cout, budget(window) // (2 * row)))
-    units = batch // groups * _ceil(slots, _STEP)
+    units = planned(batch // groups) * _ceil(slots, _STEP)
     tiles = window.taps * _ceil(cin, 16) * _ceil(out_block, 16)
-    parts = max(1, min(units, _ceil(_BLOCKS, groups * tiles), budget(window) // (row * out_block)))
-    workspace = max(_filter(window, cout, in_block), _align(row * out_block * parts))
-    return Plan(workspace, {"in_block": in_block, "out_block": out_block, "parts": parts})
+    parts = max(
+        1, min(units, _ceil(_BLOCKS, planned(groups) * tiles), budget(window) // (row * out_block))
+    )
+    filters, sums = _filter(window, cout, in_block), window.taps * cin * 4 * out_block * parts
+    # Which of the two is the larger cannot be said of open groups.
+    larger = (
+        max(filters, _align(groups * sums)) if is_known(groups) else filters + _align(groups * sums)
+    )
+    return Plan(larger, {"in_block": in_block, "out_block": out_block, "parts": parts})
 
 
 def budget(window: Window) -> int:
@@ -74,6 +81,7 @@ def budget(window: Window) -> int:
 
 
 def _chunk(segments: int, count: int) -> int:
+    segments = planned(segments)
     if segments * 2 >= _BLOCKS or count <= _SELECT_WHOLE:
         return count
     return _ceil(count, min(_ceil(count, _SELECT_CHUNK), _ceil(_BLOCKS, segments)))

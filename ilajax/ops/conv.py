@@ -14,7 +14,7 @@ from ilajax.geometry import Padding, Window, conv_window
 from ilajax.ops import _plans, _plans_cuda
 from ilajax.ops.k_select import check_capacity, check_select, select_reference
 from ilajax.ops.submanifold import submanifold_conv
-from ilajax.ops.weights import at_live_weights, dense_weights, sum_products
+from ilajax.ops.weights import BATCHED, at_live_weights, dense_weights, sum_products
 from ilajax.sparse_kernel import SparseKernel
 from ilajax.sparse_tensor import VALUE_DTYPES, SparseTensor, check_sparse
 
@@ -98,8 +98,7 @@ def conv(
     if bias is None:
         bias = jnp.zeros(kernel.out_channels, jnp.float32)
     _check_bias(bias, kernel)
-    if support not in SUPPORTS:
-        raise ValueError(f"support must be one of {SUPPORTS}, got {support!r}.")
+    check_support(support)
     window = conv_window(
         x.spatial_shape,
         kernel.window_shape,
@@ -120,8 +119,17 @@ def conv(
     select = "positive" if select is None else select
     check_select(select)
     config = _Config(window, check_capacity(capacity), select)
-    keys, values, responses = _conv(config, *ffi.vary_together(x.keys, x.values, *weights))
+    operands = ffi.place((x.keys, x.values, *weights), BATCHED)
+    keys, values, responses = _conv(config, *operands)
     return ConvResult(SparseTensor(keys, values, window.output_shape), responses)
+
+
+def check_support(support: str) -> None:
+    if support not in SUPPORTS:
+        raise ValueError(
+            f"support must be one of {SUPPORTS}, got {support!r}. A submanifold convolution, which responds "
+            f'at the sites of its input only, is "input"; one that reaches new sites is "dilate".'
+        )
 
 
 def _check_kernel(x: SparseTensor, kernel: object) -> None:
@@ -159,8 +167,9 @@ def _check_submanifold(
             )
     if not x.shared:
         raise ValueError(
-            'x must have a shared support under support="input", got keys for each channel. '
-            "ilajax.from_points gives one."
+            'x must have a shared support under support="input", got keys that differ by channel: a layer '
+            "with a density bound selects for each channel by itself, as k_select and from_dense do. Put "
+            "submanifold layers in front of it, on the shared support that ilajax.from_points gives."
         )
     if set(window.strides) != {1} or not (isinstance(padding, str) and padding.upper() == "SAME"):
         raise ValueError(
@@ -191,9 +200,8 @@ def _forward(config: _Config, *operands: jax.Array) -> _Outputs:
     target = "ilajax_conv_fwd"
     native = functools.partial(_forward_native, config)
     reference = functools.partial(_forward_reference, config)
-    batched = (True, True, False, False, False)
     limit = functools.partial(_forward_limit, config, operands)
-    return _Outputs(*ffi.dispatch(target, native, reference, operands, batched, limit))
+    return _Outputs(*ffi.dispatch(target, native, reference, operands, BATCHED, limit=limit))
 
 
 def _vjp_forward(config, keys, values, kernel_keys, weights, bias):
@@ -208,7 +216,7 @@ def _vjp_backward(config, residuals, cotangents):
     operands = (*residuals, cotangents.values)
     batched = (True, True, False, False, True, True)
     limit = functools.partial(_backward_limit, config, operands)
-    gradients = ffi.dispatch(target, native, reference, operands, batched, limit)
+    gradients = ffi.dispatch(target, native, reference, operands, batched, 2, limit)
     values, weights, bias = gradients
     # One group: the sum over the whole batch.
     return None, values, None, weights[0], bias[0]

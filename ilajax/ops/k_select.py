@@ -47,7 +47,7 @@ def k_select(x: SparseTensor, capacity: int, *, select: str = "value") -> Sparse
         return pad_slots(x, capacity)
     x = x.unshare()
     keys, values = _k_select(
-        _Config(x.sites, capacity, select), *ffi.vary_together(x.keys, x.values)
+        _Config(x.sites, capacity, select), *ffi.place((x.keys, x.values), (True, True))
     )
     return SparseTensor(keys, values, x.spatial_shape)
 

@@ -94,19 +94,43 @@ def global_max_pool(x: SparseTensor) -> jax.Array:
     return jnp.where(jnp.any(stored, axis=2), largest, 0)
 
 
-def global_avg_pool(x: SparseTensor) -> jax.Array:
-    """Sum over the stored entries of each sample and channel by the number of all sites, [B, C].
+def global_avg_pool(x: SparseTensor, *, over: str = "sites") -> jax.Array:
+    """Sum over the stored entries of each sample and channel by a number of sites, [B, C].
 
-    Plain jax.numpy: one reduction, in float32, which XLA fuses.
+      over="sites":   sum(values) / sites, the mean of the dense map
+      over="stored":  sum(values) / stored entries; 0 where there is none
+
+    The second does not fade as a map gets sparser: the same object in a finer grid, whose surface fills a
+    smaller share of the sites, keeps its scale. The gradient with respect to a stored value is 1 by the same
+    number. Plain jax.numpy: one reduction, in float32, which XLA fuses.
+
+    Args:
+      x: [B, *S, C].
+      over: what the sum is divided by, "sites" or "stored".
+
+    Returns:
+      [B, C], in the dtype of x.
+
+    Raises:
+      TypeError, ValueError: if an argument has a wrong type or value.
 
     Example:
       >>> x = ilajax.from_dense(jnp.eye(3)[None, ..., None], capacity=3)
       >>> ilajax.global_avg_pool(x)
       Array([[0.33333334]], dtype=float32)
+      >>> ilajax.global_avg_pool(x, over="stored")
+      Array([[1.]], dtype=float32)
     """
     check_sparse("x", x)
-    stored = jnp.where(x.keys < x.sites, x.values, 0)
-    return (jnp.sum(stored, axis=2, dtype=jnp.float32) / x.sites).astype(x.dtype)
+    if over not in ("sites", "stored"):
+        raise ValueError(
+            f"over must be 'sites' (the mean of the dense map) or 'stored' (the mean over stored entries), "
+            f"got {over!r}."
+        )
+    stored = x.keys < x.sites
+    total = jnp.sum(jnp.where(stored, x.values, 0), axis=2, dtype=jnp.float32)
+    number = x.sites if over == "sites" else jnp.maximum(jnp.sum(stored, axis=2), 1)
+    return (total / number).astype(x.dtype)
 
 
 def _pool_checked(
@@ -118,7 +142,9 @@ def _pool_checked(
     capacity = lossless if capacity is None else check_capacity(capacity)
     if capacity < lossless:
         x = x.unshare()
-    keys, values = _pool(_Config(cells, capacity, mode), *ffi.vary_together(x.keys, x.values))
+    keys, values = _pool(
+        _Config(cells, capacity, mode), *ffi.place((x.keys, x.values), (True, True))
+    )
     return SparseTensor(keys, values, cells.output_shape)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ilajax import ffi
 from ilajax.geometry import Window
 from ilajax.ops import _plans, _plans_cuda_ops
-from ilajax.ops.weights import at_live_weights, dense_weights, sum_products
+from ilajax.ops.weights import BATCHED, at_live_weights, dense_weights, sum_products
 
 
 def submanifold_conv(
@@ -24,7 +24,8 @@ def submanifold_conv(
     See `ilajax.conv` for the semantics. The source is Graham et al., "Submanifold sparse convolutional
     networks"; the paper cites it as [11].
     """
-    return _submanifold(window, *ffi.vary_together(keys, values, kernel_keys, weights, bias))
+    operands = (keys, values, kernel_keys, weights, bias)
+    return _submanifold(window, *ffi.place(operands, BATCHED))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -36,7 +37,7 @@ def _forward(window: Window, *operands: jax.Array) -> ffi.Outputs:
     target = "ilajax_submanifold_fwd"
     native = functools.partial(_forward_native, window)
     reference = functools.partial(_forward_reference, window)
-    return ffi.dispatch(target, native, reference, operands, (True, True, False, False, False))
+    return ffi.dispatch(target, native, reference, operands, BATCHED)
 
 
 def _vjp_forward(window, keys, values, kernel_keys, weights, bias):
@@ -50,7 +51,7 @@ def _vjp_backward(window, residuals, cotangents):
     reference = functools.partial(_backward_reference, window)
     operands = (*residuals, cotangents[0])
     batched = (True, True, False, False, True)
-    values, weights, bias = ffi.dispatch(target, native, reference, operands, batched)
+    values, weights, bias = ffi.dispatch(target, native, reference, operands, batched, 2)
     return None, values, None, weights[0], bias[0]
 
 

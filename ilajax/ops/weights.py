@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+# Which operands lead with the batch axis: keys and values do; kernel keys, weights and bias do not.
+BATCHED = (True, True, False, False, False)
+
 
 def dense_weights(keys: jax.Array, values: jax.Array, taps: int, cin: int, cout: int) -> jax.Array:
     """Live weights [Cout, Cin, taps]; padding is dropped, whatever its value is."""

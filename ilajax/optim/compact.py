@@ -1,19 +1,17 @@
 """Takes pruned weights out of filters and out of the optimizer's state."""
 
 import warnings
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 from ilajax.geometry import sites
 from ilajax.nn.conv import Conv, iter_convs
+from ilajax.nn.slots import Path, iter_slots, tree_nodes
 from ilajax.optim.one_warning_shot_pruning import OneWarningShotPruningState
-
-Path = tuple[Any, ...]
+from ilajax.sparse_kernel import check_kernel_keys
 
 
 def compact(model: Any, optimizer: nnx.Optimizer, *, shrink: bool = False) -> None:
@@ -28,8 +26,15 @@ def compact(model: Any, optimizer: nnx.Optimizer, *, shrink: bool = False) -> No
     live weights, rounded up to a step of 1/8 of the power of two below it, at least 1. Each new length
     compiles a training step again, at most eight times while a filter shrinks to half.
 
-    The network's outputs do not change by a bit. Neither does its training where the optimizer treats each
-    weight by itself (Adagrad, Adam, momentum, ...); norms over all gradients lose the pruned weights' share.
+    The network computes the same as before, up to the order in which its float32 sums are formed: a kernel
+    chooses its form by the number of live weights. Sums that float32 represents exactly do not change by a
+    bit; others change in their last digits, and a response whose rank ties with the selection's cut to that
+    accuracy may give way to another. So it is with training where the optimizer treats each weight by itself
+    (Adagrad, Adam, momentum, ...); norms over all gradients lose the pruned weights' share.
+
+    Only zeros are removed. A pruned weight that is not 0 has been moved by something behind the pruning in
+    the chain (momentum, weight decay, a scaling) or by hand: that raises. Inside `nnx.jit`, where values are
+    not known yet, such a weight stays stored and keeps its mark, so that the next call outside raises.
 
     A filter that has padding at the start, say because `kernel` and `kernel_keys` were set by hand, gets it
     marked as pruned: call `compact` once before training. Without that, padding stays at 0 all the same (its
@@ -49,12 +54,14 @@ def compact(model: Any, optimizer: nnx.Optimizer, *, shrink: bool = False) -> No
     Raises:
       TypeError: if `optimizer` is not an `nnx.Optimizer`.
       ValueError: if it has no `one_warning_shot_pruning`, belongs to another model, keeps its state in a form
-        that has no path (`optax.flatten`), or if `shrink` is asked for inside `nnx.jit`.
+        that has no path (`optax.flatten`), if pruned weights are not 0, `kernel_keys` are out of order, or if
+        `shrink` is asked for inside `nnx.jit`. Nothing is changed then.
 
     Example:
       >>> model = ilajax.nn.Conv(1, 2, (3,), density_bound=0.5, rngs=nnx.Rngs(0))
       >>> recipe = ilajax.optim.sparse_training(model, optax.adam(1e-3), threshold=1e6)
       >>> optimizer = nnx.Optimizer(model, recipe, wrt=nnx.Param)
+      >>> _ = model(ilajax.from_dense(jnp.ones((1, 8, 1)), capacity=8))
       >>> grads, excess = nnx.state(model, nnx.Param), ilajax.optim.excess_density(model)
       >>> for epoch in range(2):
       ...     _ = optimizer.update(model, grads, excess_density=excess, epoch_end=True)
@@ -70,9 +77,10 @@ def compact(model: Any, optimizer: nnx.Optimizer, *, shrink: bool = False) -> No
     convs = list(iter_convs(model))
     _check_ties(convs)
     _warn_beyond_filters(slots, {(*path, "kernel") for path, _ in convs})
-    for path, conv in convs:
-        own = [slot for slot in slots if slot.path[: len(path) + 1] == (*path, "kernel")]
-        _compact_kernel(conv, own, shrink)
+    filters = [_Filter(path, conv, _own(path, conv, slots)) for path, conv in convs]
+    _check_only_zeros(filters)
+    for f in filters:
+        _compact_kernel(f, shrink)
 
 
 class _Slot(NamedTuple):
@@ -83,44 +91,31 @@ class _Slot(NamedTuple):
     is_pruned: bool
 
 
-def _slots(optimizer: nnx.Optimizer) -> Iterator[_Slot]:
+class _Filter(NamedTuple):
+    """A layer, and the optimizer's arrays with an entry for each of its stored weights."""
+
+    path: Path
+    conv: Conv
+    slots: list[_Slot]
+
+
+def _slots(optimizer: nnx.Optimizer) -> list[_Slot]:
     """Every array in the optimizer's state that has a parameter's path."""
-    pruning = _nodes(optimizer.opt_state, OneWarningShotPruningState)
+    pruning = tree_nodes(optimizer.opt_state, OneWarningShotPruningState)
     if not pruning:
         raise ValueError(
             "optimizer has no state of one_warning_shot_pruning, so nothing says which weights are "
             "pruned. Make its transformation with ilajax.optim.sparse_training(model, optimizer)."
         )
-    pruned = {id(leaf) for state in pruning for leaf in _nodes(state.pruned, nnx.Variable)}
-    # An Optax state holds trees like params where it has one array for each: in NNX these are nnx.State.
-    for tree in _nodes(optimizer.opt_state, nnx.State):
-        for path, variable in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable):
-            # optax.masked puts an empty node into the variable of a parameter that it leaves out.
-            if isinstance(variable.get_value(), optax.MaskedNode):
-                continue
-            yield _Slot(tuple(map(_plain_key, path)), variable, id(variable) in pruned)
     _check_no_flat_state(optimizer)
-
-
-def _nodes(tree: Any, kind: type) -> list[Any]:
-    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
-    return [leaf for leaf in leaves if isinstance(leaf, kind)]
-
-
-def _is_variable(node: Any) -> bool:
-    return isinstance(node, nnx.Variable)
-
-
-def _plain_key(key: Any) -> Any:
-    """What stands in a path of NNX: the attribute's name, the index."""
-    for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return getattr(key, attribute)
-    raise TypeError(f"unknown kind of path key {key!r}.")
+    pruned = {id(leaf) for state in pruning for leaf in tree_nodes(state.pruned, nnx.Variable)}
+    return [
+        _Slot(path, variable, id(variable) in pruned) for path, variable in iter_slots(optimizer)
+    ]
 
 
 def _check_no_flat_state(optimizer: nnx.Optimizer) -> None:
-    trees = _nodes(optimizer.opt_state, OneWarningShotPruningState)[0].pruned
+    trees = tree_nodes(optimizer.opt_state, OneWarningShotPruningState)[0].pruned
     size = sum(leaf.size for leaf in jax.tree.leaves(trees))
     for leaf in jax.tree.leaves(
         optimizer.opt_state, is_leaf=lambda node: isinstance(node, nnx.State)
@@ -151,7 +146,7 @@ def _warn_beyond_filters(slots: list[_Slot], filters: set[Path]) -> None:
         return
     counts = jax.device_get([mark.sum() for mark in marks.values()])  # one wait for all
     hit = [
-        f"{'.'.join(map(str, path))} ({count:,} of {mark.size:,})"
+        f"{_dotted(path)} ({count:,} of {mark.size:,})"
         for (path, mark), count in zip(marks.items(), counts, strict=True)
         if count
     ]
@@ -166,14 +161,56 @@ def _warn_beyond_filters(slots: list[_Slot], filters: set[Path]) -> None:
         )
 
 
-def _compact_kernel(conv: Conv, slots: list[_Slot], shrink: bool) -> None:
+def _own(path: Path, conv: Conv, slots: list[_Slot]) -> list[_Slot]:
+    """The slots of a layer's filter that have an entry for each weight."""
+    kernel = (*path, "kernel")
+    own = [slot for slot in slots if slot.path[: len(kernel)] == kernel]
+    return [slot for slot in own if _follows(slot, conv.kernel[...])]
+
+
+def _check_only_zeros(filters: list[_Filter]) -> None:
+    """Raises where a pruned weight is not 0, or keys are out of order; inside `nnx.jit` nobody can look."""
+    looked_at = [(f.conv.kernel_keys[...], _pruned(f), _moved(f)) for f in filters]
+    if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(looked_at)):
+        return
+    sums = [(pruned.sum(), moved.sum()) for _, pruned, moved in looked_at]
+    counts = jax.device_get(sums)  # one wait for all
+    moved = [
+        f"{_dotted((*f.path, 'kernel'))} ({count:,} of {pruned:,} pruned)"
+        for f, (pruned, count) in zip(filters, counts, strict=True)
+        if count
+    ]
+    if moved:
+        raise ValueError(
+            f"weights that one_warning_shot_pruning has set to 0 for good are not 0: {', '.join(moved)}. To "
+            f"remove them would change the network. What stands behind the pruning in the chain (momentum, "
+            f"weight decay, a scaling) moves them: put one_warning_shot_pruning last, as "
+            f"ilajax.optim.sparse_training does. Where weights were set by hand, create the optimizer anew."
+        )
+    for f in filters:
+        name = _dotted((*f.path, "kernel_keys"))
+        check_kernel_keys(name, f.conv.kernel_keys[...], f.conv.kernel_shape)
+
+
+def _pruned(f: _Filter) -> jax.Array:
+    """Which of the stored weights are pruned; padding is not stored."""
+    pruned = jnp.zeros(f.conv.kernel.shape, bool)
+    for slot in f.slots:
+        if slot.is_pruned:
+            pruned |= slot.variable[...]
+    return pruned & (f.conv.kernel_keys[...] < sites(f.conv.kernel_shape))
+
+
+def _moved(f: _Filter) -> jax.Array:
+    """Which of the pruned weights are not 0 any more."""
+    return _pruned(f) & (f.conv.kernel[...] != 0)
+
+
+def _compact_kernel(f: _Filter, shrink: bool) -> None:
+    conv, slots = f.conv, f.slots
     keys, values = conv.kernel_keys[...], conv.kernel[...]
     padding = sites(conv.kernel_shape)
-    removed = keys >= padding
-    slots = [slot for slot in slots if _follows(slot, values)]
-    for slot in slots:
-        if slot.is_pruned:
-            removed |= slot.variable[...]
+    removed = (keys >= padding) | (_pruned(f) & ~_moved(f))
     order = jnp.argsort(removed, axis=-1, stable=True)
     kept = ~jnp.take_along_axis(removed, order, axis=-1)
     length = _coarse_length(kept) if shrink else values.shape[-1]
@@ -187,6 +224,10 @@ def _compact_kernel(conv: Conv, slots: list[_Slot], shrink: bool) -> None:
     conv.kernel.set_value(reordered(values, 0))
     for slot in slots:
         slot.variable.set_value(reordered(slot.variable[...], slot.is_pruned))
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(map(str, path))
 
 
 def _follows(slot: _Slot, values: jax.Array) -> bool:

@@ -80,10 +80,15 @@ def density_biased_l2(
         state: DensityBiasedL2State,
         params: optax.Params | None = None,
         *,
-        excess_density: Any,
+        excess_density: Any = _MISSING,
         **extra_args: Any,
     ) -> tuple[optax.Updates, DensityBiasedL2State]:
         del extra_args
+        if excess_density is _MISSING:
+            raise TypeError(
+                "excess_density is missing: density_biased_l2 needs it in each step. Call optimizer.update("
+                "model, grads, excess_density=ilajax.optim.excess_density(model), epoch_end=...)."
+            )
         if params is None:
             raise ValueError(
                 "density_biased_l2 needs params: call update(updates, state, params, ...)."
@@ -110,6 +115,10 @@ def density_biased_l2(
         return updates, DensityBiasedL2State(bias)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+# None would be a tree: no parameter has a bound.
+_MISSING = object()
 
 
 def _wide(w: jax.Array) -> Any:

@@ -13,8 +13,10 @@ from ilajax.nn.conv import Conv, iter_convs
 def excess_density(model: Any, wrt: Any = nnx.Param) -> Any:
     """The excess density e = rho - rho_up of every parameter's output channel.
 
-    rho is what each `ilajax.nn.Conv` measured in its last call, rho_up its density bound; before the first
-    call rho is 0. Each step of `ilajax.optim.sparse_training` asks for it. It works under `nnx.jit`.
+    rho is what each `ilajax.nn.Conv` measured in its last call in training, rho_up its density bound. Each
+    step of `ilajax.optim.sparse_training` asks for it. It works under `nnx.jit`. Where nothing has been
+    measured, nothing is known: that raises, and under `jit`, where values are not known yet, e is 0, with
+    which no weight is pushed up or down (plain L2 remains of `ilajax.optim.density_biased_l2`).
 
     Args:
       model: an NNX module, sparse layers anywhere in it.
@@ -25,21 +27,48 @@ def excess_density(model: Any, wrt: Any = nnx.Param) -> Any:
       of each stored weight's output channel (0 at padding), for its bias float32[Cout], and None for every
       parameter without a bound: dense layers, and `Conv` with support="input".
 
+    Raises:
+      ValueError: if a bounded `Conv` with parameters in `wrt` has measured nothing yet.
+
     Example:
-      >>> model = ilajax.nn.Conv(1, 2, (3,), density_bound=0.5, rngs=nnx.Rngs(0))
+      >>> options = {"density_bound": 0.5, "kernel_init": nnx.initializers.ones}
+      >>> model = ilajax.nn.Conv(1, 2, (1,), **options, rngs=nnx.Rngs(0))
+      >>> _ = model(ilajax.from_dense(jnp.ones((1, 8, 1)), capacity=8))
       >>> ilajax.optim.excess_density(model)['bias']
-      Array([-0.5, -0.5], dtype=float32)
+      Array([0.5, 0.5], dtype=float32)
 
     Source: Hackel et al., section 3, "Adaptive density regularisation".
     """
-    excess = {}
-    for path, conv in iter_convs(model):
-        if conv.density_bound is not None:
-            of_channel = conv.density[...] - conv.density_bound
-            excess[*path, "bias"] = of_channel
-            excess[*path, "kernel"] = _of_weight(conv, of_channel)
     paths = [path for path, _ in nnx.to_flat_state(nnx.state(model, wrt))]
+    of_parameters = {path[:-1] for path in paths}
+    densities, excess = {}, {}
+    for path, conv in iter_convs(model):
+        if conv.density_bound is None or path not in of_parameters:
+            continue
+        densities[path] = density = conv.density[...]
+        of_channel = jnp.where(density < 0, 0, density - conv.density_bound)
+        excess[*path, "bias"] = of_channel
+        excess[*path, "kernel"] = _of_weight(conv, of_channel)
+    _check_measured(densities)
     return nnx.from_flat_state([(path, excess.get(path)) for path in paths])
+
+
+def _check_measured(densities: dict[tuple[Any, ...], jax.Array]) -> None:
+    """Looks at what is concrete, under `jit` too where the model is closed over."""
+    concrete = {p: d for p, d in densities.items() if not isinstance(d, jax.core.Tracer)}
+    values = jax.device_get(list(concrete.values()))  # one wait for all
+    unknown = [
+        ".".join(map(str, ("model", *path)))
+        for path, density in zip(concrete, values, strict=True)
+        if (density < 0).any()
+    ]
+    if unknown:
+        raise ValueError(
+            f"model must have measured its densities, but these layers have not: {', '.join(unknown)}. Call "
+            f"the model in training, not after model.eval(), before excess_density, and let the measurement "
+            f"out: by nnx.grad or nnx.value_and_grad; with jax.grad, by nnx.merge(..., copy=True) and by "
+            f"returning nnx.state(model, ilajax.nn.Density) beside the loss."
+        )
 
 
 def _of_weight(conv: Conv, of_channel: jax.Array) -> jax.Array:

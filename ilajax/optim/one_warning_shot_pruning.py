@@ -43,7 +43,9 @@ def one_warning_shot_pruning(threshold: float) -> optax.GradientTransformationEx
     just pass through zero on its way to the other sign. NaN is never pruned.
 
     **It must come last in a chain.** Behind it, an optimizer would scale the update -w, and its momentum or
-    weight decay would move pruned weights away from 0 again. In front of it they may do as they like.
+    weight decay would move pruned weights away from 0 again. In front of it they may do as they like. A
+    pruned weight that is not 0 raises at an epoch's end, and in `ilajax.optim.compact`; under `jit`, where
+    values are not known yet, in `compact` alone.
 
     It works on any tree of parameters; weights of dense layers stay in place as zeros. `ilajax.optim.compact`
     takes the pruned weights of sparse layers out of storage.
@@ -57,7 +59,8 @@ def one_warning_shot_pruning(threshold: float) -> optax.GradientTransformationEx
       in steps that emit an update, so `epoch_end` must be True in one of these.
 
     Raises:
-      ValueError: if the threshold is negative or not finite; in an update, if params are missing.
+      ValueError: if the threshold is negative or not finite; in an update, if params are missing, or at an
+        epoch's end outside of `jit` if weights that were pruned are not 0.
       TypeError: in an update, if `epoch_end` is not a bool.
 
     Example:
@@ -87,7 +90,7 @@ def one_warning_shot_pruning(threshold: float) -> optax.GradientTransformationEx
         state: OneWarningShotPruningState,
         params: optax.Params | None = None,
         *,
-        epoch_end: bool | jax.Array,
+        epoch_end: bool | jax.Array | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, OneWarningShotPruningState]:
         del extra_args
@@ -95,9 +98,16 @@ def one_warning_shot_pruning(threshold: float) -> optax.GradientTransformationEx
             raise ValueError(
                 "one_warning_shot_pruning needs params: call update(updates, state, params, ...)."
             )
+        if epoch_end is None:
+            raise TypeError(
+                "epoch_end is missing: one_warning_shot_pruning needs it in each step, True in the last one "
+                "of an epoch. Call optimizer.update(model, grads, "
+                "excess_density=ilajax.optim.excess_density(model), epoch_end=...)."
+            )
         ends = jnp.asarray(epoch_end)
         if ends.dtype != jnp.bool_ or ends.shape:
             raise TypeError(f"epoch_end must be a bool, got {ends.dtype} of shape {ends.shape}.")
+        _check_nothing_moved(ends, state.pruned, params)
 
         small = jax.tree.map(lambda w: jnp.abs(w) < threshold, params)
         warned = jax.tree.map(lambda s, was: jnp.where(ends, s, was), small, state.warned)
@@ -116,3 +126,23 @@ def one_warning_shot_pruning(threshold: float) -> optax.GradientTransformationEx
         return updates, OneWarningShotPruningState(warned, pruned)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_nothing_moved(ends: jax.Array, pruned: optax.Params, params: optax.Params) -> None:
+    """Raises where pruned weights are not 0; between epochs and under `jit` it does not look, nor wait."""
+    arrays = jax.tree.leaves((ends, pruned, params))
+    if any(isinstance(array, jax.core.Tracer) for array in arrays) or not ends:
+        return
+    moved = jax.device_get(jax.tree.map(lambda p, w: jnp.sum(p & (w != 0)), pruned, params))
+    named = [
+        f"{jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value')} ({count:,})"
+        for path, count in jax.tree_util.tree_leaves_with_path(moved)
+        if count
+    ]
+    if named:
+        raise ValueError(
+            f"weights that one_warning_shot_pruning has set to 0 for good are not 0: {', '.join(named)}. "
+            f"What stands behind it in the chain (momentum, weight decay, a scaling) moves them: put "
+            f"one_warning_shot_pruning last, as ilajax.optim.sparse_training does. Where weights were set "
+            f"by hand, create the optimizer's state anew."
+        )

@@ -131,6 +131,69 @@ def test_dtypes_mean_what_they_mean_in_flax(param_dtype, dtype, expected):
     assert grads.kernel.dtype == param_dtype
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("support", ["dilate", "input"])
+def test_gradients_of_float32_parameters_are_not_rounded_to_the_compute_dtype(dtype, support):
+    """Catches a cast whose derivative overflows at 65504 in float16, and keeps 8 bits in bfloat16."""
+    x = ilajax.from_points(
+        np.argwhere(np.ones((31, 31))),
+        np.ones((31 * 31, 1), np.float32),
+        np.zeros(31 * 31, int),
+        spatial_shape=(31, 31),
+        batch_size=1,
+        capacity=31 * 31,
+    )
+    bound = {"density_bound": 1.0} if support == "dilate" else {}
+    module = Conv(
+        *(1, 1, (3, 3)),
+        **bound,
+        support=support,
+        dtype=dtype,
+        kernel_init=nnx.initializers.constant(0.1),
+        rngs=nnx.Rngs(0),
+    )
+    grads = nnx.grad(lambda m: 128 * m(x).values.astype(jnp.float32).sum())(module)
+    assert grads.kernel.dtype == grads.bias.dtype == jnp.float32
+    # A tap sees all sites but those whose neighbour lies outside the grid.
+    seen = [31 - abs(offset) for offset in (-1, 0, 1)]
+    np.testing.assert_array_equal(grads.kernel[...], 128.0 * np.outer(seen, seen).ravel())
+    np.testing.assert_array_equal(grads.bias[...], [128.0 * 31**2])
+
+    def dense(kernel):
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        response = jax.lax.conv_general_dilated(
+            ilajax.to_dense(x), kernel, (1, 1), "SAME", dimension_numbers=dimensions
+        )
+        return 128 * nnx.relu(response).sum()
+
+    expected = jax.grad(dense)(module.sparse_kernel.to_dense())
+    np.testing.assert_allclose(grads.kernel[...], expected.ravel(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_weights_are_rounded_to_the_compute_dtype(dtype):
+    """Catches a computation on weights that are finer than their dtype, or flushed to 0 in float16."""
+    x = sparse()
+    module = layer(dtype=dtype, bias_init=drawn.kernel_init, density_bound=1.0)
+    module.kernel[...] = module.kernel[...].at[:3].set(jnp.array([1e-6, 3e-5, 0.1]))
+    kernel, bias = module.sparse_kernel, module.bias[...]
+    rounded = ilajax.SparseKernel(kernel.keys, kernel.values.astype(dtype), kernel.shape)
+    assert (rounded.values.astype(jnp.float32) != kernel.values).any()
+    expected = ilajax.conv(
+        x.with_values(x.values.astype(dtype)), rounded, bias.astype(dtype), capacity=30
+    ).features
+    for call in (lambda m, x: m(x), nnx.jit(lambda m, x: m(x))):
+        np.testing.assert_array_equal(call(module, x).keys, expected.keys)
+        np.testing.assert_array_equal(call(module, x).values, expected.values)
+
+
+def test_parameters_of_16_bits_have_gradients_of_16_bits():
+    """Catches gradients whose dtype is not that of their parameters, which an optimizer refuses."""
+    module = layer(param_dtype=jnp.float16, dtype=jnp.float16)
+    grads = nnx.grad(lambda m: m(sparse()).values.astype(jnp.float32).sum())(module)
+    assert grads.kernel.dtype == grads.bias.dtype == jnp.float16
+
+
 # --- A random subset of the weights ----------------------------------------------------------------------
 
 
@@ -200,7 +263,7 @@ TRANSFORMED = {
 def test_every_transformed_call_measures(name):
     x, module = sparse(), layer()
     before = module.density[...]
-    np.testing.assert_array_equal(before, 0)
+    np.testing.assert_array_equal(before, -1)
     TRANSFORMED[name](module, x)
     np.testing.assert_allclose(module.density[...], mean_density(module, x), rtol=1e-6)
     after = jax.typeof(module.density[...])
@@ -219,6 +282,44 @@ def test_a_plain_transformation_that_closes_over_the_layer_leaves_the_measuremen
     np.testing.assert_array_equal(closed(x.values), direct)
     assert jax.grad(lambda v: closed(v).sum())(x.values).shape == x.values.shape
     np.testing.assert_array_equal(module.density[...], measured)
+
+
+def test_density_is_measured_in_training_only():
+    """Catches an evaluation that overwrites what the training set's batches have shown."""
+    x, module = sparse(), layer()
+    step = nnx.jit(lambda m, x: m(x).values)
+
+    def measures(call):
+        module.density[...] = jnp.full(3, 0.125)
+        call()
+        return bool((np.asarray(module.density[...]) != 0.125).all())
+
+    assert measures(lambda: module(x))
+    model = nnx.Sequential(module)
+    model.eval()
+    assert module.use_running_average
+    assert not measures(lambda: step(model, x))
+    assert measures(lambda: module(x, use_running_average=False))
+    model.train()
+    assert measures(lambda: step(model, x))
+    assert not measures(lambda: module(x, use_running_average=True))
+    assert not measures(lambda: nnx.view(model, use_running_average=True)(x))
+    np.testing.assert_array_equal(layer(use_running_average=True)(x).values, module(x).values)
+
+
+def test_an_axis_name_makes_the_density_that_of_all_devices():
+    """Catches a density of one device's part of the batch, taken for that of the whole."""
+    x = sparse(shape=(6, 6, 5, 2))
+    parts = jax.tree.map(lambda a: a.reshape(3, 2, *a.shape[1:]), x)
+    module = layer(axis_name="devices")
+    run = nnx.vmap(lambda m, x: m(x).values, in_axes=(None, 0), axis_name="devices")
+    values = run(module, parts)
+    whole = layer()
+    np.testing.assert_array_equal(values.reshape(6, 3, -1), whole(x).values)
+    np.testing.assert_allclose(module.density[...], whole.density[...], rtol=1e-6)
+    np.testing.assert_allclose(module.density[...], mean_density(whole, x), rtol=1e-6)
+    # Where nothing is measured, no device waits for another, and the axis need not exist.
+    layer(axis_name="devices", use_running_average=True)(x)
 
 
 def test_layers_stacked_by_vmap_run_in_a_scan_and_measure_each():
@@ -293,8 +394,22 @@ def test_a_layer_used_twice_is_found_once():
         ({"density_bound": 0.0}, ValueError, r"density_bound must lie in \(0, 1\], got 0.0"),
         ({"density_bound": 1.5}, ValueError, r"density_bound must lie in \(0, 1\], got 1.5"),
         ({"density_bound": float("nan")}, ValueError, r"density_bound must lie in \(0, 1\]"),
+        (
+            {"density_bound": [0.2, 0.1]},
+            TypeError,
+            r"density_bound must be one number in \(0, 1\], got \[0.2, 0.1\]. Each layer",
+        ),
+        (
+            {"density_bound": np.array([0.2, 0.1, 0.3])},
+            TypeError,
+            "density_bound must be one number",
+        ),
         ({"select": "largest"}, ValueError, "select"),
-        ({"support": "output"}, ValueError, "support must be one of"),
+        (
+            {"support": "submanifold"},
+            ValueError,
+            "support must be one of .*got 'submanifold'. A submanifold .* is \"input\"",
+        ),
         ({"support": "input"}, ValueError, "density_bound does not apply"),
         (
             {"support": "input", "density_bound": None, "select": "positive"},
@@ -305,7 +420,11 @@ def test_a_layer_used_twice_is_found_once():
         ({"kernel_density": 2}, ValueError, r"kernel_density must lie in \(0, 1\], got 2"),
         ({"strides": 0}, ValueError, "strides must be at least 1"),
         ({"kernel_dilation": (1, 1, 1)}, ValueError, "kernel_dilation must have one entry"),
-        ({"padding": 1}, TypeError, "padding must be 'SAME'"),
+        ({"padding": 1}, TypeError, r"padding must be 'SAME'.*got 1\. .*\(\(1, 1\), \(1, 1\)\)"),
+        ({"padding": (0, 2)}, TypeError, r"got \(0, 2\)\. .*padding=\(\(0, 0\), \(2, 2\)\)"),
+        ({"padding": 1.5}, TypeError, r"padding must be 'SAME'.*got 1.5\.$"),
+        ({"padding": [(1, 1)]}, ValueError, r"each of the 2 spatial axes, got \(\(1, 1\),\)"),
+        ({"padding": "FULL"}, ValueError, "padding must be 'SAME'.*got 'FULL'"),
         ({"param_dtype": jnp.int32}, TypeError, "param_dtype must be float32"),
         ({"dtype": jnp.float64}, TypeError, "dtype must be float32"),
     ],
@@ -319,7 +438,9 @@ def test_bad_options_raise_and_say_which(options, error, message):
     ("shape", "error", "message"),
     [
         ((0, 3, (3, 3)), ValueError, "in_features must be at least 1, got 0"),
-        ((2, 1.5, (3, 3)), TypeError, "out_features must be an integer, got 1.5"),
+        ((2, 1.5, (3, 3)), TypeError, "out_features must be an integer.*got 1.5"),
+        ((None, 3, (3, 3)), TypeError, "in_features must be an integer.*got None.*first input"),
+        ((2, None, (3, 3)), TypeError, "out_features must be an integer.*got None"),
         ((2, 3, (3, 0)), ValueError, "kernel_size must be at least 1"),
     ],
 )
@@ -328,11 +449,29 @@ def test_bad_shapes_raise(shape, error, message):
         Conv(*shape, density_bound=0.5, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.parametrize("rngs", [jax.random.key(0), 0, None], ids=["key", "int", "None"])
+def test_rngs_that_are_none_raise(rngs):
+    """Catches a bare key, as Linen takes it, that fails with a missing attribute."""
+    with pytest.raises(TypeError, match=r"rngs must be an nnx\.Rngs, got .*rngs=nnx\.Rngs\(0\)"):
+        Conv(2, 3, (3, 3), density_bound=0.5, rngs=rngs)
+
+
+def test_a_submanifold_layer_behind_a_bounded_one_names_the_cause():
+    """Catches an error that asks for a shared support, and not where it was lost."""
+    behind = Conv(3, 3, (3, 3), support="input", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"shared support.*layer with a density bound.*in front"):
+        behind(layer()(sparse()))
+
+
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
         (jnp.zeros((1, 6, 5, 2)), TypeError, "x must be an ilajax.SparseTensor"),
-        (sparse(shape=(2, 6, 5, 4)), ValueError, "reads 2 channels, but x has 4"),
+        (
+            sparse(shape=(2, 6, 5, 4)),
+            ValueError,
+            "x must have the 2 channels that the layer was made for, got 4: .*in_features=4",
+        ),
         (sparse(shape=(2, 6, 2)), ValueError, "window of 2 axes"),
     ],
     ids=["dense", "channels", "rank"],

@@ -39,6 +39,8 @@ def test_has_no_variables(module, _):
 def test_bad_arguments_raise(module, _):
     with pytest.raises(ValueError, match=r"density_bound must lie in \(0, 1\], got 2"):
         module(2, 2)
+    with pytest.raises(TypeError, match=r"density_bound must be one number.*\[0.2, 0.1\]"):
+        module(2, [0.2, 0.1])
     with pytest.raises(ValueError, match="window must have one entry"):
         module((2, 2, 2))(sparse())
     with pytest.raises(TypeError, match=r"x must be an ilajax\.SparseTensor"):

@@ -61,12 +61,23 @@ CASES = {
         "select.*value.*positive.*magnitude.*largest",
     ),
     "conv-support": (conv(support="same"), ValueError, "support.*dilate.*input.*same"),
+    "conv-submanifold": (
+        conv(support="submanifold"),
+        ValueError,
+        'support.*submanifold\'. A submanifold convolution.*is "input"',
+    ),
     "conv-strides": (conv(strides=0), ValueError, "strides.*0"),
     "conv-strides-rank": (conv(strides=(1, 1, 1)), ValueError, r"strides.*2.*\(1, 1, 1\)"),
     "conv-strides-float": (conv(strides=1.5), TypeError, "strides.*1.5"),
     "conv-padding": (conv(padding="FULL"), ValueError, "padding.*SAME.*VALID.*FULL"),
     "conv-padding-rank": (conv(padding=((1, 1),)), ValueError, "padding.*2.*1, 1"),
-    "conv-padding-int": (conv(padding=1), TypeError, "padding.*1"),
+    "conv-padding-int": (
+        conv(padding=1),
+        TypeError,
+        r"padding.*got 1\. .*padding=\(\(1, 1\), \(1, 1\)\)",
+    ),
+    "conv-padding-ints": (conv(padding=[2, 1]), TypeError, r"padding=\(\(2, 2\), \(1, 1\)\)"),
+    "conv-padding-list": (conv(padding=[1, 1, 1]), TypeError, r"padding.*got \[1, 1, 1\]\.$"),
     "conv-dilation": (conv(kernel_dilation=(0, 1)), ValueError, r"kernel_dilation.*\(0, 1\)"),
     "conv-window": (
         conv(kernel=samples.kernel(0, (6, 3)), padding="VALID"),
@@ -84,12 +95,23 @@ CASES = {
         r"2\*\*31",
     ),
     # submanifold
-    "input-own-supports": (submanifold(X), ValueError, "x must have a shared support"),
+    "input-own-supports": (
+        submanifold(X),
+        ValueError,
+        "x must have a shared support.*differ by channel.*density bound.*from_points",
+    ),
     "input-capacity": (submanifold(capacity=5), ValueError, "capacity.*5"),
     "input-select": (submanifold(select="value"), ValueError, "select.*value"),
     "input-strides": (submanifold(strides=2), ValueError, r"strides.*2"),
     "input-valid": (submanifold(padding="VALID"), ValueError, "padding.*VALID"),
     "input-explicit": (submanifold(padding=((1, 1), (1, 1))), ValueError, r"padding.*\(1, 1\)"),
+    # densities
+    "capacity-list": (
+        lambda: ilajax.capacity([0.2, 0.1], (4, 4)),
+        TypeError,
+        r"density_bound must be one number.*\[0.2, 0.1\]",
+    ),
+    "capacity-word": (lambda: ilajax.capacity("low", (4,)), TypeError, "density_bound.*'low'"),
     # k_select, relu
     "k_select-dense": (lambda: ilajax.k_select(DENSE, 3), TypeError, "x must be.*SparseTensor"),
     "k_select-capacity": (lambda: ilajax.k_select(X, 0), ValueError, "capacity.*at least 1.*0"),
@@ -181,6 +203,16 @@ def test_errors_rise_at_trace_time():
         jax.eval_shape(lambda x: ilajax.k_select(x, 2, select="abs"), X)
     with pytest.raises(ValueError, match="capacity"):
         jax.eval_shape(lambda x: ilajax.conv(x, KERNEL, capacity=0), X)
+
+
+def test_a_gradient_to_a_tensor_fails_in_the_words_that_its_docs_explain():
+    """Catches docs that no longer quote what JAX says, which no library can change."""
+    with pytest.raises(TypeError, match=r"grad requires real- or complex-valued inputs.*int32"):
+        jax.grad(lambda x: ilajax.to_dense(x).sum())(X)
+    assert "grad requires real- or complex-valued inputs" in ilajax.SparseTensor.__doc__
+    grads = jax.grad(lambda x: ilajax.to_dense(x).sum(), allow_int=True)(X)
+    by_values = jax.grad(lambda v: ilajax.to_dense(X.with_values(v)).sum())(X.values)
+    np.testing.assert_array_equal(grads.values, by_values)
 
 
 def test_a_traced_capacity_is_refused():

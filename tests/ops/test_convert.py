@@ -1,4 +1,4 @@
-"""Conversions: dense arrays, point sets and concatenation, against NumPy."""
+"""Conversions from and to dense arrays, against NumPy."""
 
 import functools
 import itertools
@@ -153,6 +153,27 @@ def test_magnitude_is_the_default(backend):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@pytest.mark.nans
+def test_nothing_is_cut_unseen(backend):
+    """Catches non-zeros (NaN is one) that select=None drops, and an error that does not say where."""
+    dense = np.zeros((2, 3, 4, 2), np.float32)
+    dense[0, 0, :, 0] = 1
+    dense[1, :2, 1:, 1], dense[1, 0, 1, 1] = -1, NAN
+    for array in (dense, jnp.asarray(dense)):
+        with pytest.raises(ValueError, match=r"capacity is 5.*6 non-zeros.*batch 1, channel 1"):
+            ilajax.from_dense(array, 5, select=None)
+        fits = ilajax.from_dense(array, 6, select=None)
+        np.testing.assert_array_equal(oracles.dense(fits), dense)
+
+
+def test_select_none_keeps_the_strongest_inside_jit(backend):
+    """Catches a select=None that fails on tracers, or that keeps something else than it says."""
+    dense = samples.integers(5, (2, 3, 4, 2))
+    got = jax.jit(lambda d: ilajax.from_dense(d, 4, select=None))(dense)
+    want = jax.jit(lambda d: ilajax.from_dense(d, 4, select="magnitude"))(dense)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def test_a_numpy_array_is_an_array(backend):
     """Catches a conversion that takes JAX arrays only."""
     x = ilajax.from_dense(np.eye(3, dtype=np.float32)[None, ..., None], 3)
@@ -187,268 +208,3 @@ def test_any_dense_array(backend):
         check(backend, jnp.asarray(dense, jnp.float32), 5, "magnitude")
 
     holds()
-
-
-# --- from_points -----------------------------------------------------------------------------------
-
-GRID = (4, 5)
-
-
-def voxelise(coordinates, features, batch_index, reduce, capacity, batch=2, grid=GRID):
-    """keys [B, 1, K] and values [B, C, K], one point at a time; what lies outside is dropped."""
-    cells = [{} for _ in range(batch)]
-    for place, feature, b in zip(coordinates, features, batch_index, strict=True):
-        inside = all(0 <= p < s for p, s in zip(place, grid, strict=True))
-        if inside and 0 <= b < batch and not np.isnan(feature).any():
-            cells[b].setdefault(int(np.ravel_multi_index(place, grid)), []).append(feature)
-    f = {"mean": np.mean, "sum": np.sum, "max": np.max}[reduce]
-    sites = int(np.prod(grid))
-    keys = np.full((batch, 1, capacity), sites, np.int32)
-    values = np.zeros((batch, np.shape(features)[1], capacity))
-    for b, found in enumerate(cells):
-        for slot, key in enumerate(sorted(found)[:capacity]):
-            keys[b, 0, slot], values[b, :, slot] = key, f(found[key], axis=0)
-    return keys, values
-
-
-def points(seed, count=25, channels=3):
-    """Points of which many share a voxel; integer features, so that sums are exact."""
-    rng = np.random.default_rng(seed)
-    coordinates = np.stack([rng.integers(0, s, count) for s in GRID], axis=1).astype(np.int32)
-    features = rng.integers(-4, 5, (count, channels)).astype(np.float32)
-    return coordinates, features, rng.integers(0, 2, count).astype(np.int32)
-
-
-def from_points(coordinates, features, batch_index, capacity=20, reduce="mean"):
-    return ilajax.from_points(
-        coordinates,
-        features,
-        batch_index,
-        spatial_shape=GRID,
-        batch_size=2,
-        capacity=capacity,
-        reduce=reduce,
-    )
-
-
-@pytest.mark.parametrize("dtype", samples.DTYPES)
-@pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
-def test_from_points(reduce, dtype):
-    """Catches points put into a wrong voxel or sample, and a wrong reduction: negative maxima too."""
-    coordinates, features, batch_index = points(0)
-    x = jax.jit(functools.partial(from_points, reduce=reduce))(
-        coordinates, jnp.asarray(features, samples.DTYPES[dtype]), batch_index
-    )
-    keys, values = voxelise(coordinates, features, batch_index, reduce, 20)
-    oracles.assert_invariants(x, capacity=20)
-    assert x.shared
-    assert x.shape == (2, *GRID, 3)
-    assert x.dtype == samples.DTYPES[dtype]
-    np.testing.assert_array_equal(x.keys, keys)
-    tolerance = float(jnp.finfo(x.dtype).eps) if reduce == "mean" else 0.0
-    oracles.assert_close(x.values, values, tolerance)
-
-
-def test_mean_is_the_default_and_eager_is_jit():
-    """Catches another default, or concrete input that gives another result than traced input."""
-    arguments = points(1)
-    eager, traced = from_points(*arguments), jax.jit(from_points)(*arguments)
-    jax.tree.map(np.testing.assert_array_equal, eager, traced)
-    _, values = voxelise(*arguments, "mean", 20)
-    np.testing.assert_allclose(eager.values, values, rtol=1e-6)
-
-
-@pytest.mark.parametrize("coordinate", [np.int8, np.uint8, np.int16, np.int64, np.uint32])
-def test_integers_of_any_width(coordinate):
-    """Catches coordinates that wrap around in a narrow or unsigned type: the grid is wider than 127."""
-    place = np.array([[0], [100], [127]]).astype(coordinate)
-    x = ilajax.from_points(
-        place,
-        np.ones((3, 1), np.float32),
-        np.zeros(3, coordinate),
-        spatial_shape=(300,),
-        batch_size=1,
-        capacity=3,
-    )
-    np.testing.assert_array_equal(x.keys, [[[0, 100, 127]]])
-
-
-def test_points_on_a_grid_near_2_31():
-    """Catches a key that overflows, and a batch folded into it."""
-    grid = (1290, 1290, 1290)
-    x = ilajax.from_points(
-        np.array([[1289, 1289, 1289], [0, 0, 1], [1289, 1289, 1289]]),
-        np.array([[1.0], [2.0], [3.0]], np.float32),
-        np.array([1, 1, 0]),
-        spatial_shape=grid,
-        batch_size=2,
-        capacity=2,
-    )
-    last = 1290**3 - 1
-    np.testing.assert_array_equal(x.keys, [[[last, last + 1]], [[1, last]]])
-    np.testing.assert_array_equal(x.values, [[[3, 0]], [[2, 1]]])
-
-
-@pytest.mark.parametrize("channels", [1, 2])
-def test_zero_features_are_stored(channels):
-    """Catches a point without features taken for an empty voxel."""
-    x = from_points(np.array([[1, 1]]), np.zeros((1, channels), np.float32), np.array([0]), 3)
-    np.testing.assert_array_equal(x.keys, [[[6, 20, 20]], [[20, 20, 20]]])
-    np.testing.assert_array_equal(x.counts, [[1] * channels, [0] * channels])
-
-
-def test_no_points():
-    """Catches an empty cloud that crashes."""
-    nothing = (np.zeros((0, 2), np.int32), np.zeros((0, 3), np.float32), np.zeros(0, np.int32))
-    for f in (from_points, jax.jit(from_points)):
-        x = f(*nothing)
-        oracles.assert_invariants(x, capacity=20)
-        assert not np.any(x.counts)
-
-
-BAD_POINTS = {
-    "coordinates": (np.array([[0, 0], [3, 5]]), None, None, r"coordinates.*\[3, 5\].*\(4, 5\)"),
-    "negative": (np.array([[0, 0], [-1, 2]]), None, None, r"coordinates.*\[-1, 2\].*\(4, 5\)"),
-    "features": (None, np.array([[1.0], [NAN]], np.float32), None, "features.*NaN"),
-    "batch_index": (None, None, np.array([0, 2]), r"batch_index.*2.*\[0, 2\)"),
-    "batch_index-negative": (None, None, np.array([-1, 0]), r"batch_index.*-1"),
-    "int64": (np.array([[0, 0], [2**32, 0]]), None, None, "coordinates.*4294967296"),
-    "int64-batch": (None, None, np.array([2**32, 0]), "batch_index.*4294967296"),
-}
-
-
-def bad_points(case):
-    coordinates, features, batch_index, message = BAD_POINTS[case]
-    good = (np.array([[0, 0], [1, 2]]), np.array([[1.0], [2.0]], np.float32), np.array([0, 1]))
-    given = (coordinates, features, batch_index)
-    return [g if b is None else b for b, g in zip(given, good, strict=True)], message
-
-
-@pytest.mark.nans
-@pytest.mark.parametrize("case", BAD_POINTS)
-def test_bad_points_raise_where_concrete(case):
-    """Catches points that are silently clipped, wrapped around or dropped."""
-    arguments, message = bad_points(case)
-    with pytest.raises(ValueError, match=message):
-        from_points(*arguments, capacity=2)
-
-
-@pytest.mark.nans
-@pytest.mark.parametrize("case", [c for c in BAD_POINTS if not c.startswith("int64")])
-def test_bad_points_are_dropped_inside_jit(case):
-    """Catches bad points that reach a voxel under jit, and NaN that spreads from a dropped point."""
-    (coordinates, features, batch_index), _ = bad_points(case)
-    x = jax.jit(functools.partial(from_points, capacity=2))(coordinates, features, batch_index)
-    keys, values = voxelise(coordinates, features, batch_index, "mean", 2)
-    np.testing.assert_array_equal(x.keys, keys)
-    np.testing.assert_array_equal(x.values, values)
-
-
-def test_more_voxels_than_slots():
-    """Catches an overflow that passes unnoticed, and anything but the lowest keys under jit."""
-    arguments = points(2)
-    with pytest.raises(ValueError, match=r"capacity.*3.*sample \d"):
-        from_points(*arguments, capacity=3)
-    x = jax.jit(functools.partial(from_points, capacity=3, reduce="sum"))(*arguments)
-    keys, values = voxelise(*arguments, "sum", 3)
-    oracles.assert_tensor(x, keys, values)
-
-
-@pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
-def test_gradients_of_from_points(reduce):
-    """Catches features that receive another gradient than that of the reduction of their voxel."""
-    coordinates, features, batch_index = points(3)
-    features += np.arange(75).reshape(25, 3) / 128  # no ties
-    g = samples.integers(3, (2, 3, 20))
-
-    @jax.jit
-    def gradient(features):
-        def values(f):
-            return from_points(coordinates, f, batch_index, reduce=reduce).values
-
-        return jax.vjp(values, features)[1](g)[0]
-
-    want = np.zeros_like(features)
-    keys, values = voxelise(coordinates, features, batch_index, reduce, 20)
-    voxels = np.ravel_multi_index(coordinates.T, GRID)
-    for n, (b, key) in enumerate(zip(batch_index, voxels, strict=True)):
-        slot = int(np.flatnonzero(keys[b, 0] == key)[0])
-        count = ((voxels == key) & (batch_index == b)).sum()
-        share = {
-            "mean": 1 / count,
-            "sum": 1,
-            "max": features[n] == values[b, :, slot],
-        }[reduce]
-        want[n] = g[b, :, slot] * share
-    np.testing.assert_allclose(gradient(features), want, rtol=1e-6)
-
-
-@settings(max_examples=20)
-@given(st.integers(0, 10**6), st.sampled_from(["mean", "sum", "max"]))
-def test_any_points(seed, reduce):
-    """Catches output that breaks the contract on some points, the order of arrival included."""
-    coordinates, features, batch_index = points(seed)
-    order = np.random.default_rng(seed).permutation(25)
-    one = traced(reduce)(coordinates, features, batch_index)
-    other = traced(reduce)(coordinates[order], features[order], batch_index[order])
-    oracles.assert_invariants(one)
-    jax.tree.map(np.testing.assert_array_equal, one, other)
-
-
-@functools.cache
-def traced(reduce):
-    return jax.jit(functools.partial(from_points, reduce=reduce))
-
-
-# --- concatenate -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("shared", "others"), [(False, False), (True, False), (True, True)])
-def test_concatenate(shared, others):
-    """Catches channels in the wrong order, and capacities or supports that do not mix."""
-    parts = [
-        samples.tensor(0, channels=2, capacity=5, shared=shared),
-        samples.tensor(1, channels=1, capacity=9),
-        samples.tensor(2, channels=3, capacity=7, shared=others),
-    ]
-    x = jax.jit(ilajax.concatenate)(parts)
-    oracles.assert_invariants(x)
-    assert x.channels == 6
-    want = np.concatenate([oracles.dense(p) for p in parts], axis=-1)
-    np.testing.assert_array_equal(oracles.dense(x), want)
-
-
-def test_concatenate_one():
-    """Catches a list of one that fails."""
-    x = samples.tensor(3)
-    got = ilajax.concatenate([x])
-    np.testing.assert_array_equal(oracles.dense(got), oracles.dense(x))
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_gradients_of_concatenate(shared):
-    """Catches a cotangent that goes to the wrong part."""
-    a, b = samples.tensor(4, capacity=5, shared=shared), samples.tensor(5, channels=1, capacity=8)
-
-    @jax.jit
-    def gradients(u, v):
-        def f(u, v):
-            joined = ilajax.concatenate([a.with_values(u), b.with_values(v)])
-            weight = jnp.arange(3.0).reshape(3) + 1
-            return (joined.values.astype(jnp.float32) ** 2 * weight[:, None]).sum()
-
-        return jax.grad(f, (0, 1))(u, v)
-
-    u, v = gradients(a.values, b.values)
-    np.testing.assert_array_equal(u, 2 * a.values * np.array([1, 2])[:, None])
-    np.testing.assert_array_equal(v, 2 * b.values * 3)
-
-
-def test_concatenate_keeps_a_common_support():
-    """Catches tensors over one and the same support that lose it, so that submanifold nets cannot join."""
-    x = samples.tensor(6, shared=True)
-    joined = ilajax.concatenate([x, x.map(jnp.abs)])
-    assert joined.shared
-    oracles.assert_invariants(joined)
-    want = np.concatenate([oracles.dense(x), np.abs(oracles.dense(x))], axis=-1)
-    np.testing.assert_array_equal(oracles.dense(joined), want)

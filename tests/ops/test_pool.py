@@ -239,6 +239,48 @@ def test_global_pooling_of_negatives_and_nothing(backend):
     np.testing.assert_array_equal(ilajax.global_avg_pool(x), [[-2, 0, -INF]])
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", samples.DTYPES)
+def test_global_average_over_stored_entries(backend, dtype, shared):
+    """Catches a mean over all sites or slots, padding that counts, and an empty segment that is not 0."""
+    x = samples.tensor(7, 3, 2, shared=shared, dtype=dtype, density=0.2)
+    average = jax.jit(lambda x: ilajax.global_avg_pool(x, over="stored"))(x)
+    assert average.shape == (3, 2)
+    assert average.dtype == x.dtype
+    exact = float(jnp.finfo(x.dtype).eps)
+    for b, sample in enumerate(oracles.segments(x)):
+        for c, segment in enumerate(sample):
+            values = [v for _, _, v in segment]
+            want = np.float32(sum(values) / len(values) if values else 0)
+            np.testing.assert_allclose(np.float32(average[b, c]), want, rtol=exact)
+    # The dense form: the sum of the map by that of its mask.
+    ones = jnp.broadcast_to(x.keys < x.sites, x.values.shape).astype(x.dtype)
+    mask = oracles.dense(x.with_values(ones))
+    axes = tuple(range(1, mask.ndim - 1))
+    want = oracles.dense(x).sum(axes) / np.maximum(mask.sum(axes), 1)
+    np.testing.assert_allclose(np.float32(average), want, rtol=exact)
+
+
+def test_global_average_over_stored_entries_of_nothing_and_zeros(backend):
+    """Catches a stored 0 that does not count, and a division by 0 stored entries, in the gradient too."""
+    x = samples.from_entries((8,), [[{1: 3, 2: 0, 5: 6}, {}, {0: -1}]], 4)
+
+    def average(values):
+        return ilajax.global_avg_pool(x.with_values(values), over="stored")
+
+    np.testing.assert_array_equal(average(x.values), [[3, 0, -1]])
+    gradient = jax.jit(jax.grad(lambda values: average(values).sum()))(x.values)
+    third = np.float32(1 / 3)
+    np.testing.assert_array_equal(gradient, [[[third, third, third, 0], [0] * 4, [1, 0, 0, 0]]])
+
+
+def test_global_average_over_something_else_raises():
+    """Catches a misspelt word taken for the default."""
+    x = samples.from_entries((8,), [[{1: 3}]], 4)
+    with pytest.raises(ValueError, match=r"over must be 'sites'.*'stored'.*got 'support'"):
+        ilajax.global_avg_pool(x, over="support")
+
+
 @pytest.mark.nans
 def test_global_pooling_propagates_nan(backend):
     """Catches a maximum that drops NaN."""

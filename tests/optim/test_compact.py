@@ -1,4 +1,4 @@
-"""compact: pruned weights leave storage, and nothing else changes."""
+"""compact: pruned weights leave storage, and nothing else changes, up to the order of sums."""
 
 import functools
 
@@ -141,6 +141,10 @@ def assert_same_bits(a, b):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+def assert_close(a, b):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 HOW = {
     "plain": lambda model, optimizer: compact(model, optimizer),
     "jit": lambda model, optimizer: jitted_compact(model, optimizer),
@@ -150,7 +154,8 @@ HOW = {
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_neither_outputs_nor_training_change_by_a_bit(name, how):
+def test_what_is_stored_moves_as_it_is_and_training_goes_on(name, how):
+    """Catches a weight, a key or a slot that changes on its way, and training that goes another way then."""
     model, optimizer = trained(name)
     kept_model, kept_optimizer = trained(name)
     pruned = {conv: pruned_of(optimizer, conv) for conv in model.convs()}
@@ -178,15 +183,116 @@ def test_neither_outputs_nor_training_change_by_a_bit(name, how):
     lost = {where for where in before if where not in after}
     assert len({text for text, _ in lost}) == len({text for text, _ in before})
 
-    assert_same_bits(forward(model, X), forward(kept_model, X))
-    assert train(model, optimizer, epochs=3) == train(kept_model, kept_optimizer, epochs=3)
-    assert_same_bits(forward(model, X), forward(kept_model, X))
+    assert_close(forward(model, X), forward(kept_model, X))
+    assert_close(train(model, optimizer, epochs=3), train(kept_model, kept_optimizer, epochs=3))
+    assert_close(forward(model, X), forward(kept_model, X))
     # What was pruned since goes in the second round, and is the same too.
     HOW[how](model, optimizer)
     compact(kept_model, kept_optimizer)
     for conv, kept in zip(model.convs().values(), kept_model.convs().values(), strict=True):
-        assert_same_bits(conv.sparse_kernel.to_dense(), kept.sparse_kernel.to_dense())
+        assert_close(conv.sparse_kernel.to_dense(), kept.sparse_kernel.to_dense())
         assert_same_bits(conv.sparse_kernel.mask(), kept.sparse_kernel.mask())
+
+
+@jax.jit
+def sums(x, kernel, bias):
+    """A layer's outputs, and its gradients with respect to input, filter and bias."""
+
+    def responses(values, weights, bias):
+        y = ilajax.conv(
+            x.with_values(values),
+            ilajax.SparseKernel(kernel.keys, weights, kernel.shape),
+            bias,
+            capacity=x.sites,
+        ).features
+        return jnp.sum(y.values**2), y
+
+    gradient = jax.grad(responses, argnums=(0, 1, 2), has_aux=True)
+    (of_x, of_kernel, of_bias), y = gradient(x.values, kernel.values, bias)
+    of_kernel = ilajax.SparseKernel(kernel.keys, of_kernel, kernel.shape).to_dense()
+    return ilajax.to_dense(y), of_x, of_kernel, of_bias
+
+
+@pytest.mark.parametrize("shrink", [False, True])
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "rounded"])
+def test_sums_are_the_same_up_to_their_order(exact, shrink):
+    """Catches a sum that gains or loses a term. A tenth is left of the filter: the CPU's other form runs."""
+    model = Conv(8, 8, (3, 3), density_bound=1.0, rngs=nnx.Rngs(0))
+    tx = optax.chain(optax.sgd(0.1), optax.masked(pruning(), filters(model)))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    rng = np.random.default_rng(0)
+    gone = rng.random(model.kernel.size) < 0.9
+
+    def drawn_values(shape):
+        # Sums of products of these are whole numbers below 2**24.
+        values = rng.integers(-3, 4, shape) if exact else rng.normal(size=shape)
+        return values.astype(np.float32)
+
+    model.kernel[...] = jnp.where(gone, 0, drawn_values(gone.shape))
+    optimizer.opt_state[-1].inner_state.pruned["kernel"][...] = jnp.asarray(gone)
+    dense = np.where(rng.random((2, 24, 24, 8)) < 0.5, drawn_values((2, 24, 24, 8)), 0)
+    x, bias = ilajax.from_dense(jnp.asarray(dense), capacity=400), jnp.asarray(drawn_values(8))
+
+    before = sums(x, model.sparse_kernel, bias)
+    compact(model, optimizer, shrink=shrink)
+    assert int(model.sparse_kernel.count) == (~gone).sum()
+    *after, of_kernel, of_bias = sums(x, model.sparse_kernel, bias)
+    live = np.asarray(model.sparse_kernel.mask())
+    before = (*before[:2], np.where(live, before[2], 0), before[3])
+    for a, b in zip((*after, of_kernel, of_bias), before, strict=True):
+        if exact:
+            assert_same_bits(a, b)
+        else:
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
+
+# --- Weights that moved after they were pruned -----------------------------------------------------------
+
+BEHIND = {
+    "momentum": optax.trace(0.9),
+    "weight decay": optax.chain(optax.trace(0.5), optax.add_decayed_weights(0.01)),
+    "scaling": optax.scale(0.5),
+}
+
+
+@pytest.mark.parametrize("behind", BEHIND)
+def test_pruned_weights_that_are_not_0_raise(behind):
+    """Catches non-zero weights removed without a word where the pruning is not last in its chain."""
+    model = Pair(nnx.Rngs(0))
+    tx = optax.chain(optax.sgd(0.01), pruning(), BEHIND[behind])
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    epochs(model, optimizer, 2)
+    filters_before = {name: conv.sparse_kernel.to_dense() for name, conv in model.convs().items()}
+    before = nnx.clone((model, optimizer))
+    moved = {
+        name: (of_filter(optimizer.opt_state[1].pruned, name)[...] & (conv.kernel[...] != 0)).sum()
+        for name, conv in model.convs().items()
+    }
+    assert all(count > 0 for count in moved.values()), "the test moves something"
+
+    def still_raises():
+        for shrink in (False, True):
+            with pytest.raises(ValueError, match="put one_warning_shot_pruning last") as raised:
+                compact(model, optimizer, shrink=shrink)
+        assert f"twins.0.kernel ({moved['twins']} of " in str(raised.value)
+        assert f"twin.kernel ({moved['twin']} of " in str(raised.value)
+
+    still_raises()
+    jax.tree.map(assert_same_bits, *map(nnx.state, (before, (model, optimizer))))
+    # Inside nnx.jit nobody can look: what is not 0 stays, and the next look finds it.
+    jitted_compact(model, optimizer)
+    for name, conv in model.convs().items():
+        assert_same_bits(conv.sparse_kernel.to_dense(), filters_before[name])
+    still_raises()
+
+
+def test_keys_out_of_order_raise():
+    """Catches keys that Orbax filled up with 0, which would be sorted in among the live ones."""
+    model = Pair(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, pruning(), wrt=nnx.Param)
+    model.twin.kernel_keys[...] = jnp.arange(18).at[10:].set(0)
+    with pytest.raises(ValueError, match=r"twin\.kernel_keys must ascend.*slot 10 0 follows 9"):
+        compact(model, optimizer)
 
 
 def test_without_shrink_nothing_is_compiled_again():

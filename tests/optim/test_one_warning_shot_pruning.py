@@ -138,15 +138,45 @@ def test_last_in_a_chain_it_holds_pruned_weights_at_zero(inner):
     assert params[1] != 3
 
 
-def test_it_must_be_last_for_that():
-    """What the docstring warns of: momentum behind it moves pruned weights."""
-    tx = optax.chain(one_warning_shot_pruning(THRESHOLD), optax.trace(0.9))
-    params = jnp.array([0.3])
-    state = tx.init(params)
-    for _ in range(3):
-        updates, state = tx.update(jnp.ones(1), state, params, epoch_end=True)
+@pytest.mark.parametrize(
+    "behind",
+    [
+        optax.trace(0.9),
+        optax.chain(optax.trace(0.5), optax.add_decayed_weights(0.1)),
+        optax.scale(0.5),
+    ],
+    ids=["momentum", "weight decay", "scaling"],
+)
+def test_it_raises_where_it_is_not_last(behind):
+    """Catches pruned weights that something behind it moves, without a word, where values can be seen."""
+    tx = optax.chain(one_warning_shot_pruning(THRESHOLD), behind)
+    params = {"first": jnp.array([0.3, 3.0, -0.2]), "second": [jnp.array([2.0])]}
+    state, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+    seen, update = state, jax.jit(tx.update)
+    for epoch_end in (True, True, False):
+        updates, state = tx.update(zeros, state, params, epoch_end=epoch_end)
+        jitted, seen = update(zeros, seen, params, epoch_end=epoch_end)
+        jax.tree.map(np.testing.assert_allclose, updates, jitted)
         params = optax.apply_updates(params, updates)
-    assert params[0] != 0
+    with pytest.raises(
+        ValueError, match=r"not 0: first \(2\)\. What stands behind .* last"
+    ) as raised:
+        tx.update(zeros, state, params, epoch_end=True)
+    assert "second" not in str(raised.value)
+    update(zeros, seen, params, epoch_end=True)  # nobody can look: compact does, later
+
+
+def test_moved_weights_of_a_model_are_named_by_their_path():
+    """Catches a message that speaks of an nnx.State's inner structure."""
+    model = nnx.Sequential(nnx.Linear(1, 2, use_bias=False, rngs=nnx.Rngs(0)))
+    model.layers[0].kernel[...] = jnp.array([[0.1, 1.0]])
+    tx = optax.chain(one_warning_shot_pruning(THRESHOLD), optax.scale(0.5))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param))
+    for _ in range(2):
+        optimizer.update(model, grads, epoch_end=True)
+    with pytest.raises(ValueError, match=r"not 0: layers\.0\.kernel \(1\)\."):
+        optimizer.update(model, grads, epoch_end=True)
 
 
 @pytest.mark.parametrize("update_dtype", [jnp.float32, jnp.bfloat16])

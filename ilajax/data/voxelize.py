@@ -1,0 +1,237 @@
+"""Point clouds to a batch of voxels. Nothing here touches JAX: any worker process may run it."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ilajax.geometry import check_spatial_shape
+from ilajax.ops.points import from_points
+from ilajax.sparse_tensor import SparseTensor
+
+
+class Voxels(NamedTuple):
+    """A batch of clouds on a grid, and what became of their points.
+
+    Attributes:
+      tensor: the features of each voxel, one shared support, NumPy arrays. Sample i is cloud i.
+      slots: for each cloud an int32[N_i], the slot of each point's voxel; -1 where the point lies outside
+        the grid or its voxel did not fit. `tensor.values[i][:, slots[i]]` brings features back to points.
+      labels: int32[B, K], the label of most points of a voxel, of several the lowest; -1 in padding and
+        where no point has a label. None where no labels were given.
+      overflow: int32[B], voxels that did not fit into the capacity; those with the lowest keys stayed.
+      outside: int32[B], points that lay outside the grid.
+    """
+
+    tensor: SparseTensor
+    slots: list[np.ndarray]
+    labels: np.ndarray | None
+    overflow: np.ndarray
+    outside: np.ndarray
+
+
+def voxelize(
+    clouds: Sequence[Any],
+    features: Sequence[Any] | None = None,
+    *,
+    spatial_shape: Sequence[int],
+    capacity: int,
+    voxel_size: float | Sequence[float] | None = None,
+    origin: Sequence[float] | None = None,
+    reduce: str = "mean",
+    labels: Sequence[Any] | None = None,
+) -> Voxels:
+    """Puts clouds of any number of points on a grid, as one batch of fixed shape.
+
+    A point p lies in the voxel `floor((p - origin) / voxel_size)`, computed in float64. Without a
+    `voxel_size` each cloud chooses its own, the same on every axis: the largest at which its box reaches
+    from border to border of the grid, with the cloud in the middle. Points on the upper border then belong
+    to the last voxel, and none lies outside.
+
+    It needs NumPy alone and takes milliseconds, so it can run in forked and in spawned workers. Look at
+    `overflow` and `outside`: they count what the capacity and the grid cut off.
+
+    Args:
+      clouds: arrays float[N_i, d] of positions; a cloud without points is an empty sample.
+      features: arrays float32, bfloat16 or float16 [N_i, C], one for each cloud; by default a 1 for each
+        point, so that every occupied voxel holds a 1 (with reduce="sum" its number of points).
+      spatial_shape: the grid, d axes.
+      capacity: slots of each sample.
+      voxel_size: edge of a voxel, in the unit of the clouds: one number, or one for each axis.
+      origin: lower corner of the grid, one number for each axis, the same for all clouds; by default each
+        cloud's own minimum. Only with `voxel_size`. Points outside the grid are dropped.
+      reduce: "mean", "sum" or "max" over the features of the points of one voxel.
+      labels: arrays int[N_i] of classes, one for each cloud; -1 for a point without a label, which has no
+        vote.
+
+    Returns:
+      Voxels: tensor, slots, labels, overflow, outside.
+
+    Raises:
+      TypeError, ValueError: if an argument has a wrong type, shape or value, or a position is NaN or
+        infinite.
+
+    Example:
+      >>> clouds = [np.array([[0.0, 0.0], [1.0, 2.0]]), np.array([[5.0, 5.0]])]
+      >>> batch = ilajax.data.voxelize(clouds, spatial_shape=(4, 4), capacity=3)
+      >>> batch.tensor.coordinates()[0, 0]
+      array([[1, 0],
+             [3, 3],
+             [4, 4]], dtype=int32)
+      >>> batch.slots
+      [array([0, 1], dtype=int32), array([0], dtype=int32)]
+    """
+    spatial_shape = check_spatial_shape(spatial_shape)
+    rank = len(spatial_shape)
+    positions = [_cloud(i, cloud, rank) for i, cloud in enumerate(clouds)]
+    if not positions:
+        raise ValueError("clouds must hold at least one cloud, got none.")
+    if voxel_size is None:
+        if origin is not None:
+            raise ValueError(
+                "origin needs a voxel_size: without one each cloud is scaled into the grid. Give both."
+            )
+        places = [_scaled(p, spatial_shape) for p in positions]
+    else:
+        edge = _per_axis("voxel_size", voxel_size, rank)
+        if (edge <= 0).any():
+            raise ValueError(f"voxel_size must be above 0, got {voxel_size!r}.")
+        corner = None if origin is None else _per_axis("origin", origin, rank)
+        places = [
+            np.floor((p - (_minimum(p) if corner is None else corner)) / edge) for p in positions
+        ]
+    sizes = [p.shape[1] for p in positions]
+    place = np.concatenate(places, axis=1)
+    inside = ((place >= 0) & (place < _column(spatial_shape))).all(axis=0)
+    sample = np.repeat(np.arange(len(sizes)), sizes)
+    if features is None:
+        channels = np.ones((len(sample), 1), np.float32)
+    else:
+        channels = _joined("features", features, sizes, "[N, C]")
+        _check_features(channels, sample)
+    tensor, overflow, slots = from_points(
+        np.where(inside, place, 0).astype(np.int64).T,
+        channels,
+        np.where(inside, sample, -1),
+        spatial_shape=spatial_shape,
+        batch_size=len(sizes),
+        capacity=capacity,
+        reduce=reduce,
+        overflow="drop",
+        return_overflow=True,
+        return_slots=True,
+    )
+    majority = None
+    if labels is not None:
+        shape = (len(sizes), tensor.capacity)
+        majority = _majority(_joined("labels", labels, sizes, "[N]"), sample, slots, shape)
+    outside = np.bincount(sample[~inside], minlength=len(sizes)).astype(np.int32)
+    slots_of = np.split(slots, np.cumsum(sizes)[:-1])
+    return Voxels(tensor, slots_of, majority, overflow, outside)
+
+
+def _cloud(index: int, cloud: Any, rank: int) -> np.ndarray:
+    """The positions, float64[d, N]: axes first, so that NumPy runs along the points."""
+    points = np.asarray(cloud)
+    if points.size == 0:
+        return np.zeros((rank, 0))  # an empty list too
+    if points.ndim != 2 or points.shape[1] != rank:
+        raise ValueError(
+            f"clouds[{index}] must have shape [N, {rank}], a position on each axis of the grid, got "
+            f"{points.shape}."
+        )
+    try:
+        axes = points.T.astype(np.float64, order="C", casting="same_kind")
+    except TypeError:
+        raise TypeError(f"clouds[{index}] must hold numbers, got {points.dtype}.") from None
+    wrong = ~np.isfinite(axes).all(axis=0)
+    if wrong.any():
+        point = int(np.argmax(wrong))
+        raise ValueError(
+            f"clouds[{index}] has a position that is not finite, {points[point].tolist()}, at point {point} "
+            f"({int(wrong.sum())} such points). Drop them first."
+        )
+    return axes
+
+
+def _scaled(points: np.ndarray, spatial_shape: tuple[int, ...]) -> np.ndarray:
+    """The voxel of each point of a cloud that is scaled into the grid and centred."""
+    if not points.size:
+        return points
+    extent = _column(spatial_shape)
+    low = _minimum(points)
+    box = points.max(axis=1, keepdims=True) - low
+    edge = (box / extent).max() or 1.0  # all points in one place: in the middle of the grid
+    position = (points - low) / edge + (extent - box / edge) / 2
+    return np.floor(position).clip(0, extent - 1)
+
+
+def _minimum(points: np.ndarray) -> np.ndarray:
+    return points.min(axis=1, keepdims=True, initial=np.inf)
+
+
+def _column(numbers: Sequence[int]) -> np.ndarray:
+    return np.array(numbers)[:, None]
+
+
+def _per_axis(argument: str, value: Any, rank: int) -> np.ndarray:
+    """float64[d, 1]."""
+    try:
+        numbers = np.broadcast_to(np.asarray(value, np.float64), (rank,))
+    except (TypeError, ValueError):
+        numbers = np.array([np.nan])
+    if not np.isfinite(numbers).all():
+        raise ValueError(
+            f"{argument} must be a finite number, or {rank} of them, one for each axis, got {value!r}."
+        )
+    return numbers[:, None]
+
+
+def _joined(argument: str, parts: Sequence[Any], sizes: list[int], axes: str) -> np.ndarray:
+    """The parts one behind the other; each must have a row for each point of its cloud."""
+    arrays = [np.asarray(part) for part in parts]
+    if len(arrays) != len(sizes):
+        raise ValueError(
+            f"{argument} must hold one array for each cloud, {len(sizes)} in all, got {len(arrays)}."
+        )
+    rank = len(axes.split(","))
+    for i, (array, size) in enumerate(zip(arrays, sizes, strict=True)):
+        if array.ndim != rank or array.shape != (size, *arrays[0].shape[1:]):
+            raise ValueError(
+                f"{argument}[{i}] must have shape {axes}, N = {size} as in clouds[{i}], all else as in "
+                f"{argument}[0], got {array.shape}."
+            )
+    # An empty cloud's list of labels has the dtype of floats.
+    return np.concatenate([array for array in arrays if len(array)] or arrays)
+
+
+def _check_features(features: np.ndarray, sample: np.ndarray) -> None:
+    nan = np.isnan(features).any(axis=1)
+    if nan.any():
+        row = int(np.argmax(nan))
+        cloud = sample[row]
+        raise ValueError(
+            f"features[{cloud}] of point {row - int(np.argmax(sample == cloud))} are NaN "
+            f"({int(nan.sum())} such points in all). Drop them first."
+        )
+
+
+def _majority(
+    labels: np.ndarray, sample: np.ndarray, slots: np.ndarray, shape: tuple[int, int]
+) -> np.ndarray:
+    """The label of most points of each slot, int32[B, K]."""
+    if labels.size and not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(f"labels must be integers, got {labels.dtype}.")
+    if labels.size and (labels.min() < -1 or labels.max() >= 2**31 - 1):
+        raise ValueError(
+            f"labels must lie in [0, 2**31 - 2], or be -1 for a point without one, got "
+            f"{labels.min()} to {labels.max()}."
+        )
+    voted = (labels >= 0) & (slots >= 0)
+    voxel = sample[voted] * np.int64(shape[1]) + slots[voted]
+    ballots, votes = np.unique(voxel << 31 | labels[voted].astype(np.int64), return_counts=True)
+    voxel, label = ballots >> 31, ballots & (2**31 - 1)
+    order = np.lexsort((-label, votes, voxel))
+    majority = np.full(shape, -1, np.int32)
+    majority.flat[voxel[order]] = label[order]  # where an index repeats, the last one stays
+    return majority

@@ -1,0 +1,331 @@
+"""Points with features to a sparse tensor: voxels, and what becomes of the points that share one."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ilajax.geometry import check_spatial_shape, sites
+from ilajax.ops.k_select import check_capacity
+from ilajax.sparse_tensor import VALUE_DTYPES, SparseTensor
+
+REDUCTIONS = ("mean", "sum", "max")
+OVERFLOWS = ("raise", "drop")
+
+
+@overload
+def from_points(
+    coordinates: Any,
+    features: Any,
+    batch_index: Any,
+    *,
+    spatial_shape: Sequence[int],
+    batch_size: int,
+    capacity: int,
+    reduce: str = "mean",
+    overflow: str = "raise",
+    return_overflow: Literal[False] = False,
+    return_slots: Literal[False] = False,
+) -> SparseTensor: ...
+
+
+@overload
+def from_points(
+    coordinates: Any,
+    features: Any,
+    batch_index: Any,
+    *,
+    spatial_shape: Sequence[int],
+    batch_size: int,
+    capacity: int,
+    reduce: str = "mean",
+    overflow: str = "raise",
+    return_overflow: bool = False,
+    return_slots: bool = False,
+) -> Any: ...
+
+
+def from_points(
+    coordinates: Any,
+    features: Any,
+    batch_index: Any,
+    *,
+    spatial_shape: Sequence[int],
+    batch_size: int,
+    capacity: int,
+    reduce: str = "mean",
+    overflow: str = "raise",
+    return_overflow: bool = False,
+    return_slots: bool = False,
+) -> Any:
+    """Voxelises points with features: one shared support for all channels.
+
+    NumPy in, NumPy out: where all three are NumPy arrays or lists, nothing here touches JAX, and the result
+    has NumPy arrays, which every operation takes. It takes milliseconds and may run in the worker processes
+    of a data loader, forked ones too. `ilajax.data.voxelize` starts from a list of clouds.
+
+    With a JAX array among them, JAX computes, and compiles once for each number of points: pad the points
+    to one number, with a `batch_index` of -1. Keys, and on the CPU values too, are those of NumPy to the
+    last bit: the points of a voxel are added in float32, in their order of arrival.
+
+    Args:
+      coordinates: int[N, d], the voxel of each point.
+      features: float32, bfloat16 or float16 [N, C]; NumPy's float64 becomes float32.
+      batch_index: int[N], the sample of each point; -1 marks padding, a point that does not count and may
+        hold anything.
+      spatial_shape: the grid, d axes.
+      batch_size: number of samples.
+      capacity: slots of each sample.
+      reduce: "mean", "sum" or "max" over the points of one voxel, channel by channel.
+      overflow: what happens where a sample occupies more voxels than it has slots: "raise", or "drop",
+        which keeps the lowest keys. Inside `jit` it is always "drop".
+      return_overflow: also return int32[B], the voxels of each sample that did not fit.
+      return_slots: also return int32[N], the slot of each point in its sample, -1 where it was dropped. For
+        the others `x.values[batch_index, :, slots]` are the features of the point's voxel.
+
+    Returns:
+      A SparseTensor with a shared support; or a tuple of it, the overflow and the slots, in this order, as
+      far as they are asked for. Its gradient with respect to the features is that of the reduction.
+
+    Raises:
+      TypeError, ValueError: if an argument has a wrong type, shape or value; and, where the arrays are
+        concrete, for coordinates or batch indices out of range, NaN features, or more occupied voxels than
+        slots. Inside `jit` such points are dropped.
+
+    Example:
+      >>> x, slots = ilajax.from_points(
+      ...     np.array([[2, 2], [0, 1], [0, 1]]), np.array([[5.0], [1.0], [3.0]]), np.array([0, 0, 0]),
+      ...     spatial_shape=(3, 3), batch_size=1, capacity=4, return_slots=True)
+      >>> x.values
+      array([[[2., 5., 0., 0.]]], dtype=float32)
+      >>> slots
+      array([1, 0, 0], dtype=int32)
+    """
+    arrays = (coordinates, features, batch_index)
+    run = _with_jax if any(isinstance(a, jax.Array) for a in arrays) else _with_numpy
+    # Checked as they come: JAX would wrap 64-bit integers around before anybody has seen them.
+    coordinates, features, batch_index = (_as_array(a) for a in arrays)
+    if features.dtype == np.float64 and isinstance(features, np.ndarray):
+        features = features.astype(np.float32)
+    config = _Config(
+        check_spatial_shape(spatial_shape), batch_size, check_capacity(capacity), reduce
+    )
+    _check_arguments(config, overflow, coordinates, features, batch_index)
+    if not any(isinstance(a, jax.core.Tracer) for a in arrays):
+        _check_points(
+            config,
+            np.asarray(coordinates),
+            np.asarray(features),
+            np.asarray(batch_index),
+        )
+    x, excess, slots = run(config, coordinates, features, batch_index)
+    if overflow == "raise" and not isinstance(excess, jax.core.Tracer):
+        _raise_if_full(np.asarray(excess), capacity)
+    extras = [a for a, asked in ((excess, return_overflow), (slots, return_slots)) if asked]
+    return (x, *extras) if extras else x
+
+
+def _as_array(a: Any) -> Any:
+    return a if isinstance(a, jax.Array) else np.asarray(a)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    spatial_shape: tuple[int, ...]
+    batch_size: int
+    capacity: int
+    reduce: str
+
+
+# --- NumPy -----------------------------------------------------------------------------------------
+
+
+def _with_numpy(
+    config: _Config, coordinates: np.ndarray, features: np.ndarray, batch_index: np.ndarray
+) -> tuple[SparseTensor, np.ndarray, np.ndarray]:
+    """The tensor, int32[B] of voxels that did not fit, int32[N] of slots; points were checked."""
+    grid, batch, capacity = sites(config.spatial_shape), config.batch_size, config.capacity
+    real = np.flatnonzero(batch_index != -1)
+    # One number orders samples and keys: with int64 there is room for both.
+    place = tuple(axis[real].astype(np.int64) for axis in coordinates.T)
+    keys = np.ravel_multi_index(place, config.spatial_shape)
+    keys += batch_index[real].astype(np.int64) * grid
+    voxels, voxel = np.unique(keys, return_inverse=True)
+    start = np.searchsorted(voxels, np.arange(batch + 1, dtype=np.int64) * grid)
+    occupied = np.diff(start)
+    sample = np.repeat(np.arange(batch), occupied)
+    slot = np.arange(voxels.size) - start[sample]
+    fits = slot < capacity
+    row, column = sample[fits], slot[fits]
+    table = np.full((batch, 1, capacity), grid, np.int32)
+    table[row, 0, column] = (voxels - sample * grid)[fits]
+    values = np.zeros((batch, features.shape[1], capacity), features.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities, as silent as in JAX
+        for channel, feature in enumerate(features.T):
+            reduced = _reduce_with_numpy(feature[real], voxel, voxels.size, config.reduce)
+            values[row, channel, column] = reduced[fits]
+    slots = np.full(batch_index.shape, -1, np.int32)
+    slots[real] = np.where(fits, slot, -1)[voxel]
+    excess = np.maximum(occupied - capacity, 0).astype(np.int32)
+    leaves: tuple[Any, Any] = (table, values)
+    return SparseTensor(*leaves, config.spatial_shape), excess, slots
+
+
+def _reduce_with_numpy(
+    feature: np.ndarray, voxel: np.ndarray, voxels: int, reduce: str
+) -> np.ndarray:
+    """Reduces one feature of the points by voxel, float32[voxels]."""
+    add, initial = (np.maximum, -np.inf) if reduce == "max" else (np.add, 0)
+    total = np.full(voxels, initial, np.float32)
+    add.at(total, voxel, feature.astype(np.float32))  # point by point, as XLA's scatter on the CPU
+    if reduce == "mean":
+        total /= np.bincount(voxel, minlength=voxels).astype(np.float32)
+    return total
+
+
+# --- JAX -------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _with_jax(
+    config: _Config, coordinates: jax.Array, features: jax.Array, batch_index: jax.Array
+) -> tuple[SparseTensor, jax.Array, jax.Array]:
+    """The same in jax.numpy on every platform: a sort dominates it, and XLA has one.
+
+    Points outside the grid, outside the batch, or with NaN are dropped.
+    """
+    batch_size, capacity, grid = config.batch_size, config.capacity, sites(config.spatial_shape)
+    coordinates, batch_index = coordinates.astype(jnp.int32), batch_index.astype(jnp.int32)
+    extent = jnp.array(config.spatial_shape, jnp.int32)
+    dropped = jnp.any((coordinates < 0) | (coordinates >= extent), axis=1)
+    dropped |= (batch_index < 0) | (batch_index >= batch_size)
+    dropped |= jnp.any(jnp.isnan(features), axis=1)
+    keys = jnp.zeros(batch_index.shape, jnp.int32)
+    for axis, size in enumerate(config.spatial_shape):
+        keys = keys * size + jnp.clip(coordinates[:, axis], 0, size - 1)
+    keys = jnp.where(dropped, grid, keys)
+    batch = jnp.where(dropped, batch_size, batch_index)
+    # Points of one voxel stand together, and in their order of arrival: sums are repeatable.
+    batch, keys, order = jax.lax.sort((batch, keys, jnp.arange(keys.size)), num_keys=2)
+    first = jnp.concatenate(
+        [jnp.ones(1, bool), (batch[1:] != batch[:-1]) | (keys[1:] != keys[:-1])]
+    )
+    first = first[: keys.size]
+    voxel = jnp.cumsum(first) - 1
+    # Slot of each voxel in its sample: voxels so far less those of the samples before.
+    occupied = jax.ops.segment_sum(first.astype(jnp.int32), batch, batch_size + 1)
+    slot = voxel - (jnp.cumsum(occupied) - occupied)[batch]
+    inside = (batch < batch_size) & (slot < capacity)
+    target = jnp.where(inside, batch * capacity + slot, batch_size * capacity)
+    reduced = _reduce_with_jax(features[order], target, batch_size * capacity, config.reduce)
+    table = jnp.full(batch_size * capacity, grid, jnp.int32).at[target].set(keys, mode="drop")
+    shape = (batch_size, capacity, features.shape[1])
+    x = SparseTensor(
+        table.reshape(batch_size, 1, capacity),
+        jnp.moveaxis(reduced.reshape(shape), 1, 2).astype(features.dtype),
+        config.spatial_shape,
+    )
+    slots = jnp.zeros_like(batch).at[order].set(jnp.where(inside, slot, -1).astype(jnp.int32))
+    return x, jnp.maximum(occupied[:batch_size] - capacity, 0), slots
+
+
+def _reduce_with_jax(features: jax.Array, target: jax.Array, slots: int, reduce: str) -> jax.Array:
+    """Reduces the rows of `features` [N, C] by slot; rows whose target is `slots` are dropped."""
+    wide = features.astype(jnp.float32)
+    count = jax.ops.segment_sum(jnp.ones(target.shape), target, slots + 1)[:slots, None]
+    if reduce == "max":
+        # Differentiable: the gradient goes to the first of the largest, as in max_pool.
+        largest = jax.ops.segment_max(jax.lax.stop_gradient(wide), target, slots + 1)
+        rows = jnp.arange(target.size)[:, None]
+        at_largest = jnp.where(jax.lax.stop_gradient(wide) == largest[target], rows, target.size)
+        winner = jax.ops.segment_min(at_largest, target, slots + 1)
+        wide = jnp.where(winner[target] == rows, wide, 0)
+    total = jax.ops.segment_sum(wide, target, slots + 1)[:slots]
+    if reduce == "mean":
+        # XLA would multiply by 1 / count, and the mean of 41 ones would not be 1.
+        count = jnp.broadcast_to(jnp.maximum(count, 1), total.shape)
+        total /= jax.lax.optimization_barrier(count)
+    return total
+
+
+# --- Checks ----------------------------------------------------------------------------------------
+
+
+def _check_arguments(
+    config: _Config, overflow: str, coordinates: Any, features: Any, batch_index: Any
+) -> None:
+    """What is known of traced arrays too."""
+    spatial_shape, batch_size = config.spatial_shape, config.batch_size
+    if config.reduce not in REDUCTIONS:
+        raise ValueError(f"reduce must be one of {REDUCTIONS}, got {config.reduce!r}.")
+    if overflow not in OVERFLOWS:
+        raise ValueError(f"overflow must be one of {OVERFLOWS}, got {overflow!r}.")
+    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
+    for name, array in (("coordinates", coordinates), ("batch_index", batch_index)):
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(
+                f"{name} must be integers, got {array.dtype}. Round or floor them first."
+            )
+    if features.dtype not in VALUE_DTYPES:
+        raise TypeError(f"features must be float32, bfloat16 or float16, got {features.dtype}.")
+    if coordinates.ndim != 2 or coordinates.shape[1] != len(spatial_shape):
+        raise ValueError(
+            f"coordinates must have shape [N, {len(spatial_shape)}] for the grid {spatial_shape}, got "
+            f"{coordinates.shape}."
+        )
+    if features.ndim != 2 or features.shape[0] != coordinates.shape[0] or features.shape[1] < 1:
+        raise ValueError(
+            f"features must have shape [N, C] with N = {coordinates.shape[0]} as coordinates and C at least "
+            f"1, got {features.shape}."
+        )
+    if batch_index.shape != coordinates.shape[:1]:
+        raise ValueError(
+            f"batch_index must have shape [{coordinates.shape[0]}], one sample for each point, got "
+            f"{batch_index.shape}."
+        )
+
+
+def _check_points(
+    config: _Config, coordinates: np.ndarray, features: np.ndarray, batch_index: np.ndarray
+) -> None:
+    """What only concrete points tell; padding points may hold anything."""
+    real = batch_index != -1
+    wrong = real & ((batch_index < 0) | (batch_index >= config.batch_size))
+    if wrong.any():
+        point = int(np.argmax(wrong))
+        raise ValueError(
+            f"batch_index of point {point} is {int(batch_index[point])}, but must lie in "
+            f"[0, {config.batch_size}), or be -1 for a padding point, which does not count."
+        )
+    outside = np.zeros(real.shape, bool)
+    for axis, size in zip(coordinates.T, config.spatial_shape, strict=True):
+        outside |= real & ((axis < 0) | (axis >= size))
+    if outside.any():
+        point = int(np.argmax(outside))
+        raise ValueError(
+            f"coordinates of point {point}, {coordinates[point].tolist()}, lie outside the grid "
+            f"{config.spatial_shape} ({int(outside.sum())} such points). Shift, scale or drop them first; a "
+            f"batch_index of -1 drops a point."
+        )
+    nan = np.zeros(real.shape, bool)
+    for feature in features.T:
+        nan |= real & np.isnan(feature)
+    if nan.any():
+        raise ValueError(
+            f"features of point {int(np.argmax(nan))} are NaN ({int(nan.sum())} such points). "
+            "Drop them first: a batch_index of -1 does."
+        )
+
+
+def _raise_if_full(excess: np.ndarray, capacity: int) -> None:
+    if excess.any():
+        sample = int(excess.argmax())
+        raise ValueError(
+            f"capacity is {capacity}, but sample {sample} occupies {capacity + int(excess[sample])} voxels. "
+            f'Raise the capacity, use a coarser grid, or keep the lowest keys only by overflow="drop".'
+        )

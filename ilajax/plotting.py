@@ -1,0 +1,357 @@
+"""Pictures of feature maps, by matplotlib, or in notebooks by k3d."""
+
+import importlib.util
+import operator
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ilajax.geometry import sites
+from ilajax.sparse_tensor import SparseTensor, check_sparse
+
+# Okabe and Ito's colours, which everybody can tell apart.
+COLOURS = {"kept": "#0072B2", "cut": "#D55E00", "added": "#009E73"}
+VEIL = 0.35  # opacity of what was cut, which surrounds what was kept
+NAN = "#D7191C"
+IMAGE_SITES = 2**22  # of a two-dimensional grid that is drawn as an image, not by its stored sites
+CUBES = 10_000  # sites of a three-dimensional map that are drawn as cubes; more are drawn as points
+SUN = np.array([0.3, 0.2, 0.9])  # how bright a cube's faces are along each axis
+
+
+def plot(
+    x: SparseTensor,
+    other: SparseTensor | None = None,
+    *,
+    sample: int = 0,
+    channel: int | None = None,
+    ax: Any = None,
+    title: str | None = None,
+) -> Any:
+    """Draws the stored sites of a feature map, coloured by value; or what a selection cut.
+
+    A map of one axis is drawn as stems, of two as an image (axis 0 runs down), of three as voxels. Of four
+    and more the last three axes are drawn, with the strongest value along the others. Given two maps, such
+    as `ilajax.plot(before, after)`, sites of both are "kept", of the first only "cut", of the second only
+    "added"; values do not matter.
+
+    Args:
+      x: the map; concrete, NumPy leaves too.
+      other: a second map on the same grid, to compare x with.
+      sample: which of the batch.
+      channel: which channel; None: at each site the value of the largest magnitude over the channels.
+      ax: matplotlib's Axes to draw into, for maps of three axes and more with `projection="3d"`. None: a new
+        figure. In a notebook with k3d installed, maps of three axes and more then turn: k3d draws them.
+      title: above the picture; None: says what is drawn.
+
+    Returns:
+      The Axes; or k3d's Plot.
+
+    Raises:
+      ImportError: if matplotlib is missing.
+      TypeError, ValueError: if an argument has a wrong type or value, or a map is traced.
+
+    Example:
+      >>> x = ilajax.from_dense(jnp.eye(9)[None, ..., None], capacity=9)
+      >>> axes = ilajax.plot(x, ilajax.k_select(x, 5))
+      >>> [text.get_text() for text in axes.get_legend().get_texts()]
+      ['kept 5', 'cut 4']
+    """
+    sample, channel = _check(x, other, sample, channel)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("ilajax.plot draws with matplotlib: pip install 'ilajax[plot]'.")
+    stored = _stored(x, sample, channel)
+    groups = None if other is None else _compare(stored, _stored(other, sample, channel))
+    shape = x.spatial_shape[-3:]
+    if title is None:
+        title = _title(x, sample, channel, len(stored.keys), groups)
+    if ax is None and len(shape) == 3 and _turns():
+        return _turning(stored, groups, shape, title)
+    ax = _axes(ax, len(shape))
+    if groups is None:
+        _draw_values(ax, stored, shape)
+    else:
+        _draw_groups(ax, groups, shape)
+    _frame(ax, shape, x.spatial_shape)
+    ax.set_title(title, fontsize=11)
+    return ax
+
+
+# --- What is drawn ---------------------------------------------------------------------------------
+
+
+class _Stored(NamedTuple):
+    """The stored sites of a map over its last three axes at most."""
+
+    keys: np.ndarray  # int64[n], ascending
+    values: np.ndarray  # float32[n]
+
+
+def _stored(x: SparseTensor, sample: int, channel: int | None) -> _Stored:
+    keys, values = np.asarray(x.keys[sample], np.int64), np.asarray(x.values[sample], np.float32)
+    keys = np.broadcast_to(keys, values.shape)
+    if channel is not None:
+        keys, values = keys[channel], values[channel]
+    inside = (keys >= 0) & (keys < x.sites)
+    keys, values = keys[inside] % sites(x.spatial_shape[-3:]), values[inside]
+    # The strongest of each site comes first; NaN is the strongest.
+    strength = np.nan_to_num(np.abs(values), nan=np.inf)
+    order = np.lexsort((-strength, keys))
+    unique, first = np.unique(keys[order], return_index=True)
+    return _Stored(unique, values[order][first])
+
+
+def _compare(before: _Stored, after: _Stored) -> dict[str, np.ndarray]:
+    """Keys by what became of them; "added" only where there are any."""
+    groups = {
+        "kept": np.intersect1d(before.keys, after.keys),
+        "cut": np.setdiff1d(before.keys, after.keys),
+        "added": np.setdiff1d(after.keys, before.keys),
+    }
+    return {name: keys for name, keys in groups.items() if keys.size or name != "added"}
+
+
+def _positions(keys: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """int[n, axes]."""
+    return np.stack(np.unravel_index(keys, shape), axis=1)
+
+
+def _title(
+    x: SparseTensor,
+    sample: int,
+    channel: int | None,
+    count: int,
+    groups: dict[str, np.ndarray] | None,
+) -> str:
+    if channel is not None:
+        channels = f", channel {channel}"
+    else:
+        channels = f", strongest of {x.channels} channels" if x.channels > 1 else ""
+    grid = "×".join(map(str, x.spatial_shape))
+    stored = "" if groups is not None else f"{count:,} stored sites, "
+    return f"sample {sample}{channels}\n{stored}grid {grid}"
+
+
+# --- matplotlib ------------------------------------------------------------------------------------
+
+
+def _axes(ax: Any, rank: int) -> Any:
+    if ax is not None:
+        if not hasattr(ax, "set_title"):
+            raise TypeError(f"ax must be matplotlib Axes, got {type(ax).__name__}.")
+        if (rank == 3) != (ax.name == "3d"):
+            wanted = 'projection="3d"' if rank == 3 else "a flat projection"
+            raise ValueError(
+                f"ax must have {wanted} for a map of {rank} axes, got projection {ax.name!r}. "
+                f"Leave ax out for a figure that fits."
+            )
+        return ax
+    import matplotlib.pyplot as plt
+
+    size = {1: (7, 3), 2: (5.5, 5), 3: (6.5, 5.5)}[rank]
+    figure = plt.figure(figsize=size, layout="constrained")
+    return figure.add_subplot(projection="3d" if rank == 3 else None)
+
+
+def _colours(values: np.ndarray) -> dict[str, Any]:
+    """Light to dark for values of one sign, blue over white to red where both signs occur."""
+    from matplotlib import colormaps, colors
+
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    if low < 0 < high:
+        limit = max(-low, high)
+        name, low, high = "RdBu_r", -limit, limit
+    elif high <= 0:
+        name, high = "viridis", 0.0
+    else:
+        # From 0, so that the colour says how strong a site is.
+        name, low = "viridis_r", 0.0
+    high = high if high > low else low + 1.0
+    colormap = colormaps[name].with_extremes(bad=NAN)
+    return {"cmap": colormap, "norm": colors.Normalize(low, high)}
+
+
+def _draw_values(ax: Any, stored: _Stored, shape: tuple[int, ...]) -> None:
+    import matplotlib.cm
+
+    if len(shape) == 1:
+        ax.axhline(0, color="0.7", linewidth=0.8, zorder=1)
+        ax.vlines(stored.keys, 0, stored.values, color=COLOURS["kept"], linewidth=1.2, zorder=2)
+        ax.plot(stored.keys, stored.values, "o", color=COLOURS["kept"], markersize=4, zorder=3)
+        nan = stored.keys[np.isnan(stored.values)]
+        ax.plot(nan, np.zeros(len(nan)), "x", color=NAN, markersize=6, zorder=4)
+        ax.set_ylabel("value")
+        return
+    colours = _colours(stored.values)
+    shades = colours["cmap"](colours["norm"](stored.values))
+    _draw_sites(ax, [(stored.keys, shades)], shape)
+    pad = 0.12 if len(shape) == 3 else 0.03  # behind the label of the third axis
+    bar = ax.figure.colorbar(matplotlib.cm.ScalarMappable(**colours), ax=ax, shrink=0.8, pad=pad)
+    bar.set_label("value")
+
+
+def _draw_groups(ax: Any, groups: dict[str, np.ndarray], shape: tuple[int, ...]) -> None:
+    from matplotlib.colors import to_rgba
+    from matplotlib.lines import Line2D
+
+    if len(shape) == 1:
+        for row, (name, keys) in enumerate(groups.items()):
+            ax.vlines(keys, -row - 0.4, -row + 0.4, color=COLOURS[name], linewidth=2)
+        ax.set_yticks([-row for row in range(len(groups))], list(groups))
+        ax.set_ylim(-len(groups) + 0.4, 0.6)
+    else:
+        layers = []
+        for name, keys in groups.items():
+            opacity = VEIL if len(shape) == 3 and name != "kept" else 1.0
+            layers.append((keys, np.tile(to_rgba(COLOURS[name], opacity), (len(keys), 1))))
+        _draw_sites(ax, layers, shape)
+    handles = [
+        Line2D([], [], color=COLOURS[name], marker="s", ls="", ms=8, label=f"{name} {len(keys):,}")
+        for name, keys in groups.items()
+    ]
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22 if len(shape) == 1 else -0.1)}
+    ax.legend(handles=handles, ncols=len(handles), frameon=False, **below)
+
+
+def _draw_sites(
+    ax: Any, layers: list[tuple[np.ndarray, np.ndarray]], shape: tuple[int, ...]
+) -> None:
+    """Keys and their colours [n, 4]: as an image, as cubes, or, where there are too many, as squares."""
+    if len(shape) == 2 and sites(shape) <= IMAGE_SITES:
+        image = np.full((sites(shape), 4), [0.93, 0.93, 0.93, 1])
+        for keys, colours in layers:
+            image[keys] = colours
+        ax.imshow(image.reshape(*shape, 4), interpolation="nearest")
+        return
+    cubes = len(shape) == 3 and sum(len(keys) for keys, _ in layers) <= CUBES
+    # Squares of about a site's size: half of the figure's height is the longest axis; 72 points an inch.
+    edge = max(36 * ax.figure.get_size_inches()[1] / max(shape), 1.0)
+    for keys, colours in layers:
+        position = _positions(keys, shape)
+        if cubes and keys.size:
+            _draw_cubes(ax, position, keys, shape, colours)
+        elif keys.size:
+            across = position if len(shape) == 3 else position[:, ::-1]
+            ax.scatter(*across.T, c=colours, marker="s", s=edge**2, linewidths=0)
+
+
+def _draw_cubes(
+    ax: Any, position: np.ndarray, keys: np.ndarray, shape: tuple[int, ...], colours: np.ndarray
+) -> None:
+    """The faces between a stored site and one that is not."""
+    from mpl_toolkits.mplot3d.art3d import Poly3DCollection
+
+    square = np.array([(-0.5, -0.5), (-0.5, 0.5), (0.5, 0.5), (0.5, -0.5)])
+    faces, shades = [], []
+    for axis in range(3):
+        for side in (-1, 1):
+            neighbour = position.copy()
+            neighbour[:, axis] += side
+            inside = (neighbour[:, axis] >= 0) & (neighbour[:, axis] < shape[axis])
+            stored = np.isin(np.ravel_multi_index(neighbour.T, shape, mode="clip"), keys)
+            seen = ~(inside & stored)
+            corners = np.insert(square, axis, 0.5 * side, axis=1)
+            faces.append(position[seen, None] + corners)
+            bright = 0.65 + 0.35 * SUN[axis]
+            shades.append(colours[seen] * [bright, bright, bright, 1])
+    edges = np.concatenate(shades) * [0.75, 0.75, 0.75, 1]
+    ax.add_collection3d(
+        Poly3DCollection(
+            np.concatenate(faces),
+            facecolors=np.concatenate(shades),
+            edgecolors=edges,
+            linewidths=0.2,
+        )
+    )
+
+
+def _frame(ax: Any, shape: tuple[int, ...], grid: tuple[int, ...]) -> None:
+    """The borders of the whole grid, stored or not, with equal steps along the axes."""
+    limits = [(-0.5, size - 0.5) for size in shape]
+    names = [f"axis {len(grid) - len(shape) + a}" for a in range(len(shape))]
+    if len(shape) == 2:
+        (bottom, left), (top, right) = (limits[0][1], limits[1][0]), (limits[0][0], limits[1][1])
+        ax.set(xlim=(left, right), ylim=(bottom, top), xlabel=names[1], ylabel=names[0])
+        ax.set_aspect("equal")
+        return
+    ax.set(xlim=limits[0], xlabel=names[0])
+    if len(shape) == 3:
+        ax.set(ylim=limits[1], zlim=limits[2], ylabel=names[1], zlabel=names[2])
+        ax.set_box_aspect(shape)
+
+
+# --- k3d -------------------------------------------------------------------------------------------
+
+
+def _turns() -> bool:
+    """Whether this is a notebook with k3d."""
+    interactive = sys.modules.get("IPython")
+    shell = interactive.get_ipython() if interactive else None
+    return hasattr(shell, "kernel") and importlib.util.find_spec("k3d") is not None
+
+
+def _turning(
+    stored: _Stored, groups: dict[str, np.ndarray] | None, shape: tuple[int, ...], title: str
+) -> Any:
+    import k3d
+
+    grid = [-0.5] * 3 + [size - 0.5 for size in shape]
+    figure = k3d.plot(name=title.replace("\n", ", "), grid_auto_fit=False, grid=grid)
+    if groups is None:
+        colours, ramp = _colours(stored.values), np.linspace(0, 1, 32)
+        if stored.keys.size:
+            figure += k3d.points(
+                _positions(stored.keys, shape).astype(np.float32),
+                point_size=1.0,
+                attribute=np.nan_to_num(stored.values),
+                color_map=[c for p in ramp for c in (p, *colours["cmap"](p)[:3])],
+                color_range=[colours["norm"].vmin, colours["norm"].vmax],
+                name="value",
+            )
+        return figure
+    for name, keys in groups.items():
+        if keys.size:
+            figure += k3d.points(
+                _positions(keys, shape).astype(np.float32),
+                point_size=1.0,
+                color=int(COLOURS[name].removeprefix("#"), 16),
+                opacity=1.0 if name == "kept" else VEIL,
+                name=f"{name} {len(keys):,}",
+            )
+    return figure
+
+
+# --- Checks ----------------------------------------------------------------------------------------
+
+
+def _check(
+    x: SparseTensor, other: SparseTensor | None, sample: int, channel: int | None
+) -> tuple[int, int | None]:
+    check_sparse("x", x)
+    maps = {"x": x}
+    if other is not None:
+        check_sparse("other", other)
+        if other.spatial_shape != x.spatial_shape:
+            raise ValueError(
+                f"other must live on x's grid {x.spatial_shape}, got {other.spatial_shape}. What is compared "
+                f"is a map before and after a selection."
+            )
+        maps["other"] = other
+    for name, y in maps.items():
+        if any(isinstance(a, jax.core.Tracer) for a in (y.keys, y.values)):
+            raise ValueError(f"{name} must be concrete, got tracers. Call plot outside jit.")
+    if channel is not None:
+        channel = _check_index("channel", channel, min(y.channels for y in maps.values()))
+    return _check_index("sample", sample, min(y.batch_size for y in maps.values())), channel
+
+
+def _check_index(name: str, index: int, size: int) -> int:
+    try:
+        index = operator.index(index)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {index!r}.") from None
+    if not 0 <= index < size:
+        raise ValueError(f"{name} must lie in [0, {size}), got {index}.")
+    return index

@@ -1,0 +1,423 @@
+"""Points to voxels: the path through JAX and the one through NumPy, against a loop and each other."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ilajax
+import oracles
+import samples
+
+NAN = np.nan
+EVERYTHING = {"overflow": "drop", "return_overflow": True, "return_slots": True}
+GRID = (4, 5)
+
+
+def voxelise(coordinates, features, batch_index, reduce, capacity, batch=2, grid=GRID):
+    """keys [B, 1, K] and values [B, C, K], one point at a time; what lies outside is dropped."""
+    cells = [{} for _ in range(batch)]
+    for place, feature, b in zip(coordinates, features, batch_index, strict=True):
+        inside = all(0 <= p < s for p, s in zip(place, grid, strict=True))
+        if inside and 0 <= b < batch and not np.isnan(feature).any():
+            cells[b].setdefault(int(np.ravel_multi_index(place, grid)), []).append(feature)
+    f = {"mean": np.mean, "sum": np.sum, "max": np.max}[reduce]
+    sites = int(np.prod(grid))
+    keys = np.full((batch, 1, capacity), sites, np.int32)
+    values = np.zeros((batch, np.shape(features)[1], capacity))
+    for b, found in enumerate(cells):
+        for slot, key in enumerate(sorted(found)[:capacity]):
+            keys[b, 0, slot], values[b, :, slot] = key, f(found[key], axis=0)
+    return keys, values
+
+
+def points(seed, count=25, channels=3):
+    """Points of which many share a voxel; integer features, so that sums are exact."""
+    rng = np.random.default_rng(seed)
+    coordinates = np.stack([rng.integers(0, s, count) for s in GRID], axis=1).astype(np.int32)
+    features = rng.integers(-4, 5, (count, channels)).astype(np.float32)
+    return coordinates, features, rng.integers(0, 2, count).astype(np.int32)
+
+
+def from_points(coordinates, features, batch_index, capacity=20, **options):
+    return ilajax.from_points(
+        coordinates,
+        features,
+        batch_index,
+        spatial_shape=GRID,
+        batch_size=2,
+        capacity=capacity,
+        **options,
+    )
+
+
+def on_device(arrays):
+    return [jnp.asarray(a) for a in arrays]
+
+
+@pytest.mark.parametrize("dtype", samples.DTYPES)
+@pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
+def test_from_points(reduce, dtype):
+    """Catches points put into a wrong voxel or sample, and a wrong reduction: negative maxima too."""
+    coordinates, features, batch_index = points(0)
+    x = jax.jit(functools.partial(from_points, reduce=reduce))(
+        coordinates, jnp.asarray(features, samples.DTYPES[dtype]), batch_index
+    )
+    keys, values = voxelise(coordinates, features, batch_index, reduce, 20)
+    oracles.assert_invariants(x, capacity=20)
+    assert x.shared
+    assert x.shape == (2, *GRID, 3)
+    assert x.dtype == samples.DTYPES[dtype]
+    np.testing.assert_array_equal(x.keys, keys)
+    tolerance = float(jnp.finfo(x.dtype).eps) if reduce == "mean" else 0.0
+    oracles.assert_close(x.values, values, tolerance)
+
+
+def test_mean_is_the_default_and_eager_is_jit():
+    """Catches another default, or concrete input that gives another result than traced input."""
+    arguments = points(1)
+    eager, traced = from_points(*on_device(arguments)), jax.jit(from_points)(*arguments)
+    jax.tree.map(np.testing.assert_array_equal, eager, traced)
+    _, values = voxelise(*arguments, "mean", 20)
+    np.testing.assert_allclose(eager.values, values, rtol=1e-6)
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+@pytest.mark.parametrize("coordinate", [np.int8, np.uint8, np.int16, np.int64, np.uint32])
+def test_integers_of_any_width(coordinate, xp):
+    """Catches coordinates that wrap around in a narrow or unsigned type: the grid is wider than 127."""
+    place = np.array([[0], [100], [127]]).astype(coordinate)
+    x = ilajax.from_points(
+        place,
+        xp.ones((3, 1), np.float32),
+        np.zeros(3, coordinate),
+        spatial_shape=(300,),
+        batch_size=1,
+        capacity=3,
+    )
+    np.testing.assert_array_equal(x.keys, [[[0, 100, 127]]])
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_points_on_a_grid_near_2_31(xp):
+    """Catches a key that overflows, and a batch folded into it."""
+    grid = (1290, 1290, 1290)
+    x = ilajax.from_points(
+        np.array([[1289, 1289, 1289], [0, 0, 1], [1289, 1289, 1289]]),
+        xp.array([[1.0], [2.0], [3.0]], np.float32),
+        np.array([1, 1, 0]),
+        spatial_shape=grid,
+        batch_size=2,
+        capacity=2,
+    )
+    last = 1290**3 - 1
+    np.testing.assert_array_equal(x.keys, [[[last, last + 1]], [[1, last]]])
+    np.testing.assert_array_equal(x.values, [[[3, 0]], [[2, 1]]])
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_zero_features_are_stored(channels):
+    """Catches a point without features taken for an empty voxel."""
+    x = from_points(np.array([[1, 1]]), np.zeros((1, channels), np.float32), np.array([0]), 3)
+    np.testing.assert_array_equal(x.keys, [[[6, 20, 20]], [[20, 20, 20]]])
+    np.testing.assert_array_equal(x.counts, [[1] * channels, [0] * channels])
+
+
+def test_no_points():
+    """Catches an empty cloud that crashes."""
+    nothing = (np.zeros((0, 2), np.int32), np.zeros((0, 3), np.float32), np.zeros(0, np.int32))
+    for arrays in (nothing, on_device(nothing)):
+        x, overflow, slots = from_points(*arrays, return_overflow=True, return_slots=True)
+        oracles.assert_invariants(x, capacity=20)
+        assert not np.any(x.counts)
+        assert not overflow.any()
+        assert slots.shape == (0,)
+
+
+BAD_POINTS = {
+    "coordinates": (np.array([[0, 0], [3, 5]]), None, None, r"coordinates.*\[3, 5\].*\(4, 5\)"),
+    "negative": (np.array([[0, 0], [-1, 2]]), None, None, r"coordinates.*\[-1, 2\].*\(4, 5\)"),
+    "features": (None, np.array([[1.0], [NAN]], np.float32), None, "features.*NaN"),
+    "batch_index": (None, None, np.array([0, 2]), r"batch_index.*2.*\[0, 2\)"),
+    "batch_index-negative": (None, None, np.array([-2, 0]), r"batch_index.*-2.*-1 for a padding"),
+    "int64": (np.array([[0, 0], [2**32, 0]]), None, None, "coordinates.*4294967296"),
+    "int64-batch": (None, None, np.array([2**32, 0]), "batch_index.*4294967296"),
+}
+
+
+def bad_points(case):
+    coordinates, features, batch_index, message = BAD_POINTS[case]
+    good = (np.array([[0, 0], [1, 2]]), np.array([[1.0], [2.0]], np.float32), np.array([0, 1]))
+    given = (coordinates, features, batch_index)
+    return [g if b is None else b for b, g in zip(given, good, strict=True)], message
+
+
+@pytest.mark.nans
+@pytest.mark.parametrize("case", BAD_POINTS)
+def test_bad_points_raise_where_concrete(case):
+    """Catches points that are silently clipped, wrapped around or dropped."""
+    arguments, message = bad_points(case)
+    coordinates, features, batch_index = arguments
+    for array in (features, jnp.asarray(features)):
+        with pytest.raises(ValueError, match=message):
+            from_points(coordinates, array, batch_index, capacity=2)
+
+
+@pytest.mark.nans
+@pytest.mark.parametrize("case", [c for c in BAD_POINTS if not c.startswith("int64")])
+def test_bad_points_are_dropped_inside_jit(case):
+    """Catches bad points that reach a voxel under jit, and NaN that spreads from a dropped point."""
+    (coordinates, features, batch_index), _ = bad_points(case)
+    x = jax.jit(functools.partial(from_points, capacity=2))(coordinates, features, batch_index)
+    keys, values = voxelise(coordinates, features, batch_index, "mean", 2)
+    np.testing.assert_array_equal(x.keys, keys)
+    np.testing.assert_array_equal(x.values, values)
+
+
+def test_more_voxels_than_slots():
+    """Catches an overflow that passes unnoticed, and anything but the lowest keys under jit."""
+    arguments = points(2)
+    for arrays in (arguments, on_device(arguments)):
+        with pytest.raises(ValueError, match=r"capacity.*3.*sample \d.*overflow=\"drop\""):
+            from_points(*arrays, capacity=3, return_overflow=True)
+    x = jax.jit(functools.partial(from_points, capacity=3, reduce="sum"))(*arguments)
+    keys, values = voxelise(*arguments, "sum", 3)
+    oracles.assert_tensor(x, keys, values)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
+def test_gradients_of_from_points(reduce):
+    """Catches features that receive another gradient than that of the reduction of their voxel."""
+    coordinates, features, batch_index = points(3)
+    features += np.arange(75).reshape(25, 3) / 128  # no ties
+    g = samples.integers(3, (2, 3, 20))
+
+    @jax.jit
+    def gradient(features):
+        def values(f):
+            return from_points(coordinates, f, batch_index, reduce=reduce).values
+
+        return jax.vjp(values, features)[1](g)[0]
+
+    want = np.zeros_like(features)
+    keys, values = voxelise(coordinates, features, batch_index, reduce, 20)
+    voxels = np.ravel_multi_index(coordinates.T, GRID)
+    for n, (b, key) in enumerate(zip(batch_index, voxels, strict=True)):
+        slot = int(np.flatnonzero(keys[b, 0] == key)[0])
+        count = ((voxels == key) & (batch_index == b)).sum()
+        share = {
+            "mean": 1 / count,
+            "sum": 1,
+            "max": features[n] == values[b, :, slot],
+        }[reduce]
+        want[n] = g[b, :, slot] * share
+    np.testing.assert_allclose(gradient(features), want, rtol=1e-6)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 10**6), st.sampled_from(["mean", "sum", "max"]))
+def test_any_points(seed, reduce):
+    """Catches output that breaks the contract on some points, the order of arrival included."""
+    coordinates, features, batch_index = points(seed)
+    order = np.random.default_rng(seed).permutation(25)
+    one = traced(reduce)(coordinates, features, batch_index)
+    other = traced(reduce)(coordinates[order], features[order], batch_index[order])
+    oracles.assert_invariants(one)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@functools.cache
+def traced(reduce):
+    return jax.jit(functools.partial(from_points, reduce=reduce))
+
+
+# --- NumPy against JAX -----------------------------------------------------------------------------
+
+
+def with_padding(seed, count=200, channels=2):
+    """Points with padding among them that holds nonsense; features whose sums depend on the order."""
+    rng = np.random.default_rng(seed)
+    coordinates, _, batch_index = points(seed, count)
+    features = rng.normal(size=(count, channels)).astype(np.float32)
+    padding = rng.random(count) < 0.2
+    batch_index[padding], coordinates[padding], features[padding] = -1, 99, NAN
+    return coordinates, features, batch_index
+
+
+@pytest.mark.nans
+@pytest.mark.parametrize("capacity", [7, 20])
+@pytest.mark.parametrize("dtype", samples.DTYPES)
+@pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
+def test_numpy_gives_what_jax_gives(reduce, dtype, capacity):
+    """Catches a bit that differs between NumPy and JAX: another order of the sums, another rounding."""
+    coordinates, features, batch_index = with_padding(0)
+    features = features.astype(samples.DTYPES[dtype])
+    run = functools.partial(from_points, reduce=reduce, capacity=capacity, **EVERYTHING)
+    host = run(coordinates, features, batch_index)
+    device = run(coordinates, jnp.asarray(features), batch_index)
+    assert all(isinstance(a, np.ndarray) for a in jax.tree.leaves(host))
+    assert all(isinstance(a, jax.Array) for a in jax.tree.leaves(device))
+    host[0].validate()
+    for ours, theirs in zip(jax.tree.leaves(host), jax.tree.leaves(device), strict=True):
+        assert ours.dtype == theirs.dtype
+        if samples.platform() == "cpu" or ours.dtype == np.int32:
+            np.testing.assert_array_equal(ours, theirs)
+        else:  # where XLA adds in an order of its own
+            oracles.assert_close(ours, theirs, 1e-5)
+    real = batch_index >= 0
+    keys, values = voxelise(
+        coordinates[real], oracles.read(features)[real], batch_index[real], reduce, capacity
+    )
+    np.testing.assert_array_equal(host[0].keys, keys)
+    np.testing.assert_allclose(oracles.read(host[0].values), values, rtol=2e-2, atol=2e-2)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 10**6), st.sampled_from(["mean", "sum", "max"]))
+def test_numpy_on_any_points(seed, reduce):
+    """Catches output of NumPy that is not JAX's on some points."""
+    arguments = points(seed)
+    x = from_points(*arguments, reduce=reduce)
+    jax.tree.map(np.testing.assert_array_equal, x, traced(reduce)(*arguments))
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
+def test_numpy_leaves_jax_alone(reduce):
+    """Catches a call of JAX, which waits for the running step, and hangs in a forked worker."""
+    with jax.transfer_guard("disallow_explicit"):
+        from_points(*points(9), reduce=reduce, return_overflow=True, return_slots=True)
+
+
+def test_lists_are_numpys():
+    """Catches lists, or NumPy's own float64, that are refused, and those that wake up JAX."""
+    with jax.transfer_guard("disallow_explicit"):
+        x = from_points([[0, 1], [0, 1]], [[1.0], [3.0]], [0, 0], 2)
+    assert isinstance(x.values, np.ndarray)
+    assert x.dtype == np.float32
+    np.testing.assert_array_equal(x.values[0], [[2, 0]])
+
+
+def test_the_mean_of_equal_features_is_exact():
+    """Catches a division that XLA turns into a product with 1 / 41, which makes 0.99999994 of 1."""
+    arguments = np.zeros((41, 2), np.int32), np.ones((41, 1), np.float32), np.zeros(41, np.int32)
+    for x in (from_points(*arguments), jax.jit(from_points)(*arguments)):
+        assert x.values[0, 0, 0] == 1
+
+
+def test_infinite_features_are_silent():
+    """Catches a warning of NumPy's where infinities meet, or a sum leaves float16."""
+    features = np.array([[3e4], [3e4], [3e4]], np.float16)
+    x = from_points([[0, 0]] * 3, features, [0] * 3, reduce="sum")
+    assert np.isposinf(x.values[0, 0, 0])
+
+
+@pytest.mark.nans
+def test_padding_points_do_not_count():
+    """Catches padding that reaches a voxel, and its nonsense that is checked: eagerly and under jit."""
+    coordinates, features, batch_index = with_padding(1)
+    real = batch_index >= 0
+    want = from_points(coordinates[real], features[real], batch_index[real])
+    arrays = coordinates, features, batch_index
+    for got in (
+        from_points(*arrays),
+        from_points(*on_device(arrays)),
+        jax.jit(from_points)(*arrays),
+    ):
+        oracles.assert_invariants(got)
+        np.testing.assert_array_equal(got.keys, want.keys)
+        np.testing.assert_allclose(got.values, want.values, rtol=1e-5)
+
+
+def test_points_of_one_padded_number_compile_once():
+    """Catches a compilation for each batch, where clouds are padded to one number of points."""
+    traces = []
+
+    @jax.jit
+    def step(*arrays):
+        traces.append(1)
+        return from_points(*arrays).values.sum()
+
+    for seed in range(3):
+        coordinates, features, batch_index = points(seed)
+        batch_index[20 + seed :] = -1
+        step(coordinates, features, batch_index)
+    assert len(traces) == 1
+
+
+def test_overflow_and_slots():
+    """Catches voxels lost without a count, other voxels than those of the lowest keys, and wrong slots."""
+    coordinates, features, batch_index = points(4)
+    run = functools.partial(from_points, capacity=5, reduce="max", **EVERYTHING)
+    for f in (run, jax.jit(run)):
+        x, overflow, slots = f(coordinates, features, batch_index)
+        voxels = np.ravel_multi_index(coordinates.T, GRID)
+        assert overflow.dtype == slots.dtype == np.int32
+        for b in range(2):
+            occupied = np.unique(voxels[batch_index == b])
+            assert overflow[b] == len(occupied) - 5
+            np.testing.assert_array_equal(x.keys[b, 0], occupied[:5])
+        lost = voxels > np.asarray(x.keys)[batch_index, 0, -1]
+        np.testing.assert_array_equal(np.asarray(slots) == -1, lost)
+        found = np.asarray(x.values)[batch_index, :, slots]
+        assert (found[~lost] >= features[~lost]).all()
+        keys = np.asarray(x.keys)[batch_index, 0, slots]
+        np.testing.assert_array_equal(keys[~lost], voxels[~lost])
+
+
+@pytest.mark.parametrize(("overflow", "slots"), [(True, False), (False, True)])
+def test_what_is_asked_for_is_returned(overflow, slots):
+    """Catches a tuple in another order than tensor, overflow, slots."""
+    x, extra = from_points(*points(5), return_overflow=overflow, return_slots=slots)
+    assert isinstance(x, ilajax.SparseTensor)
+    assert extra.shape == ((2,) if overflow else (25,))
+
+
+def test_overflow_is_one_of_two():
+    """Catches a misspelt option that drops voxels unseen."""
+    with pytest.raises(ValueError, match=r"overflow must be one of.*'cut'"):
+        from_points(*points(6), overflow="cut")
+
+
+def test_every_operation_takes_numpys_leaves(backend):
+    """Catches an operation that fails on the NumPy arrays that from_points gives."""
+    x = from_points(*points(7))
+    kernel = ilajax.SparseKernel.from_dense(jnp.ones((3, 3, 3, 2)))
+    for f in (
+        ilajax.to_dense,
+        ilajax.relu,
+        lambda x: ilajax.k_select(x, 3),
+        lambda x: ilajax.max_pool(x, 2),
+        lambda x: ilajax.avg_pool(x, 2),
+        ilajax.global_max_pool,
+        ilajax.global_avg_pool,
+        lambda x: ilajax.conv(x, kernel, capacity=9).features,
+        lambda x: ilajax.conv(x, kernel, support="input").features,
+        lambda x: ilajax.concatenate([x, x]),
+        lambda x: x.to_bcoo().todense(),
+    ):
+        got, want = f(x), f(jax.tree.map(jnp.asarray, x))
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_numpy_takes_milliseconds():
+    """Catches NumPy that loops in Python: 20 batches of 8 x 2048 points must not take a second."""
+    rng = np.random.default_rng(8)
+    coordinates = rng.integers(0, 32, (8 * 2048, 3))
+    features = np.ones((8 * 2048, 1), np.float32)
+    batch_index = np.repeat(np.arange(8), 2048)
+    start = time.perf_counter()
+    for _ in range(20):
+        ilajax.from_points(
+            coordinates,
+            features,
+            batch_index,
+            spatial_shape=(32, 32, 32),
+            batch_size=8,
+            capacity=2048,
+        )
+    assert time.perf_counter() - start < 1
