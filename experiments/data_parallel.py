@@ -10,8 +10,8 @@
     # Goes on from the last checkpoint, in one process or in another number of them:
     python -m experiments.data_parallel --resume --epochs 4
 
-The weights are on every device, and each device has its share of the batch. All that tells this program from
-one for a single device is marked by the word "devices" below; docs/scaling_out.md walks through it.
+The weights are on every device, and each device has its share of the batch. What tells this from a program
+for one device stands in `main`, in the first lines of `train`, and in `loader`; docs/scaling_out.md explains.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ilajax
@@ -39,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Trains, prints a line for each epoch, and returns them."""
     options = _parser().parse_args(arguments)
     start_devices(options)
+    if options.batch_size % jax.device_count():
+        raise SystemExit(
+            f"--batch-size {options.batch_size} must be a multiple of the {jax.device_count()} devices."
+        )
     axis_type = AxisType.Auto if options.auto else AxisType.Explicit
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(axis_type,))
     with jax.set_mesh(mesh):
@@ -62,8 +67,10 @@ def train(options: argparse.Namespace, mesh: jax.sharding.Mesh) -> list[Row]:
     solids = make_solids(options.solids, RESOLUTION, seed=options.seed)
     modules = {"net": net, "optimizer": optimizer}
     rows: list[Row] = []
-    if not options.resume and jax.process_index() == 0:
-        remove_checkpoints(options.out)
+    if not options.resume:
+        if jax.process_index() == 0:
+            remove_checkpoints(options.out)
+        multihost_utils.sync_global_devices("old checkpoints are gone")
     with Checkpoints(options.out) as checkpoints:
         latest = checkpoints.latest()
         if latest is not None:

@@ -6,6 +6,7 @@ name the checks to run; without any, all are.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -14,7 +15,9 @@ import traceback
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -294,6 +297,130 @@ def check_pmean_training_step():
     got = jax.jit(sharded)(KERNEL.values, split(x))
     want = KERNEL.values - 0.01 * jax.grad(total)(KERNEL.values, BIAS, x) / 4
     close(got, want)
+
+
+def sums(x, y):
+    """What adds and joins feature maps, [B, C]."""
+    x = ilajax.concatenate([x + y, 2 * x - y])
+    return ilajax.global_avg_pool(x, over="stored") + x.density.mean()
+
+
+def check_sums_and_joins():
+    """Catches a batch that is gathered to find the union of two supports."""
+    for shared in (False, True):
+        x, y = tensor(18, shared=shared), tensor(19, shared=shared)
+        close(no_gather(sums, split(x), split(y)), jax.jit(sums)(x, y))
+
+        def f(x, y):
+            return jax.grad(lambda v: (sums(x.with_values(v), y) ** 2).sum())(x.values)
+
+        close(no_gather(f, split(x), split(y)), jax.jit(f)(x, y))
+
+
+def check_points():
+    """Catches points that are gathered on their way into a grid, and out of it."""
+    rng = np.random.default_rng(20)
+    places = jnp.asarray(rng.integers(0, 5, (BATCH, 30, 2)), jnp.int32)
+    features = jnp.asarray(rng.normal(size=(BATCH, 30, 2)), jnp.float32)
+
+    def f(places, features):
+        x, slots = ilajax.from_points(
+            places, features, spatial_shape=GRID, capacity=20, return_slots=True
+        )
+        read = ilajax.sample(x, places + 0.3, method="linear")
+        return x, slots, read, x.coordinates()
+
+    def g(places, features):
+        return jax.grad(lambda features: (f(places, features)[2] ** 2).sum())(features)
+
+    for program in (f, g):
+        want = jax.jit(program)(places, features)
+        close(no_gather(program, split(places), split(features)), want)
+
+
+def check_one_list_of_points():
+    """Catches a list of points that is gathered, or dropped, though its type says that it is sharded."""
+    if kind == AxisType.Explicit:
+        places, index = split((jnp.zeros((16, 2), jnp.int32), jnp.zeros(16, jnp.int32)))
+        options = {"spatial_shape": GRID, "batch_size": 1, "capacity": 3}
+        with pytest.raises(ValueError, match=r"sharded over 'data'.*\[B, N, d\]"):
+            jax.jit(lambda c, i: ilajax.from_points(c, 1.0 * c, i, **options))(places, index)
+        with pytest.raises(ValueError, match="x is sharded over 'data'"):
+            ilajax.sample(split(tensor()), jnp.ones((3, 2)), jnp.zeros(3, int))
+
+
+def net(axis_name=None):
+    """Two sparse layers, of which one cuts, and a dense one."""
+    rngs = nnx.Rngs(0)
+    options = {"axis_name": axis_name, "rngs": rngs}
+    return nnx.Sequential(
+        ilajax.nn.Conv(2, 3, (3, 3), density_bound=0.2, **options),
+        ilajax.nn.MaxPool(2),
+        ilajax.nn.Conv(3, 4, (3, 3), density_bound=0.9, **options),
+        ilajax.global_avg_pool,
+        nnx.Linear(4, 3, rngs=rngs),
+    )
+
+
+def optimizer_of(net):
+    recipe = ilajax.optim.sparse_training(net, optax.sgd(0.1), scale=0.1, b1=0.2, threshold=0.05)
+    return nnx.Optimizer(net, recipe, wrt=nnx.Param)
+
+
+def train_step(net, optimizer, x, labels, mean=lambda loss: loss):
+    def loss_of(net):
+        wanted = jax.nn.one_hot(labels, 3)
+        return mean(optax.softmax_cross_entropy(net(x), wanted).mean())
+
+    loss, gradients = nnx.value_and_grad(loss_of)(net)
+    excess = ilajax.optim.excess_density(net)
+    optimizer.update(net, gradients, excess_density=excess, epoch_end=True)
+    return loss
+
+
+def trained(step, net, x, labels):
+    """Losses of three steps, and all variables behind them: weights, keys, densities."""
+    optimizer = optimizer_of(net)
+    losses = [step(net, optimizer, x, labels) for _ in range(3)]
+    return losses, nnx.to_pure_dict(nnx.state(net))
+
+
+X, LABELS = tensor(21), jnp.arange(BATCH) % 3
+
+
+def on_one_device():
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])):
+        return trained(nnx.jit(train_step), net(), X, LABELS)
+
+
+def check_a_training_step():
+    """Catches losses, weights or densities that differ from one device's, and a gathered batch."""
+    placed = split((X, LABELS))
+    model = net()
+    graph, state = nnx.split((model, optimizer_of(model)))
+
+    def step(state, x, labels):
+        modules = nnx.merge(graph, state)
+        return train_step(*modules, x, labels), nnx.state(modules)
+
+    no_gather(step, split(state, P()), *placed)
+    close(trained(nnx.jit(train_step), net(), *placed), on_one_device())
+
+
+def check_a_training_step_in_shard_map():
+    """Catches densities of one device only, and gradients that are counted once for each."""
+    mean = functools.partial(jax.lax.pmean, axis_name="data")
+
+    def mapped(model, optimizer, x, labels):
+        everywhere = nnx.StateSharding({...: P()})
+        return nnx.shard_map(
+            functools.partial(train_step, mean=mean),
+            mesh=mesh(),
+            in_specs=(everywhere, everywhere, P("data"), P("data")),
+            out_specs=P(),
+        )(model, optimizer, x, labels)
+
+    close(trained(nnx.jit(mapped), net("data"), *split((X, LABELS))), on_one_device())
 
 
 def main():

@@ -74,6 +74,45 @@ def test_the_kernels_are_here():
         assert "cuda" in routes.native_platforms()
 
 
+@pytest.mark.parametrize(("name", "scope"), [("conv", "conv"), ("max_pool", "pool")])
+def test_profiles_name_the_operation(backend, name, scope):
+    """Catches a profile in which every operation is called ffi_call, or is a heap of XLA's instructions."""
+    x, kernel = data(name)
+
+    def compiled(f):
+        return jax.jit(f).lower(x, kernel).compile().as_text()
+
+    assert f"/ilajax.{scope}/" in compiled(OPERATIONS[name])
+    assert f"transpose(jvp(ilajax.{scope}))/" in compiled(gradient(name))
+
+
+@pytest.mark.nans
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_debug_nans_names_the_operation(backend, jit):
+    """Catches a NaN that is reported for the next operation, or under the name of all custom calls."""
+    x, kernel = data("conv")
+    infinite = x.with_values(jnp.where(x.values != 0, jnp.inf, 0.0))
+    run = lambda x: OPERATIONS["conv"](x, kernel).sum()  # noqa: E731
+    with (
+        jax.debug_nans(True),
+        pytest.raises(FloatingPointError, match=r"\(nan\) encountered in ilajax\.conv"),
+    ):
+        (jax.jit(run) if jit else run)(infinite)
+
+
+@pytest.mark.nans
+def test_debug_nans_names_the_gradient(backend):
+    """Catches a NaN of the backward pass that is taken for one of the forward pass, or for none."""
+    x, _ = data("k_select")
+    selected, pull = jax.vjp(lambda v: ilajax.k_select(x.with_values(v), 3).values, x.values)
+    nan = jnp.full_like(selected, jnp.nan)
+    with (
+        jax.debug_nans(True),
+        pytest.raises(FloatingPointError, match=r"in the gradient of ilajax\.k_select"),
+    ):
+        pull(nan)
+
+
 @pytest.mark.crossed(3)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_eager_is_jit(backend, name):

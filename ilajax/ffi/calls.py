@@ -86,7 +86,23 @@ def dispatch(
     else:
         chosen = functools.partial(jax.lax.platform_dependent, **branches)
     with jax.named_scope(f"ilajax.{operation}"):
-        return meshes.split_by_type(chosen, meshes.vary_together(*operands), batched, sums)
+        results = meshes.split_by_type(chosen, meshes.vary_together(*operands), batched, sums)
+    gradient = "the gradient of " if target.endswith("_bwd") else ""
+    _raise_nans(f"{gradient}ilajax.{operation}", results)
+    return results
+
+
+def _raise_nans(operation: str, results: Outputs) -> None:
+    """What `jax.debug_nans` does for JAX's own operations; what custom_vmap wraps, it does not see.
+
+    Under `jit` JAX looks at results of the whole program, and calls Python again to find out where NaN arose.
+    """
+    for kind, is_kind in (("nan", np.isnan), ("inf", np.isinf)):
+        for result in results if getattr(jax.config, f"jax_debug_{kind}s") else ():
+            if isinstance(result, jax.core.Tracer) or not result.is_fully_addressable:
+                continue
+            if jnp.issubdtype(result.dtype, jnp.floating) and is_kind(np.asarray(result)).any():
+                raise FloatingPointError(f"invalid value ({kind}) encountered in {operation}")
 
 
 def _mapped_by_type(reference: Callable[..., Outputs]) -> Callable[..., Outputs]:

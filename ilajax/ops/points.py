@@ -10,6 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ilajax.geometry import check_spatial_shape, sites
+from ilajax.ops._points import (
+    as_array,
+    as_batch_index,
+    check_batch_index,
+    check_not_split,
+    first,
+    rows,
+)
 from ilajax.ops.k_select import check_capacity
 from ilajax.sparse_tensor import VALUE_DTYPES, SparseTensor
 
@@ -21,10 +29,10 @@ OVERFLOWS = ("raise", "drop")
 def from_points(
     coordinates: Any,
     features: Any,
-    batch_index: Any,
+    batch_index: Any = None,
     *,
     spatial_shape: Sequence[int],
-    batch_size: int,
+    batch_size: int | None = None,
     capacity: int,
     reduce: str = "mean",
     overflow: str = "raise",
@@ -37,10 +45,10 @@ def from_points(
 def from_points(
     coordinates: Any,
     features: Any,
-    batch_index: Any,
+    batch_index: Any = None,
     *,
     spatial_shape: Sequence[int],
-    batch_size: int,
+    batch_size: int | None = None,
     capacity: int,
     reduce: str = "mean",
     overflow: str = "raise",
@@ -52,10 +60,10 @@ def from_points(
 def from_points(
     coordinates: Any,
     features: Any,
-    batch_index: Any,
+    batch_index: Any = None,
     *,
     spatial_shape: Sequence[int],
-    batch_size: int,
+    batch_size: int | None = None,
     capacity: int,
     reduce: str = "mean",
     overflow: str = "raise",
@@ -72,20 +80,25 @@ def from_points(
     to one number, with a `batch_index` of -1. Keys, and on the CPU values too, are those of NumPy to the
     last bit: the points of a voxel are added in float32, in their order of arrival.
 
+    Points come in one list, or, with a batch axis in front, in a list for each sample. The second form is the
+    one for several devices: where the batch is sharded, each device voxelises the points that it holds, and
+    nothing is gathered. One list does not say which device needs which point: under plain `jit` XLA gathers a
+    list that is sharded, and where types say so it is an error.
+
     Args:
-      coordinates: int[N, d], the voxel of each point.
-      features: float32, bfloat16 or float16 [N, C]; NumPy's float64 becomes float32.
+      coordinates: int[N, d], the voxel of each point; or int[B, N, d].
+      features: float32, bfloat16 or float16 [N, C] or [B, N, C]; NumPy's float64 becomes float32.
       batch_index: int[N], the sample of each point; -1 marks padding, a point that does not count and may
-        hold anything.
+        hold anything. With a batch axis int[B, N], -1 or the row's own number, which is the default.
       spatial_shape: the grid, d axes.
-      batch_size: number of samples.
+      batch_size: number of samples; with a batch axis its length, which is the default.
       capacity: slots of each sample.
       reduce: "mean", "sum" or "max" over the points of one voxel, channel by channel.
       overflow: what happens where a sample occupies more voxels than it has slots: "raise", or "drop",
         which keeps the lowest keys. Inside `jit` it is always "drop".
       return_overflow: also return int32[B], the voxels of each sample that did not fit.
-      return_slots: also return int32[N], the slot of each point in its sample, -1 where it was dropped. For
-        the others `x.values[batch_index, :, slots]` are the features of the point's voxel.
+      return_slots: also return int32[N] or int32[B, N], the slot of each point in its sample, -1 where it was
+        dropped. For the others `x.values[batch_index, :, slots]` are the features of the point's voxel.
 
     Returns:
       A SparseTensor with a shared support; or a tuple of it, the overflow and the slots, in this order, as
@@ -105,32 +118,25 @@ def from_points(
       >>> slots
       array([1, 0, 0], dtype=int32)
     """
-    arrays = (coordinates, features, batch_index)
-    run = _with_jax if any(isinstance(a, jax.Array) for a in arrays) else _with_numpy
+    given = (coordinates, features, batch_index)
     # Checked as they come: JAX would wrap 64-bit integers around before anybody has seen them.
-    coordinates, features, batch_index = (_as_array(a) for a in arrays)
+    coordinates, features = as_array(coordinates), as_array(features)
     if features.dtype == np.float64 and isinstance(features, np.ndarray):
         features = features.astype(np.float32)
-    config = _Config(
-        check_spatial_shape(spatial_shape), batch_size, check_capacity(capacity), reduce
-    )
-    _check_arguments(config, overflow, coordinates, features, batch_index)
-    if not any(isinstance(a, jax.core.Tracer) for a in arrays):
-        _check_points(
-            config,
-            np.asarray(coordinates),
-            np.asarray(features),
-            np.asarray(batch_index),
-        )
-    x, excess, slots = run(config, coordinates, features, batch_index)
+    points = (coordinates, features, as_batch_index(batch_index, coordinates.shape))
+    if batch_size is None and coordinates.ndim == 3:
+        batch_size = coordinates.shape[0]
+    spatial_shape, capacity = check_spatial_shape(spatial_shape), check_capacity(capacity)
+    config = _Config(spatial_shape, batch_size, capacity, reduce)  # type: ignore[arg-type]
+    _check_arguments(config, overflow, *points)
+    if not any(isinstance(a, jax.core.Tracer) for a in given):
+        _check_points(config, *map(np.asarray, points))
+    in_jax = any(isinstance(a, jax.Array) for a in given)
+    x, excess, slots = (_with_jax if in_jax else _with_numpy)(config, *points)
     if overflow == "raise" and not isinstance(excess, jax.core.Tracer):
         _raise_if_full(np.asarray(excess), capacity)
     extras = [a for a, asked in ((excess, return_overflow), (slots, return_slots)) if asked]
     return (x, *extras) if extras else x
-
-
-def _as_array(a: Any) -> Any:
-    return a if isinstance(a, jax.Array) else np.asarray(a)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +153,11 @@ class _Config:
 def _with_numpy(
     config: _Config, coordinates: np.ndarray, features: np.ndarray, batch_index: np.ndarray
 ) -> tuple[SparseTensor, np.ndarray, np.ndarray]:
-    """The tensor, int32[B] of voxels that did not fit, int32[N] of slots; points were checked."""
+    """The tensor, int32[B] of voxels that did not fit, the slots of the points, which were checked."""
+    if coordinates.ndim == 3:
+        one_list = (a.reshape(-1, *a.shape[2:]) for a in (coordinates, features, batch_index))
+        x, excess, slots = _with_numpy(config, *one_list)
+        return x, excess, slots.reshape(batch_index.shape)
     grid, batch, capacity = sites(config.spatial_shape), config.batch_size, config.capacity
     real = np.flatnonzero(batch_index != -1)
     # One number orders samples and keys: with int64 there is room for both.
@@ -198,6 +208,13 @@ def _with_jax(
 
     Points outside the grid, outside the batch, or with NaN are dropped.
     """
+    if coordinates.ndim == 3:
+        # Mapped over samples, which stay where they are; all three on the same devices.
+        batch_index = jnp.where(batch_index == rows(batch_index.shape), 0, -1)
+        batch_index += jnp.zeros_like(coordinates[..., 0], jnp.int32)
+        one_sample = functools.partial(_with_jax, dataclasses.replace(config, batch_size=1))
+        x, excess, slots = jax.vmap(one_sample)(coordinates, features, batch_index)
+        return SparseTensor(x.keys[:, 0], x.values[:, 0], x.spatial_shape), excess[:, 0], slots
     batch_size, capacity, grid = config.batch_size, config.capacity, sites(config.spatial_shape)
     coordinates, batch_index = coordinates.astype(jnp.int32), batch_index.astype(jnp.int32)
     extent = jnp.array(config.spatial_shape, jnp.int32)
@@ -273,51 +290,51 @@ def _check_arguments(
             )
     if features.dtype not in VALUE_DTYPES:
         raise TypeError(f"features must be float32, bfloat16 or float16, got {features.dtype}.")
-    if coordinates.ndim != 2 or coordinates.shape[1] != len(spatial_shape):
+    *points, rank = coordinates.shape or (0,)
+    if len(points) not in (1, 2) or rank != len(spatial_shape):
         raise ValueError(
-            f"coordinates must have shape [N, {len(spatial_shape)}] for the grid {spatial_shape}, got "
-            f"{coordinates.shape}."
+            f"coordinates must have shape [N, {len(spatial_shape)}] or [B, N, {len(spatial_shape)}] for the "
+            f"grid {spatial_shape}, got {coordinates.shape}."
         )
-    if features.ndim != 2 or features.shape[0] != coordinates.shape[0] or features.shape[1] < 1:
+    if len(points) == 2 and points[0] != batch_size:
         raise ValueError(
-            f"features must have shape [N, C] with N = {coordinates.shape[0]} as coordinates and C at least "
-            f"1, got {features.shape}."
+            f"batch_size must be the length {points[0]} of the batch axis of coordinates, got {batch_size}."
         )
-    if batch_index.shape != coordinates.shape[:1]:
+    if features.shape[:-1] != (*points,) or features.shape[-1:] in ((), (0,)):
         raise ValueError(
-            f"batch_index must have shape [{coordinates.shape[0]}], one sample for each point, got "
-            f"{batch_index.shape}."
+            f"features must have shape {[*points, 'C']}, as coordinates, with C at least 1, got "
+            f"{features.shape}."
         )
+    if batch_index.shape != (*points,):
+        raise ValueError(
+            f"batch_index must have shape {points}, one sample for each point, got {batch_index.shape}."
+        )
+    if len(points) == 1:
+        check_not_split("coordinates", coordinates)
 
 
 def _check_points(
     config: _Config, coordinates: np.ndarray, features: np.ndarray, batch_index: np.ndarray
 ) -> None:
     """What only concrete points tell; padding points may hold anything."""
+    check_batch_index(batch_index, config.batch_size)
     real = batch_index != -1
-    wrong = real & ((batch_index < 0) | (batch_index >= config.batch_size))
-    if wrong.any():
-        point = int(np.argmax(wrong))
-        raise ValueError(
-            f"batch_index of point {point} is {int(batch_index[point])}, but must lie in "
-            f"[0, {config.batch_size}), or be -1 for a padding point, which does not count."
-        )
     outside = np.zeros(real.shape, bool)
-    for axis, size in zip(coordinates.T, config.spatial_shape, strict=True):
-        outside |= real & ((axis < 0) | (axis >= size))
+    for axis, size in enumerate(config.spatial_shape):
+        place = coordinates[..., axis]
+        outside |= real & ((place < 0) | (place >= size))
     if outside.any():
-        point = int(np.argmax(outside))
         raise ValueError(
-            f"coordinates of point {point}, {coordinates[point].tolist()}, lie outside the grid "
-            f"{config.spatial_shape} ({int(outside.sum())} such points). Shift, scale or drop them first; a "
-            f"batch_index of -1 drops a point."
+            f"coordinates of point {first(outside)}, {coordinates[outside][0].tolist()}, lie outside the "
+            f"grid {config.spatial_shape} ({int(outside.sum())} such points). Shift, scale or drop them "
+            f"first; a batch_index of -1 drops a point."
         )
     nan = np.zeros(real.shape, bool)
-    for feature in features.T:
-        nan |= real & np.isnan(feature)
+    for channel in range(features.shape[-1]):
+        nan |= real & np.isnan(features[..., channel])
     if nan.any():
         raise ValueError(
-            f"features of point {int(np.argmax(nan))} are NaN ({int(nan.sum())} such points). "
+            f"features of point {first(nan)} are NaN ({int(nan.sum())} such points). "
             "Drop them first: a batch_index of -1 does."
         )
 

@@ -9,13 +9,25 @@ import numpy as np
 
 from ilajax import ffi
 from ilajax.geometry import ravel, sites
+from ilajax.ops._points import (
+    as_array,
+    as_batch_index,
+    check_batch_index,
+    check_not_split,
+    first,
+    rows,
+)
 from ilajax.sparse_tensor import SparseTensor, check_sparse
 
 METHODS = ("nearest", "linear")
 
 
 def sample(
-    x: SparseTensor, points: jax.Array, batch_index: jax.Array, *, method: str = "nearest"
+    x: SparseTensor,
+    points: jax.Array,
+    batch_index: jax.Array | None = None,
+    *,
+    method: str = "nearest",
 ) -> jax.Array:
     """The features of a map at points between the sites.
 
@@ -28,14 +40,18 @@ def sample(
     The gradient flows to the values of x, not to the points. Nothing is densified: each site is searched
     for among the keys of its sample.
 
+    Points come in one list, or, with a batch axis in front, in a list for each sample, which is the form for
+    a batch that is sharded over several devices: see `from_points`.
+
     Args:
       x: the feature map [B, *S, C], of own or shared supports.
-      points: float[N, d], in voxels of x.
-      batch_index: int[N], the sample of each point. -1 marks a padding point.
+      points: float[N, d], in voxels of x; or float[B, N, d].
+      batch_index: int[N], the sample of each point; -1 marks a padding point. With a batch axis int[B, N], -1
+        or the row's own number, which is the default.
       method: "nearest" or "linear".
 
     Returns:
-      The features [N, C] in x's dtype; 0 for padding points and far outside the grid.
+      The features [N, C] or [B, N, C] in x's dtype; 0 for padding points and far outside the grid.
 
     Raises:
       TypeError, ValueError: if an argument has a wrong type, shape or value; and, where the arrays are
@@ -51,9 +67,8 @@ def sample(
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
     # Checked as it comes: JAX would wrap 64-bit integers around before anybody has seen them.
-    points, batch_index = (
-        a if isinstance(a, jax.Array) else np.asarray(a) for a in (points, batch_index)
-    )
+    points = as_array(points)
+    batch_index = as_batch_index(batch_index, points.shape)
     _check_points(x, points, batch_index)
     operands = (x.keys, x.values, jnp.asarray(points), jnp.asarray(batch_index.astype(np.int32)))
     return _sample(x.spatial_shape, method, *ffi.vary_together(*map(jnp.asarray, operands)))
@@ -70,6 +85,12 @@ def _sample(
     batch: jax.Array,
 ) -> jax.Array:
     """[N, C]. The 2**d corners of "linear" stand on a leading axis; "nearest" has one corner."""
+    if points.ndim == 3:
+        # Mapped over samples, which stay where they are; all on the same devices.
+        batch = jnp.where(batch == rows(batch.shape), 0, -1)
+        batch += jnp.zeros_like(points[..., 0], jnp.int32)
+        one_sample = functools.partial(_sample, spatial_shape, method)
+        return jax.vmap(one_sample)(keys[:, None], values[:, None], points, batch)
     extent = jnp.array(spatial_shape, jnp.float32)
     points = jax.lax.stop_gradient(points).astype(jnp.float32)
     # Far points are drawn near, where float to int conversion is defined; NaN too, and read nothing.
@@ -123,30 +144,31 @@ def _check_points(x: SparseTensor, points: jax.Array, batch_index: jax.Array) ->
         raise TypeError(
             f"points must be floats in voxels of x, got {points.dtype}. The centre of voxel i is i + 0.5."
         )
-    if points.ndim != 2 or points.shape[1] != rank:
+    if points.ndim not in (2, 3) or points.shape[-1] != rank:
         raise ValueError(
-            f"points must have shape [N, {rank}] for the grid {x.spatial_shape}, got {points.shape}."
+            f"points must have shape [N, {rank}] or [B, N, {rank}] for the grid {x.spatial_shape}, got "
+            f"{points.shape}."
+        )
+    if points.ndim == 3 and len(points) != x.batch_size:
+        raise ValueError(
+            f"points must have the batch size {x.batch_size} of x in front, got shape {points.shape}."
         )
     if not jnp.issubdtype(batch_index.dtype, jnp.integer):
         raise TypeError(f"batch_index must be integers, got {batch_index.dtype}.")
-    if batch_index.shape != points.shape[:1]:
+    if batch_index.shape != points.shape[:-1]:
         raise ValueError(
-            f"batch_index must have shape [{points.shape[0]}], one sample for each point, got "
+            f"batch_index must have shape {list(points.shape[:-1])}, one sample for each point, got "
             f"{batch_index.shape}."
         )
+    if points.ndim == 2:
+        check_not_split("points", points)
+        check_not_split("x", x.values)
     if not isinstance(batch_index, jax.core.Tracer):
-        batch = np.asarray(batch_index)
-        wrong = (batch < -1) | (batch >= x.batch_size)
-        if wrong.any():
-            n = int(np.argmax(wrong))
-            raise ValueError(
-                f"batch_index of point {n} is {int(batch[n])}, but must lie in [0, {x.batch_size}), or be -1 "
-                f"for a padding point."
-            )
+        check_batch_index(np.asarray(batch_index), x.batch_size)
     if not isinstance(points, jax.core.Tracer):
-        nan = np.isnan(np.asarray(points)).any(axis=1)
+        nan = np.isnan(np.asarray(points)).any(axis=-1)
         if nan.any():
             raise ValueError(
-                f"points must not be NaN, got NaN for point {int(np.argmax(nan))} ({int(nan.sum())} such "
-                f"points). Drop them, or mark them with batch_index -1."
+                f"points must not be NaN, got NaN for point {first(nan)} ({int(nan.sum())} such points). "
+                f"Drop them, or mark them with batch_index -1."
             )

@@ -421,3 +421,60 @@ def test_numpy_takes_milliseconds():
             capacity=2048,
         )
     assert time.perf_counter() - start < 1
+
+
+# --- With a batch axis -----------------------------------------------------------------------------
+
+
+def in_rows(seed, xp, reduce="mean"):
+    """Points with a batch axis, and the same in one list; one of seven is padding."""
+    coordinates, features, _ = points(seed, count=60)
+    index = np.repeat(np.arange(2, dtype=np.int32), 30)
+    index[::7] = -1
+    one_list = [xp.asarray(a) for a in (coordinates, features, index)]
+    rows = [xp.asarray(a.reshape(2, 30, *a.shape[1:])) for a in (coordinates, features, index)]
+    return rows, one_list
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
+@pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
+def test_a_batch_axis_is_one_list(xp, reduce):
+    """Catches samples that get mixed, padding that counts, and slots of another row."""
+    rows, one_list = in_rows(0, xp)
+    got = from_points(*rows, 5, reduce=reduce, **EVERYTHING)
+    want = from_points(*one_list, 5, reduce=reduce, **EVERYTHING)
+    assert want[1].any()
+    assert got[2].shape == (2, 30)
+    jax.tree.map(np.testing.assert_array_equal, got[:2], want[:2])
+    np.testing.assert_array_equal(np.asarray(got[2]).reshape(-1), want[2])
+
+
+def test_a_batch_axis_says_all():
+    """Catches an index or a batch size that must be given though the rows are the samples."""
+    (coordinates, features, _), _ = in_rows(1, np)
+    options = {"spatial_shape": GRID, "capacity": 20}
+    got = ilajax.from_points(coordinates, features, **options)
+    want = ilajax.from_points(
+        coordinates, features, np.repeat([[0], [1]], 30, axis=1), batch_size=2, **options
+    )
+    got.validate()
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"batch_size": 3}, ValueError, "batch_size must be the length 2"),
+        ({"batch_index": np.zeros((2, 30), int)}, ValueError, r"point 0 of sample 1 is 0.* row's"),
+        ({"batch_index": np.zeros(60, int)}, ValueError, r"batch_index must have shape \[2, 30\]"),
+        ({"features": np.ones((60, 1))}, ValueError, r"features must have shape \[2, 30, 'C'\]"),
+        ({"coordinates": np.full((2, 30, 2), 9)}, ValueError, "point 0 of sample 0, "),
+        ({"coordinates": np.zeros((60, 2), int)}, TypeError, "batch_index is required"),
+    ],
+)
+def test_bad_rows(change, error, message):
+    """Catches rows that are taken for something else."""
+    (coordinates, features, _), _ = in_rows(2, np)
+    arguments = {"coordinates": coordinates, "features": features} | change
+    with pytest.raises(error, match=message):
+        ilajax.from_points(**arguments, spatial_shape=GRID, capacity=20)

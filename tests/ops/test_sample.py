@@ -203,6 +203,22 @@ def test_memory_is_of_the_points():
     assert used < 2**20
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_axis_is_one_list(method):
+    """Catches rows that are read from another sample, and padding that is read at all."""
+    x = samples.tensor(4, 2, 3, (5, 6))
+    points, _ = draw(4, (5, 6))
+    rows, batch = points.reshape(2, 20, 2), np.repeat([0, 1], 20)
+    want = ilajax.sample(x, points, batch, method=method)
+    got = ilajax.sample(x, rows, method=method)
+    np.testing.assert_array_equal(got.reshape(40, 3), want)
+    batch[::3] = -1
+    got = ilajax.sample(x, rows, batch.reshape(2, 20), method=method)
+    np.testing.assert_array_equal(
+        got.reshape(40, 3), np.where(batch[:, None] >= 0, want, 0), strict=False
+    )
+
+
 def test_no_points():
     """Catches a reduction over nothing."""
     x = samples.tensor(0, 1, 3, (5, 6))
