@@ -28,8 +28,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import ilajax
 from experiments import frame
 from experiments.checkpoints import Checkpoints, remove_checkpoints
+from experiments.data.loader import batches
 from experiments.data.solids import CLASSES, Solids, make_solids
-from experiments.training import batches
 
 RESOLUTION = 16
 BOUNDS = (0.08, 0.24)

@@ -27,6 +27,7 @@ from flax import nnx
 import ilajax
 from experiments import demo_measure, frame, peers
 from experiments.activations import feature_maps, sparse_densities
+from experiments.data.loader import Arrays
 from experiments.data.solids import CLASSES, Solids, SparseInput, make_solids
 from experiments.demo_picture import demo_picture
 from experiments.summary import Cells, summary_table
@@ -194,7 +195,7 @@ def _train(
     others = live_weights(model) - initial
     rows = train(
         run,
-        (training.keys, training.labels),
+        Arrays(training.keys, training.labels),
         (test.keys, test.labels),
         epochs=options.epochs,
         batch_size=options.batch_size,

@@ -30,6 +30,7 @@ from experiments.activations import (
     sparse_densities,
 )
 from experiments.checkpoints import check_options, remove_checkpoints
+from experiments.data.loader import Arrays
 from experiments.data.mnist import CLASSES, Digits, load_mnist
 from experiments.picture import activations_picture
 from experiments.summary import Outcome, summary_cells, summary_table, write_report
@@ -95,12 +96,13 @@ def main(arguments: list[str] | None = None) -> list[Outcome]:
             filter_weights = live_weights(run.model)
             rows = train(
                 run,
-                (training.images, training.labels),
+                Arrays(training.images, training.labels),
                 (test.images, test.labels),
                 epochs=options.epochs,
                 batch_size=options.batch_size,
                 columns=COLUMNS,
                 reporter=reporter,
+                checkpoint_every=options.checkpoint_every,
             )
             stored = _activation_bytes(run, options)
             outcomes.append(Outcome(run, rows, filter_weights, stored))
@@ -269,6 +271,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for tables, picture and checkpoints; a new run replaces an earlier one's",
     )
+    add(
+        "--checkpoint-every",
+        type=frame.positive_int,
+        metavar="STEPS",
+        help="leave a checkpoint after so many steps too; by default at the ends of epochs only",
+    )
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if any")
     add("--report", type=Path, metavar="FILE", help="add the summary to this markdown file too")
     return parser
@@ -278,4 +286,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("stopped; --resume goes on after the last whole epoch") from None
+        raise SystemExit("stopped; --resume goes on from the last checkpoint") from None

@@ -29,6 +29,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 import ilajax
 from experiments import demo, frame
 from experiments.activations import sparse_densities
+from experiments.data.loader import Arrays
 from experiments.data.solids import CLASSES, Solids, SparseInput, make_solids
 from experiments.summary import Cells, summary_table
 from experiments.timing import headline, provenance
@@ -191,7 +192,7 @@ def _train(
             bounds=bounds,
             resumable=False,
         ),
-        (training.keys, training.labels),
+        Arrays(training.keys, training.labels),
         (test.keys, test.labels),
         epochs=options.epochs,
         batch_size=options.batch_size,

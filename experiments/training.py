@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,14 @@ from flax import nnx
 
 import ilajax
 from experiments.checkpoints import Checkpoints
+from experiments.data.loader import Batch, Source, feed
 from experiments.frame import Reporter, Table, minutes
 
 # Turns a batch of images into what the net takes; hashable, as it is static under jit.
 ToInput = Callable[[jax.Array], Any]
 Row = dict[str, Any]
+# Loss, accuracy, seconds, and voxels that did not fit (None where nothing can be cut), as JSON takes them.
+Step = list[Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,68 +103,96 @@ def evaluation_step(
 
 
 def evaluate(
-    step: Callable[..., Any], images: np.ndarray, labels: np.ndarray, batch: int = 250
+    step: Callable[..., Any], inputs: Any, labels: np.ndarray, batch: int = 250
 ) -> tuple[float, float]:
-    """Mean loss and accuracy, by an `evaluation_step` that has its model and `to_input`."""
+    """Mean loss and accuracy, by an `evaluation_step` that has its model and `to_input`.
+
+    The inputs are an array or a pytree of arrays [N, ...].
+    """
     batch = min(batch, len(labels))
     loss = right = 0.0
     for start in range(0, len(labels), batch):
         part = slice(start, start + batch)
-        # The last batch is filled up with its last image, so that one compiled program serves all.
         missing = batch - len(labels[part])
-        padded = np.pad(images[part], ((0, missing), *[(0, 0)] * (images.ndim - 1)), mode="edge")
+
+        def padded(leaf: np.ndarray, part: slice = part, missing: int = missing) -> np.ndarray:
+            # The last batch is filled up with its last image, so that one compiled program serves all.
+            return np.pad(leaf[part], ((0, missing), *[(0, 0)] * (leaf.ndim - 1)), mode="edge")
+
         marked = np.pad(labels[part].astype(np.int32), (0, missing), constant_values=-1)
-        losses, rights = step(padded, marked)
+        losses, rights = step(jax.tree.map(padded, inputs), marked)
         loss, right = loss + float(losses), right + int(rights)
     return loss / len(labels), right / len(labels)
 
 
-def batches(count: int, size: int, *, seed: int, epoch: int) -> np.ndarray:
-    """The epoch's order, int[steps, size]: a function of seed and epoch, and of nothing before.
-
-    What is left over when `size` does not divide `count` is left out; another part in each epoch.
-    """
-    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
-    return order[: count - count % size].reshape(-1, size)
-
-
 def train(
     run: Run,
-    training: tuple[np.ndarray, np.ndarray],
-    test: tuple[np.ndarray, np.ndarray],
+    training: Source,
+    test: tuple[Any, np.ndarray],
     *,
     epochs: int,
     batch_size: int,
     columns: Sequence[str],
     reporter: Reporter,
     test_batch: int = 250,
+    workers: int = 0,
+    checkpoint_every: int | None = None,
 ) -> list[Row]:
     """Trains up to `epochs`, from the newest checkpoint on if there is one.
 
     An epoch ends with an evaluation on the test set, a row of the table, and a checkpoint. A run that
-    was stopped and goes on from there gives the same bits as one that was not.
+    was stopped and goes on from there gives the same bits as one that was not, with any number of workers.
+
+    Args:
+      run: the network.
+      training: the samples to train on.
+      test: inputs and labels, ready for the evaluation.
+      epochs: how many in all.
+      batch_size: samples of a step.
+      columns: of the table. "voxels_cut", where the samples are voxels, counts those that did not fit.
+      reporter: gets a line for each epoch.
+      test_batch: samples of a step of the evaluation.
+      workers: processes that make the batches; 0: this one does.
+      checkpoint_every: steps after which an epoch leaves a checkpoint on its way too.
 
     Returns:
       The rows of all epochs, those before the checkpoint too.
     """
-    images, labels = training
     modules = {"model": run.model, "optimizer": run.optimizer}
-    keeper = Checkpoints(run.checkpoints) if run.resumable else contextlib.nullcontext()
-    with keeper as checkpoints:
+    steps = len(training) // batch_size
+    with contextlib.ExitStack() as stack:  # closes the checkpoints, and the worker processes
+        checkpoints = stack.enter_context(Checkpoints(run.checkpoints)) if run.resumable else None
         rows: list[Row] = []
+        so_far: list[Step] = []
         latest = checkpoints.latest() if checkpoints else None
         if checkpoints and latest is not None:
             checkpoints.restore(latest, modules)
-            rows = checkpoints.notes(latest)["rows"]
+            notes = checkpoints.notes(latest)
+            rows, so_far = notes["rows"], notes.get("so_far", [])
             reporter.print(f"{run.name}: goes on from {checkpoints.path(latest)}")
         table = Table(run.directory / f"{run.name}.csv", columns, rows)
         step, test_step = _bound_steps(run)
-        reporter.begin(run.name, *((n * (len(labels) // batch_size)) for n in (epochs, len(rows))))
+        done = len(rows) * steps + len(so_far)
+        reporter.begin(run.name, epochs * steps, done)
+
+        def save() -> None:
+            if checkpoints:
+                taken = len(rows) * steps + len(so_far)
+                notes = {"options": run.options, "rows": rows, "so_far": so_far}
+                checkpoints.save(taken, modules, notes)
+
+        fed = feed(training, batch_size, seed=run.seed, epochs=epochs, start=done, workers=workers)
+        stack.enter_context(contextlib.closing(fed))
         for epoch in range(len(rows) + 1, epochs + 1):
             start = time.perf_counter()
-            order = batches(len(labels), batch_size, seed=run.seed, epoch=epoch)
             row = {"net": run.name, "epoch": epoch}
-            row |= _train_epoch(step, images, labels, order, epoch, reporter)
+            for number in range(len(so_far) + 1, steps + 1):
+                so_far.append(_timed_step(step, fed, last=number == steps))
+                recent = np.mean([taken[:2] for taken in so_far[-50:]], axis=0)
+                reporter.step(f"epoch {epoch}  loss {recent[0]:.3f}  accuracy {recent[1]:.1%}")
+                if checkpoint_every and number % checkpoint_every == 0 and number < steps:
+                    save()
+            row |= _summed(so_far)
             row |= {f"density_{layer}": d for layer, d in run.densities(run.model).items()}
             if run.prunes:
                 ilajax.optim.compact(run.model, run.optimizer)
@@ -169,9 +200,9 @@ def train(
             row["test_loss"], row["test_accuracy"] = evaluate(test_step, *test, test_batch)
             row["seconds"] = time.perf_counter() - start
             rows.append(row)
+            so_far = []
             table.append(row)
-            if checkpoints:
-                checkpoints.save(epoch, modules, {"options": run.options, "rows": rows})
+            save()
             reporter.print(_line(row, epochs, (epochs - epoch) * row["seconds"], run.bounds))
     return rows
 
@@ -192,30 +223,24 @@ def _bound_steps(run: Run) -> tuple[Callable[..., Any], Callable[..., Any]]:
     )
 
 
-def _train_epoch(
-    step: Callable[..., Any],
-    images: np.ndarray,
-    labels: np.ndarray,
-    order: np.ndarray,
-    epoch: int,
-    reporter: Reporter,
-) -> Row:
-    losses, accuracies, seconds = [], [], []
-    for number, chosen in enumerate(order, 1):
-        start = time.perf_counter()
-        epoch_end = jnp.asarray(number == len(order))
-        loss, accuracy = step(images[chosen], labels[chosen], epoch_end)
-        losses.append(float(loss))
-        accuracies.append(float(accuracy))
-        seconds.append(time.perf_counter() - start)
-        recent = f"{np.mean(losses[-50:]):.3f}  accuracy {np.mean(accuracies[-50:]):.1%}"
-        reporter.step(f"epoch {epoch}  loss {recent}")
-    return {
+def _timed_step(step: Callable[..., Any], fed: Iterator[Batch], *, last: bool) -> Step:
+    start = time.perf_counter()
+    batch = next(fed)
+    loss, accuracy = step(batch.inputs, batch.labels, jnp.asarray(last))
+    cut = None if batch.overflow is None else int(batch.overflow.sum())
+    return [float(loss), float(accuracy), time.perf_counter() - start, cut]
+
+
+def _summed(steps: Sequence[Step]) -> Row:
+    """What an epoch's steps tell."""
+    losses, accuracies, seconds, cut = zip(*steps, strict=True)
+    row = {
         "train_loss": float(np.mean(losses)),
         "train_accuracy": float(np.mean(accuracies)),
         # The first step of a process compiles; a median does not see it.
         "seconds_per_step": statistics.median(seconds),
     }
+    return row if cut[0] is None else row | {"voxels_cut": sum(cut)}
 
 
 def live_weights(model: nnx.Module) -> int:
@@ -232,12 +257,14 @@ def _line(row: Row, epochs: int, left: float, bounds: Mapping[str, float]) -> st
             bound = bounds.get(name.removeprefix("density_"))
             shown.append(f"{value:.1%}" + ("" if bound is None else f"/{bound:.0%}"))
     densities = " ".join(shown)
+    cut = f"  {row['voxels_cut']:,} voxels cut" if row.get("voxels_cut") else ""
     return (
         f"{row['net']:>6} {row['epoch']}/{epochs}"
         f"  loss {row['train_loss']:.4f}  accuracy {row['train_accuracy']:.2%}"
         f"  test {row['test_accuracy']:.2%}"
         f"  densities {densities}"
         f"  live weights {row['live_weights']:,}"
+        f"{cut}"
         f"  {row['seconds_per_step'] * 1e3:.1f} ms a step"
         f"  {minutes(row['seconds'])} an epoch, {minutes(left)} left for this net"
     )

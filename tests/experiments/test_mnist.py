@@ -1,6 +1,7 @@
 """The MNIST experiment, run for real on a handful of digits."""
 
 import csv
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,8 @@ from flax import nnx
 from experiments import mnist
 from experiments.activations import activation_bytes, feature_maps
 from experiments.data.idx import write_idx
+from experiments.data.loader import batches
 from experiments.data.mnist import load_mnist
-from experiments.training import batches
 
 ROOT = Path(__file__).parents[2]
 PRUNING = ["--pruning-threshold", "0.02", "--regularisation", "0.01"]
@@ -72,6 +73,36 @@ def test_a_run_that_goes_on_gives_the_same_bits(finished, digits, tmp_path):
         assert {name: a[name] for name in a.keys() - timed} == {
             name: b[name] for name in b.keys() - timed
         }
+
+
+def test_a_run_that_is_stopped_in_an_epoch_goes_on_with_the_next_batch(
+    finished, digits, tmp_path, monkeypatch
+):
+    """Catches a batch that is left out or comes twice, and an epoch's row that misses its first steps."""
+
+    class Stopped(Exception):
+        pass
+
+    steps = itertools.count(1)
+
+    def step(self, status):
+        if next(steps) == 9 + 7:  # behind the checkpoint at the sixth step of the second epoch
+            raise Stopped
+
+    more = ["--nets", "sparse", "--epochs", "2", "--checkpoint-every", "3"]
+    with monkeypatch.context() as patched:
+        patched.setattr(mnist.frame.Reporter, "step", step)
+        with pytest.raises(Stopped):
+            mnist.main(arguments(digits, tmp_path, *more))
+    with monkeypatch.context() as patched:
+        taken = []
+        patched.setattr(mnist.frame.Reporter, "step", lambda self, status: taken.append(status))
+        (resumed,) = mnist.main(arguments(digits, tmp_path, *more, "--resume"))
+    assert len(taken) == 3
+    straight = finished[0][1]
+    assert bits(straight) == bits(resumed)
+    for name in ("train_loss", "train_accuracy", "test_loss", "live_weights"):
+        assert [row[name] for row in straight.rows] == [row[name] for row in resumed.rows]
 
 
 def test_same_seed_same_bits_and_another_seed_other_bits(digits, tmp_path):

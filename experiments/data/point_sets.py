@@ -1,0 +1,145 @@
+"""Labelled point clouds: from a file of the kicad set's format, or made on the spot; and as voxels."""
+
+import dataclasses
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ilajax
+from experiments.data.loader import Batch
+from experiments.data.solids import CLASSES, SURFACES
+
+SCALE = 65535  # of a stored coordinate: 1
+# What a file holds, by name: the kind of number, the axes.
+FORMAT: dict[str, tuple[Any, str]] = {
+    "points": (np.uint16, "[N, P, 3]"),
+    "label": (np.integer, "[N]"),
+    "class_names": (np.str_, "[C]"),
+    "model_names": (np.str_, "[N]"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PointSets:
+    """Some clouds of equally many points.
+
+    Attributes:
+      points: uint16[N, P, 3], x, y and z, upwards; divided by `SCALE` they lie in the unit cube.
+      label: int[N], index into `class_names`.
+      class_names: str[C].
+      model_names: str[N].
+    """
+
+    points: np.ndarray
+    label: np.ndarray
+    class_names: np.ndarray
+    model_names: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+@dataclasses.dataclass(frozen=True)
+class Clouds:
+    """A source of training batches: the clouds of a set, each scaled into a grid.
+
+    Attributes:
+      sets: the clouds.
+      resolution: of each of the three axes of the grid.
+      capacity: voxels of a cloud that are kept; its number of points cuts nothing.
+      seed: each cloud is turned about the vertical, another way in each epoch; None: it stays as it is.
+    """
+
+    sets: PointSets
+    resolution: int
+    capacity: int
+    seed: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.sets)
+
+    def batch(self, chosen: np.ndarray, epoch: int) -> Batch:
+        clouds = [self._cloud(int(index), epoch) for index in chosen]
+        voxels = ilajax.data.voxelize(
+            clouds, spatial_shape=(self.resolution,) * 3, capacity=self.capacity
+        )
+        return Batch(voxels.tensor, self.sets.label[chosen], voxels.overflow)
+
+    def _cloud(self, index: int, epoch: int) -> np.ndarray:
+        points = self.sets.points[index] / SCALE
+        if self.seed is None:
+            return points
+        # Drawn from its place alone, so that no worker's past and no resumed run makes a difference.
+        angle = np.random.default_rng([self.seed, epoch, index]).uniform(0, 2 * math.pi)
+        x, y, z = points.T
+        cos, sin = math.cos(angle), math.sin(angle)
+        return np.stack([cos * x - sin * y, sin * x + cos * y, z], axis=1)
+
+
+def load_point_sets(path: str | Path) -> PointSets:
+    """Loads a file with the arrays of `FORMAT`.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: naming the file and the array that is missing, broken, or does not fit the others.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path.absolute()}. Give an .npz file of point sets.")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not an .npz file, or is truncated. Fetch it again.")
+    with np.load(path) as file:
+        sets = PointSets(**{name: _array(path, file, name) for name in FORMAT})
+    for name in ("points", "model_names"):
+        if len(getattr(sets, name)) != len(sets):
+            raise ValueError(
+                f"{path}: {name} holds {len(getattr(sets, name))} clouds, but label {len(sets)}."
+            )
+    if len(sets) and not 0 <= sets.label.min() <= sets.label.max() < len(sets.class_names):
+        raise ValueError(
+            f"{path}: label holds {sets.label.min()} to {sets.label.max()}, but class_names has "
+            f"{len(sets.class_names)} classes."
+        )
+    return sets
+
+
+def _array(path: Path, file: Any, name: str) -> np.ndarray:
+    kind, axes = FORMAT[name]
+    if name not in file:
+        raise ValueError(f"{path} has no array {name}, only {', '.join(file.files) or 'none'}.")
+    try:
+        array = file[name]
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: the array {name} cannot be read: {error}") from None
+    fits = array.ndim == axes.count(",") + 1 and (array.ndim == 1 or array.shape[-1] == 3)
+    if not fits or not np.issubdtype(array.dtype, kind):
+        raise ValueError(
+            f"{path}: {name} must be {kind.__name__}{axes}, got {array.dtype}{list(array.shape)}."
+        )
+    return array
+
+
+def make_point_sets(count: int, points: int, *, seed: int) -> PointSets:
+    """Clouds on the surfaces of solids; the classes take turns.
+
+    Args:
+      count: how many clouds.
+      points: of each cloud.
+      seed: of everything; the first clouds of a longer list are those of a shorter one.
+    """
+    stored = np.empty((count, points, 3), np.uint16)
+    label = np.arange(count, dtype=np.int32) % len(CLASSES)
+    for number, cloud in enumerate(stored):
+        surface = SURFACES[CLASSES[label[number]]]
+        cloud[:] = _into_the_cube(surface(points, np.random.default_rng([seed, number])))
+    names = np.array([f"{CLASSES[at]}-{number}" for number, at in enumerate(label)], dtype=np.str_)
+    return PointSets(stored, label, np.array(CLASSES), names)
+
+
+def _into_the_cube(cloud: np.ndarray) -> np.ndarray:
+    low, high = cloud.min(axis=0), cloud.max(axis=0)
+    return np.rint(SCALE * ((cloud - (low + high) / 2) / (high - low).max() + 0.5))

@@ -1,0 +1,118 @@
+"""Point clouds with labels: files of the kicad set's format, clouds made on the spot, and both as voxels."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from experiments.data.point_sets import SCALE, Clouds, load_point_sets, make_point_sets
+from experiments.data.solids import CLASSES
+
+SETS = make_point_sets(10, 50, seed=0)
+
+
+def write(path, **changes):
+    """A file of the format, with some arrays changed, or removed where None is given."""
+    arrays = {**vars(SETS), **changes}
+    np.savez_compressed(path, **{name: a for name, a in arrays.items() if a is not None})
+    return path
+
+
+def test_what_is_written_is_loaded(tmp_path):
+    """Catches an array under another name, and one that comes back changed."""
+    loaded = load_point_sets(write(tmp_path / "train.npz"))
+    assert len(loaded) == 10
+    for name, array in vars(SETS).items():
+        np.testing.assert_array_equal(getattr(loaded, name), array)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"label": None}, "has no array label, only points, class_names, model_names"),
+        (
+            {"points": SETS.points / 65535},
+            r"points must be uint16\[N, P, 3\], got float64\[10, 50, 3\]",
+        ),
+        ({"points": SETS.points[..., :2]}, r"points must be .* got uint16\[10, 50, 2\]"),
+        ({"points": SETS.points[:4]}, "points holds 4 clouds, but label 10"),
+        ({"model_names": SETS.model_names[1:]}, "model_names holds 9 clouds, but label 10"),
+        ({"label": SETS.label - 1}, "label holds -1 to 6, but class_names has 8 classes"),
+        ({"class_names": SETS.class_names[:7]}, "label holds 0 to 7, but class_names has 7"),
+        ({"label": SETS.label.astype(float)}, r"label must be integer\[N\], got float64\[10\]"),
+        ({"label": SETS.label[:, None]}, r"label must be integer\[N\], got int32\[10, 1\]"),
+        ({"model_names": np.array([None] * 10)}, "the array model_names cannot be read.*pickle"),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_array(tmp_path, changes, expected):
+    """Catches a wrong file that shows late, in a training step, and a pickle that is run."""
+    path = write(tmp_path / "odd.npz", **changes)
+    with pytest.raises(ValueError, match=f"odd.npz.*{expected}"):
+        load_point_sets(path)
+
+
+def test_a_broken_file_is_named(tmp_path):
+    """Catches errors of the unpacking libraries, which do not say what to do."""
+    with pytest.raises(FileNotFoundError, match=r"none\.npz.*Give an \.npz file"):
+        load_point_sets(tmp_path / "none.npz")
+    path = write(tmp_path / "cut.npz")
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    with pytest.raises(ValueError, match=r"cut\.npz is not an \.npz file, or is truncated"):
+        load_point_sets(path)
+    path.write_bytes(content[:200] + bytes(64) + content[264:])
+    with pytest.raises(ValueError, match=r"cut\.npz: the array points cannot be read"):
+        load_point_sets(path)
+
+
+def test_a_seed_makes_the_same_clouds():
+    """Catches clouds that hang on their number, leave the cube, or do not fill it."""
+    again = make_point_sets(8, 50, seed=0)
+    np.testing.assert_array_equal(again.points, SETS.points[:8])
+    assert (make_point_sets(8, 50, seed=1).points != again.points).any()
+    assert list(again.class_names[again.label]) == CLASSES
+    box = again.points.max(axis=1).astype(int) - again.points.min(axis=1)
+    np.testing.assert_array_equal(box.max(axis=1), SCALE)
+
+
+def test_a_batch_has_the_voxels_of_its_clouds():
+    """Catches samples in another order, and labels of others: against a loop over the points."""
+    chosen = np.array([7, 2])
+    x, labels, overflow = Clouds(SETS, 8, 50).batch(chosen, epoch=1)
+    x.validate()
+    assert x.shape == (2, 8, 8, 8, 1)
+    np.testing.assert_array_equal(labels, SETS.label[chosen])
+    assert not overflow.any()
+    for keys, index in zip(x.keys[:, 0], chosen, strict=True):
+        cloud = SETS.points[index] / 65535
+        low, high = cloud.min(axis=0), cloud.max(axis=0)
+        edge = (high - low).max() / 8
+        places = (cloud - low) / edge + (8 - (high - low) / edge) / 2
+        want = {tuple(min(int(p), 7) for p in place) for place in places}
+        got = np.transpose(np.unravel_index(keys[keys < 512], (8, 8, 8)))
+        assert {tuple(place) for place in got.tolist()} == want
+
+
+def test_what_does_not_fit_is_counted():
+    """Catches voxels that are cut and not told of."""
+    chosen = np.arange(10)
+    whole, cut = (Clouds(SETS, 8, capacity).batch(chosen, epoch=1) for capacity in (50, 12))
+    np.testing.assert_array_equal(cut.overflow, whole.inputs.counts[:, 0] - 12)
+    assert cut.overflow.min() > 0
+
+
+def test_a_turn_is_a_function_of_seed_epoch_and_cloud():
+    """Catches random numbers that hang on what a worker drew before, or on a cloud's place in a batch."""
+    clouds = Clouds(SETS, 16, 50, seed=3)
+    many = clouds.batch(np.array([1, 4, 6]), epoch=2).inputs.keys
+    one = clouds.batch(np.array([4]), epoch=2).inputs.keys
+    np.testing.assert_array_equal(many[1], one[0])
+    for other in (
+        clouds.batch(np.array([4]), epoch=3),
+        Clouds(SETS, 16, 50, seed=4).batch(np.array([4]), epoch=2),
+    ):
+        assert (other.inputs.keys != one).any()
+    # About the vertical, and nothing but turned: heights, and distances from the axis, stay.
+    turned, plain = clouds._cloud(4, 2), dataclasses.replace(clouds, seed=None)._cloud(4, 2)
+    np.testing.assert_allclose(turned[:, 2], plain[:, 2])
+    np.testing.assert_allclose(np.hypot(*turned.T[:2]), np.hypot(*plain.T[:2]))
