@@ -54,7 +54,8 @@ images.shape, float((images > 0).mean())
 
 # %%
 x = ilajax.from_dense(images[:4], capacity=300)
-x, x.counts.ravel(), x.density.ravel()
+print(x.counts.ravel(), x.density.ravel())
+x
 
 # %% [markdown]
 # Points become a sparse tensor without a dense array in between. All channels then share one support.
@@ -83,19 +84,22 @@ for _ in range(3):
     bounded, responses = ilajax.conv(bounded, kernel, capacity=ilajax.capacity(0.095, (28, 28)))
 
 panels = {"digit": x, "three convolutions": free, "with a bound of 9.5 %": bounded}
-figure, axes = plt.subplots(1, 3, figsize=(7.5, 2.8), layout="constrained")
+figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
 for axis, (title, tensor) in zip(axes, panels.items(), strict=True):
-    image = np.asarray(ilajax.to_dense(tensor))[0, ..., 0]
-    axis.imshow(np.where(image > 0, image, np.nan), cmap="magma_r")
-    axis.set_title(f"{title}: {float(tensor.density[0, 0]):.1%}", fontsize=9)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    ilajax.plot(tensor, ax=axis, title=f"{title}: {float(tensor.density[0, 0]):.1%}")
 
 # %% [markdown]
 # `responses` counts the candidates before the selection: more than the capacity means that it cut.
 
 # %%
 responses.ravel(), bounded.capacity
+
+# %% [markdown]
+# Given two maps, `ilajax.plot` shows what a selection kept and what it cut.
+
+# %%
+before = ilajax.conv(x, kernel, capacity=sites).features
+ilajax.plot(before, ilajax.k_select(before, ilajax.capacity(0.095, (28, 28))))
 
 # %% [markdown]
 # ## Gradients
@@ -176,6 +180,7 @@ losses[0], np.mean(losses[-10:])
 }
 
 # %%
+net.eval()  # densities are measured in training only
 held_out = net(ilajax.from_dense(images[1792:], capacity=300))
 accuracy = float((held_out.argmax(axis=1) == labels[1792:]).mean())
 print(f"{accuracy:.1%} of {len(labels) - 1792} digits that it has not seen")
