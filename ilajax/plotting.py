@@ -14,7 +14,7 @@ from ilajax.sparse_tensor import SparseTensor, check_sparse
 # Okabe and Ito's colours, which everybody can tell apart.
 COLOURS = {"kept": "#0072B2", "cut": "#D55E00", "added": "#009E73"}
 VEIL = 0.35  # opacity of what was cut, which surrounds what was kept
-NAN = "#D7191C"
+NAN = "#FF00FF"  # on neither of the colour scales
 IMAGE_SITES = 2**22  # of a two-dimensional grid that is drawn as an image, not by its stored sites
 CUBES = 10_000  # sites of a three-dimensional map that are drawn as cubes; more are drawn as points
 SUN = np.array([0.3, 0.2, 0.9])  # how bright a cube's faces are along each axis
@@ -32,9 +32,10 @@ def plot(
     """Draws the stored sites of a feature map, coloured by value; or what a selection cut.
 
     A map of one axis is drawn as stems, of two as an image (axis 0 runs down), of three as voxels. Of four
-    and more the last three axes are drawn, with the strongest value along the others. Given two maps, such
-    as `ilajax.plot(before, after)`, sites of both are "kept", of the first only "cut", of the second only
-    "added"; values do not matter.
+    and more the last three axes are drawn, with the strongest value along the others. NaN is magenta.
+
+    Given two maps, such as `ilajax.plot(before, after)`, sites of both are "kept", of the first only "cut",
+    of the second only "added"; values do not matter.
 
     Args:
       x: the map; concrete, NumPy leaves too.
@@ -129,8 +130,10 @@ def _title(
     else:
         channels = f", strongest of {x.channels} channels" if x.channels > 1 else ""
     grid = "×".join(map(str, x.spatial_shape))
-    stored = "" if groups is not None else f"{count:,} stored sites, "
-    return f"sample {sample}{channels}\n{stored}grid {grid}"
+    # Of more than three axes, several stored sites may be drawn as one.
+    what = "stored sites" if len(x.spatial_shape) <= 3 else "drawn sites"
+    counted = f"{count:,} {what}, " if groups is None else ""
+    return f"sample {sample}{channels}\n{counted}grid {grid}"
 
 
 # --- matplotlib ------------------------------------------------------------------------------------
@@ -151,7 +154,10 @@ def _axes(ax: Any, rank: int) -> Any:
 
     size = {1: (7, 3), 2: (5.5, 5), 3: (6.5, 5.5)}[rank]
     figure = plt.figure(figsize=size, layout="constrained")
-    return figure.add_subplot(projection="3d" if rank == 3 else None)
+    ax = figure.add_subplot(projection="3d" if rank == 3 else None)
+    # Sites have no halves, and an axis may have one.
+    ax.locator_params(axis="x" if rank == 1 else "both", integer=True, min_n_ticks=1)
+    return ax
 
 
 def _colours(values: np.ndarray) -> dict[str, Any]:
@@ -180,8 +186,8 @@ def _draw_values(ax: Any, stored: _Stored, shape: tuple[int, ...]) -> None:
         ax.axhline(0, color="0.7", linewidth=0.8, zorder=1)
         ax.vlines(stored.keys, 0, stored.values, color=COLOURS["kept"], linewidth=1.2, zorder=2)
         ax.plot(stored.keys, stored.values, "o", color=COLOURS["kept"], markersize=4, zorder=3)
-        nan = stored.keys[np.isnan(stored.values)]
-        ax.plot(nan, np.zeros(len(nan)), "x", color=NAN, markersize=6, zorder=4)
+        odd = stored.keys[~np.isfinite(stored.values)]  # no stem is that long
+        ax.plot(odd, np.zeros(len(odd)), "x", color=NAN, markersize=6, zorder=4)
         ax.set_ylabel("value")
         return
     colours = _colours(stored.values)
@@ -211,7 +217,8 @@ def _draw_groups(ax: Any, groups: dict[str, np.ndarray], shape: tuple[int, ...])
         Line2D([], [], color=COLOURS[name], marker="s", ls="", ms=8, label=f"{name} {len(keys):,}")
         for name, keys in groups.items()
     ]
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22 if len(shape) == 1 else -0.1)}
+    # Below the name of the axis, however low the Axes are: the distance is in letters.
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 3.5}
     ax.legend(handles=handles, ncols=len(handles), frameon=False, **below)
 
 
@@ -301,15 +308,19 @@ def _turning(
     figure = k3d.plot(name=title.replace("\n", ", "), grid_auto_fit=False, grid=grid)
     if groups is None:
         colours, ramp = _colours(stored.values), np.linspace(0, 1, 32)
-        if stored.keys.size:
+        positions, nan = _positions(stored.keys, shape).astype(np.float32), np.isnan(stored.values)
+        if not nan.all():
             figure += k3d.points(
-                _positions(stored.keys, shape).astype(np.float32),
+                positions[~nan],
                 point_size=1.0,
-                attribute=np.nan_to_num(stored.values),
+                attribute=np.nan_to_num(stored.values[~nan]),  # infinities
                 color_map=[c for p in ramp for c in (p, *colours["cmap"](p)[:3])],
                 color_range=[colours["norm"].vmin, colours["norm"].vmax],
                 name="value",
             )
+        if nan.any():
+            colour = int(NAN.removeprefix("#"), 16)
+            figure += k3d.points(positions[nan], point_size=1.0, color=colour, name="NaN")
         return figure
     for name, keys in groups.items():
         if keys.size:

@@ -147,7 +147,7 @@ class SparseTensor:
         return dataclasses.replace(self, keys=keys)
 
     def __neg__(self) -> Self:
-        return self.map(jnp.negative)
+        return self.map(lambda values: -values)
 
     def __mul__(self, factor: Any) -> Self:
         """The stored values times a scalar."""
@@ -177,6 +177,9 @@ class SparseTensor:
     def __sub__(self, other: Any) -> "SparseTensor":
         """The difference over the union of both supports, see `ilajax.add`."""
         return self + (-other if isinstance(other, SparseTensor) else other)
+
+    def __rsub__(self, other: Any) -> "SparseTensor":
+        return -self + other
 
     # NumPy's scalars and arrays leave their operators to the ones above.
     __array_ufunc__ = None

@@ -317,6 +317,65 @@ def check_sums_and_joins():
         close(no_gather(f, split(x), split(y)), jax.jit(f)(x, y))
 
 
+def check_keys_that_all_samples_have():
+    """Catches values that are gathered, or an error, where the keys are a constant, or on every device."""
+    y = tensor(23, shared=True)
+
+    def f(keys, values):
+        x = ilajax.SparseTensor(keys, values, GRID)
+        other = ilajax.concatenate([x, x + y, ilajax.k_select(x, 20)])
+        return chain(x, KERNEL.values, BIAS) + ilajax.global_max_pool(x * 2)[:, :1], other.values
+
+    def g(keys, values):
+        return jax.grad(lambda v: sum((a**2).sum() for a in f(keys, v)))(values)
+
+    x = tensor(22, shared=True)
+    everywhere = jax.device_put(x.keys, NamedSharding(mesh(), P()))
+    for program in (f, g):
+        want = jax.jit(program)(x.keys, x.values)
+        close(no_gather(program, everywhere, split(x.values)), want)
+        constant = functools.partial(program, np.asarray(x.keys))
+        close(jax.jit(constant)(split(x.values)), want)
+        close(jax.jit(program)(x.keys, split(x.values)), want)
+        close(jax.jit(program)(split(x.keys), x.values), want)
+
+
+def check_a_mesh_that_no_argument_names():
+    """Catches a program that compiles only where an argument lies on the mesh of `jax.set_mesh`."""
+    x = tensor(24)
+    run = jax.jit(jax.value_and_grad(total))
+    want = run(KERNEL.values, BIAS, x)
+    with jax.set_mesh(mesh()):
+        close(run(KERNEL.values, BIAS, x), want)
+
+        def inside(weights, bias, x):
+            x = jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, P("data")), x)
+            return jax.value_and_grad(total)(weights, bias, x)
+
+        if kind == AxisType.Auto:
+            close(jax.jit(inside)(KERNEL.values, BIAS, x), want)
+
+
+def read_at(points, method):
+    """A map made of points, and read beside them."""
+    x = ilajax.from_points(points, 1.0 * points, spatial_shape=GRID, capacity=9)
+    return x, ilajax.sample(x, points + 0.8, method=method)
+
+
+def check_step_by_step_without_a_mesh_around():
+    """Catches operations that find the mesh of their arguments under `jit` or `jax.set_mesh` alone."""
+    x, y = tensor(25, shared=True), tensor(26, shared=True)
+    want = chain(x, KERNEL.values, BIAS), sums(x, y)
+    with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+        placed = split((x, y))
+        close((chain(placed[0], KERNEL.values, BIAS), sums(*placed)), want)
+        close(sums(placed[0], y), want[1])
+        points = jnp.asarray(np.random.default_rng(26).integers(0, 5, (BATCH, 9, 2)), jnp.int32)
+        for method in ("nearest", "linear"):
+            read = functools.partial(read_at, method=method)
+            close(read(split(points)), read(points))
+
+
 def check_points():
     """Catches points that are gathered on their way into a grid, and out of it."""
     rng = np.random.default_rng(20)

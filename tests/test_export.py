@@ -35,7 +35,16 @@ OPERATIONS = {
     "global": lambda x, s, k: ilajax.global_max_pool(x) + ilajax.global_avg_pool(s),
     "add": lambda x, s, k: s + 2 * s.map(jnp.square) - x,
     "concatenate": lambda x, s, k: ilajax.concatenate([s, x]),
+    "points": lambda x, s, k: read_at(s.coordinates()[:, 0], jnp.moveaxis(s.values, 1, 2)),
 }
+
+
+def read_at(places, features):
+    """A map made of points, the ones outside of the grid dropped, and read beside them."""
+    x = ilajax.from_points(places, features, spatial_shape=(5, 6), capacity=10)
+    return ilajax.sample(x, places + 0.8, method="linear")
+
+
 READER = """
 import pathlib, sys
 import numpy as np

@@ -115,6 +115,21 @@ def test_debug_nans_names_the_gradient(backend):
 
 @pytest.mark.crossed(3)
 @pytest.mark.parametrize("name", OPERATIONS)
+def test_an_empty_batch(backend, name):
+    """Catches a division by the number of samples, and sums over none that are not 0."""
+    x, kernel = samples.tensor(0, 0, 2, GRID, shared=name == "submanifold"), samples.kernel(0)
+
+    def total(values, weights):
+        y = OPERATIONS[name](x.with_values(values), dataclasses.replace(kernel, values=weights))
+        assert y.shape[0] == 0
+        return y.sum()
+
+    gradients = jax.jit(jax.grad(total, (0, 1)))(x.values, kernel.values)
+    assert gradients[0].shape == x.values.shape
+    np.testing.assert_array_equal(gradients[1], 0)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_eager_is_jit(backend, name):
     """Catches an operation that works, or gives its result, under jit only."""
     x, kernel = data(name)

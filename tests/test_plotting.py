@@ -130,16 +130,37 @@ def test_colours_of_a_selection():
 @pytest.mark.nans
 @pytest.mark.parametrize("grid", RANKS)
 def test_nan_and_inf_are_drawn(grid):
-    """Catches a colour scale that a diverged value breaks, and NaN that looks like nothing."""
+    """Catches a colour scale that a diverged value breaks, and NaN or infinity that looks like nothing."""
     axes = draw(ilajax.plot(samples.from_entries(grid, [[{0: np.nan, 1: np.inf, 2: 1.0}]], 4)))
-    red = matplotlib.colors.to_rgba(plotting.NAN)
+    colour = matplotlib.colors.to_rgba(plotting.NAN)
     if len(grid) == 1:
-        np.testing.assert_array_equal(axes.lines[-1].get_xdata(), [0])
+        np.testing.assert_array_equal(axes.lines[-1].get_xdata(), [0, 1])
     elif len(grid) == 2:
-        np.testing.assert_allclose(axes.images[0].get_array()[0, 0], red)
+        np.testing.assert_allclose(axes.images[0].get_array()[0, 0], colour)
     else:
         faces = axes.collections[0].get_facecolor()[:, :3]
-        assert (np.abs(faces - 0.965 * np.array(red[:3])).max(axis=1) < 0.01).any()  # the top
+        assert (np.abs(faces - 0.965 * np.array(colour[:3])).max(axis=1) < 0.01).any()  # the top
+
+
+@pytest.mark.nans
+@pytest.mark.parametrize("signs", [(1, 1), (-1, 1), (-1, -1)])
+def test_nan_looks_like_no_number(signs):
+    """Catches NaN in a colour that some value has too."""
+    values = np.linspace(*np.array(signs) * [1.0, 2.0], 64)
+    x = samples.from_entries((8, 9), [[dict(enumerate([np.nan, *values.tolist()]))]], 70)
+    image = ilajax.plot(x).images[0].get_array().reshape(-1, 4)
+    assert np.abs(image[1:] - image[0]).max(axis=1).min() > 0.25
+
+
+def test_axes_count_sites():
+    """Catches ticks between the sites, and a legend upon the name of an axis where the grid is flat."""
+    axes = draw(ilajax.plot(samples.from_entries((1, 2, 3), [[{0: 1.0}]], 3)))
+    for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
+        assert (axis.get_ticklocs() % 1 == 0).all()
+    x = samples.from_entries((2, 90), [[{0: 1.0}]], 3)
+    axes = draw(ilajax.plot(x, x))
+    assert (axes.get_xticks() % 1 == 0).all()
+    assert not axes.get_legend().get_window_extent().overlaps(axes.xaxis.label.get_window_extent())
 
 
 def test_numpy_leaves_axes_and_title(pyplot):
@@ -157,6 +178,7 @@ def test_the_strongest_of_the_projected_axis():
     stored = plotting._stored(x, 0, None)
     np.testing.assert_array_equal(stored.keys, [0, 2])
     np.testing.assert_array_equal(stored.values, [-3, 2])
+    assert "2 drawn sites" in ilajax.plot(x).get_title()  # it stores 3
 
 
 @pytest.fixture
@@ -180,6 +202,18 @@ def test_maps_turn_in_notebooks(notebook):
     figure = ilajax.plot(x, ilajax.k_select(x, 1))
     assert [o.name for o in figure.objects] == ["kept 1", "cut 2"]
     assert ilajax.plot(samples.tensor(0)).name == "rectilinear"
+
+
+@pytest.mark.nans
+@pytest.mark.filterwarnings("ignore")
+def test_nan_shows_in_notebooks(notebook):
+    """Catches NaN that k3d draws as a sound 0."""
+    x = samples.from_entries((2, 2, 2), [[{0: np.nan, 3: 1.0}]], 3)
+    value, nan = ilajax.plot(x).objects
+    np.testing.assert_array_equal(value.positions, [[0, 1, 1]])
+    np.testing.assert_array_equal(nan.positions, [[0, 0, 0]])
+    assert (nan.name, nan.color) == ("NaN", 0xFF00FF)
+    assert [o.name for o in ilajax.plot(x.map(lambda v: v * np.nan)).objects] == ["NaN"]
 
 
 def test_outside_of_notebooks_matplotlib_draws(monkeypatch):

@@ -134,6 +134,9 @@ def test_numpys_leaves_stay_numpys(shared):
         lambda x: x.map(abs),
         lambda x: x.unshare(),
         lambda x: x.with_values(x.values),
+        lambda x: -x,
+        lambda x: x * 2,
+        lambda x: x / 3,
     ):
         for got, want in zip(jax.tree.leaves(f(host)), jax.tree.leaves(f(x)), strict=True):
             assert type(got) is np.ndarray
@@ -426,6 +429,7 @@ def test_plus_minus_and_sum():
     assert x + 0 is x
     assert 0 + x is x
     assert x - 0 is x
+    np.testing.assert_array_equal(oracles.dense(0 - x), -a)
 
 
 Y = samples.tensor(8)
@@ -433,6 +437,7 @@ NO_OPERATION = {
     "number": (lambda: Y + 1, r"\+.*int.*x\.map"),
     "number-left": (lambda: 1.0 + Y, r"\+.*float.*x\.map"),
     "minus": (lambda: Y - 1, r"-.*int.*x\.map"),
+    "minus-left": (lambda: 1 - Y, r"-.*int.*x\.map"),
     "array": (lambda: Y + Y.values, r"\+.*another SparseTensor"),
     "numpy-left": (lambda: np.ones(2) + Y, r"\+.*another SparseTensor.*ndarray"),
     "product": (lambda: Y * Y, r"\*.*scalar.*SparseTensor.*with_values.*x\.map"),

@@ -16,7 +16,7 @@ class Voxels(NamedTuple):
     Attributes:
       tensor: the features of each voxel, one shared support, NumPy arrays. Sample i is cloud i.
       slots: for each cloud an int32[N_i], the slot of each point's voxel; -1 where the point lies outside
-        the grid or its voxel did not fit. `tensor.values[i][:, slots[i]]` brings features back to points.
+        the grid or its voxel did not fit. Of the others `tensor.values[i][:, slots[i]]` are the features.
       labels: int32[B, K], the label of most points of a voxel, of several the lowest; -1 in padding and
         where no point has a label. None where no labels were given.
       overflow: int32[B], voxels that did not fit into the capacity; those with the lowest keys stayed.
@@ -206,7 +206,8 @@ def _joined(argument: str, parts: Sequence[Any], sizes: list[int], axes: str) ->
 
 
 def _check_features(features: np.ndarray, sample: np.ndarray) -> None:
-    nan = np.isnan(features).any(axis=1)
+    # Only NaN differs from itself; of strings, which are refused later, isnan may not be asked.
+    nan = (features != features).any(axis=1)
     if nan.any():
         row = int(np.argmax(nan))
         cloud = sample[row]

@@ -1,7 +1,7 @@
 """The one door to native code: what is installed, what runs where, and how calls are mapped and sharded."""
 
 from ilajax.ffi.calls import call, dispatch, window_attributes
-from ilajax.ffi.meshes import Outputs, place, vary_together
+from ilajax.ffi.meshes import Outputs, place, split_by_type, vary_together
 from ilajax.ffi.routes import Backend, Route, backend
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "call",
     "dispatch",
     "place",
+    "split_by_type",
     "vary_together",
     "window_attributes",
 ]

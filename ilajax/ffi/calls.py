@@ -74,7 +74,8 @@ def dispatch(
     reference = _mapped_by_type(reference)
     branches = {
         platform: _fold(functools.partial(native, platform), batched, sums, 1)
-        for platform in here
+        # An empty batch is no work to plan or to launch, and the reference's sums over it are 0.
+        for platform in (here if _batch_size(operands, batched) != 0 else ())
         if routes.kernel_runs(operation, platform, functools.partial(limit, platform))
     }
     if not branches:
@@ -90,6 +91,10 @@ def dispatch(
     gradient = "the gradient of " if target.endswith("_bwd") else ""
     _raise_nans(f"{gradient}ilajax.{operation}", results)
     return results
+
+
+def _batch_size(operands: Sequence[jax.Array], batched: Sequence[bool]) -> int:
+    return next(o.shape[0] for o, leads in zip(operands, batched, strict=True) if leads)
 
 
 def _raise_nans(operation: str, results: Outputs) -> None:
@@ -115,7 +120,7 @@ def _mapped_by_type(reference: Callable[..., Outputs]) -> Callable[..., Outputs]
     @function.def_vmap
     def rule(axis_size, mapped, *operands):
         run = jax.vmap(reference, tuple(0 if m else None for m in mapped))
-        results = meshes.split_by_type(run, operands, mapped, 0)
+        results = meshes.split_by_type(run, operands, mapped)
         return results, tuple(True for _ in results)
 
     return function
@@ -158,7 +163,7 @@ def _fold(
     def rule(axis_size, mapped, *operands):
         can_fold = all(leads or not m for leads, m in zip(batched, mapped, strict=True))
         run = functools.partial(folded if can_fold else one_by_one, mapped)
-        results = meshes.split_by_type(run, operands, mapped, 0)
+        results = meshes.split_by_type(run, operands, mapped)
         return results, tuple(True for _ in results)
 
     return function

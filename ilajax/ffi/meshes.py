@@ -46,9 +46,9 @@ def place(operands: Sequence[jax.Array], batched: Sequence[bool]) -> Outputs:
     brings each gradient back to the type of what the user gave, say of weights that are sharded themselves.
     """
     operands = vary_together(*operands)
-    batch = _explicit_batch(operands, batched)
+    mesh, batch = _mesh(operands), _explicit_batch(operands, batched)
     return tuple(
-        _reshard(operand, batch if leads else PartitionSpec())
+        _reshard(operand, mesh, batch if leads else PartitionSpec())
         for operand, leads in zip(operands, batched, strict=True)
     )
 
@@ -57,7 +57,7 @@ def split_by_type(
     function: Callable[..., Outputs],
     operands: Sequence[jax.Array],
     batched: Sequence[bool],
-    sums: int,
+    sums: int = 0,
 ) -> Outputs:
     """Calls `function` on each device's own samples where the types of the operands split the batch.
 
@@ -80,7 +80,7 @@ def split_by_type(
 
     led, summed = jax.shard_map(
         on_each_device,
-        mesh=next(m for m in map(_mesh, operands) if not m.empty),
+        mesh=_mesh(operands),
         in_specs=tuple(batch if leads else PartitionSpec() for leads in batched),
         out_specs=(batch, PartitionSpec()),
         axis_names=set(names),
@@ -118,11 +118,13 @@ def split_by_compiler(
         return function(groups, *operands)
 
     def partition(mesh, operand_shapes, result_shapes):
-        axis = next(
+        # Of the first that is split: a constant, such as keys that all samples have, is on every device.
+        axes = (
             _leading_axis(shape)
             for shape, leads in zip(operand_shapes, batched, strict=True)
             if leads
         )
+        axis = next((axis for axis in axes if axis is not None), None)
         shards = math.prod(mesh.shape[name] for name in _names(axis))
         if groups > 1 and groups % shards:
             axis, shards = None, 1
@@ -159,16 +161,22 @@ def _explicit_batch(operands: Sequence[jax.Array], batched: Sequence[bool]) -> P
     return PartitionSpec()
 
 
-def _reshard(operand: jax.Array, spec: PartitionSpec) -> jax.Array:
+def _reshard(operand: jax.Array, mesh: Any, spec: PartitionSpec) -> jax.Array:
     sharding = jax.typeof(operand).sharding
-    wanted = NamedSharding(sharding.mesh, spec)
-    if sharding.mesh.empty or sharding.is_equivalent_to(wanted, operand.ndim):
-        return operand
-    return jax.sharding.reshard(operand, wanted)
+    if sharding.mesh.empty:  # what lies on one device, or a constant
+        is_placed = spec == PartitionSpec()
+    else:
+        is_placed = sharding.is_equivalent_to(NamedSharding(sharding.mesh, spec), operand.ndim)
+    return operand if is_placed else jax.sharding.reshard(operand, NamedSharding(mesh, spec))
 
 
-def _mesh(operand: jax.Array) -> Any:
-    return jax.typeof(operand).sharding.mesh
+def _mesh(operands: Sequence[Any]) -> Any:
+    """The mesh that types of operands name, with its devices where they are known; None if none does."""
+    for operand in operands:
+        mesh = jax.typeof(operand).sharding.mesh
+        if not mesh.empty:
+            return mesh if isinstance(operand, jax.core.Tracer) else operand.sharding.mesh
+    return None
 
 
 def _sharding_rule(
@@ -196,7 +204,8 @@ def _sharding_rule(
 
 
 def _leading_axis(shape: Any) -> Any:
-    spec = shape.sharding.spec
+    # Where no argument of the program names a mesh, what jax.set_mesh says does not come here: as if whole.
+    spec = getattr(shape.sharding, "spec", None)
     return spec[0] if spec else None
 
 

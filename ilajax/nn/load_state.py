@@ -45,6 +45,7 @@ def load_state(node: Any, stored: Any) -> None:
         (`nnx.to_pure_dict`), or as Orbax gives either back, with strings for indices.
 
     Raises:
+      TypeError: if `stored` holds no concrete arrays: restore it first, and call this outside of `nnx.jit`.
       ValueError: naming the variables that are missing, that `node` has not, or that have another shape or
         dtype, and keys that are out of order. Nothing is changed then.
     """
@@ -73,13 +74,16 @@ def load_state(node: Any, stored: Any) -> None:
 
 
 def _by_name(stored: Any) -> dict[Name, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(stored)
-    return {
-        tuple(str(plain_key(key)) for key in path): array
-        if hasattr(array, "dtype")
-        else np.asarray(array)
-        for path, array in leaves
-    }
+    arrays = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(stored):
+        name = tuple(str(plain_key(key)) for key in path)
+        arrays[name] = array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+        if isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"stored must hold concrete arrays, but {_dotted(name)} is a {type(array).__name__}. Restore "
+                f"the checkpoint first, and call load_state outside of nnx.jit."
+            )
+    return arrays
 
 
 def _matched(variables: Variables, stored: dict[Name, Any]) -> dict[Path, Any]:

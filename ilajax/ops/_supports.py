@@ -52,21 +52,38 @@ def _where_keys_differ(a: SparseTensor, b: SparseTensor) -> str:
     return "in the segment (batch {}, channel {})".format(*differ[0]) if differ.size else ""
 
 
-@jax.named_scope("ilajax.union")
+def place_alike(tensors: Sequence[SparseTensor]) -> list[SparseTensor]:
+    """The same tensors, with all their arrays split over devices as the batch is, see `ffi.place`.
+
+    Tensors of one keys array may get several: ask `have_one_support` before.
+    """
+    arrays = [a for x in tensors for a in (x.keys, x.values)]
+    placed = ffi.place(arrays, [True] * len(arrays))
+    pairs = zip(tensors, placed[0::2], placed[1::2], strict=True)
+    return [SparseTensor(keys, values, x.spatial_shape) for x, keys, values in pairs]
+
+
 def spread_over_union(tensors: Sequence[SparseTensor]) -> list[SparseTensor]:
     """The same tensors with the union of their supports, which they then share; 0 where one has no site.
 
     Args:
-      tensors: all with shared supports, or all with as many channels and keys for each.
+      tensors: placed alike; all with shared supports, or all with as many channels and keys for each.
 
     Returns:
       As many tensors with one and the same keys array, of as many slots as all have together, or as the
       grid has sites. What padding held is dropped, and cotangents at padding go nowhere.
     """
+    keys, values = _union(tensors)
+    return [SparseTensor(keys, own, tensors[0].spatial_shape) for own in values]
+
+
+@jax.jit  # By itself, a constant does not find the mesh of arrays whose types name one.
+@jax.named_scope("ilajax.union")
+def _union(tensors: Sequence[SparseTensor]) -> tuple[jax.Array, list[jax.Array]]:
+    """The keys of the union, and the values of each tensor in its slots."""
     sites = tensors[0].sites
     slots = min(sum(x.capacity for x in tensors), sites)
-    varying = ffi.vary_together(*(a for x in tensors for a in (x.keys, x.values)))
-    keys = jnp.concatenate(varying[0::2], axis=2)
+    keys = jnp.concatenate([x.keys for x in tensors], axis=2)
     keys = jnp.where(keys < 0, sites, jnp.minimum(keys, sites))
 
     # Functions of one segment, mapped and not indexed: a sharded batch stays where it is.
@@ -77,14 +94,34 @@ def spread_over_union(tensors: Sequence[SparseTensor]) -> list[SparseTensor]:
         all_keys = jnp.full(slots, sites, jnp.int32).at[slot].set(keys, mode="drop")
         return all_keys, jnp.zeros_like(slot).at[entry].set(slot)
 
-    def spread(slot, values):
-        # Added, not set: the gradient is then a gather and no more.
-        return jnp.zeros(slots, values.dtype).at[slot].add(values, mode="drop")
+    def entry_in(slot):
+        """The entry that stands in each slot; one past the last where none does."""
+        return jnp.full(slots, slot.size).at[slot].set(jnp.arange(slot.size), mode="drop")
 
     keys, slot = jax.vmap(jax.vmap(union))(keys)
     result = []
-    for x, values in zip(tensors, varying[1::2], strict=True):
-        own = jnp.broadcast_to(slot[:, :, : x.capacity], values.shape)
-        slot = slot[:, :, x.capacity :]
-        result.append(SparseTensor(keys, jax.vmap(jax.vmap(spread))(own, values), x.spatial_shape))
-    return result
+    for x in tensors:
+        slot_of, slot = slot[:, :, : x.capacity], slot[:, :, x.capacity :]
+        moves = (slot_of, jax.vmap(jax.vmap(entry_in))(slot_of))
+        # All channels of a shared support move alike.
+        axis = None if x.shared else 0
+        moves = tuple(m[:, 0] if x.shared else m for m in moves)
+        result.append(jax.vmap(jax.vmap(_moved, (0, axis, axis)))(x.values, *moves))
+    return keys, result
+
+
+@jax.custom_vjp
+def _moved(values: jax.Array, slot_of: jax.Array, entry_in: jax.Array) -> jax.Array:
+    """The values [K] in their slots [U]: read both ways, since a scatter takes XLA three times as long."""
+    return _read(values, entry_in)
+
+
+def _read(values: jax.Array, at: jax.Array) -> jax.Array:
+    """0 one past the end."""
+    return jnp.pad(values, (0, 1)).at[at].get(mode="promise_in_bounds")
+
+
+_moved.defvjp(
+    lambda values, slot_of, entry_in: (_read(values, entry_in), slot_of),
+    lambda slot_of, cotangent: (_read(cotangent, slot_of), None, None),
+)

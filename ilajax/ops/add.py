@@ -2,7 +2,12 @@
 
 import jax.numpy as jnp
 
-from ilajax.ops._supports import check_alike, have_one_support, spread_over_union
+from ilajax.ops._supports import (
+    check_alike,
+    have_one_support,
+    place_alike,
+    spread_over_union,
+)
 from ilajax.ops.k_select import check_capacity, check_select, k_select
 from ilajax.sparse_tensor import SparseTensor
 
@@ -47,7 +52,9 @@ def add(
     """
     check_alike({"a": a, "b": b}, ("batch_size", "spatial_shape", "channels"))
     check_select(select)
-    if not have_one_support({"a": a, "b": b}, same_support):
+    one_support = have_one_support({"a": a, "b": b}, same_support)
+    a, b = place_alike((a, b))
+    if not one_support:
         if a.shared != b.shared:
             a, b = a.unshare(), b.unshare()
         a, b = spread_over_union((a, b))

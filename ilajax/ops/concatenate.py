@@ -4,7 +4,12 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from ilajax.ops._supports import check_alike, have_one_support, spread_over_union
+from ilajax.ops._supports import (
+    check_alike,
+    have_one_support,
+    place_alike,
+    spread_over_union,
+)
 from ilajax.ops.k_select import pad_slots
 from ilajax.sparse_tensor import SparseTensor
 
@@ -49,8 +54,10 @@ def concatenate(tensors: Sequence[SparseTensor], *, same_support: bool = False) 
             f"same_support=True needs shared supports, but tensors[{shared.index(False)}] has keys for each "
             "channel. Leave same_support out: every channel then keeps its own."
         )
+    one_support = all(shared) and have_one_support(named, same_support)
+    tensors = place_alike(tensors)
     if all(shared):
-        if have_one_support(named, same_support):
+        if one_support:
             values = [pad_slots(x, x.capacity).values for x in tensors]
         else:
             tensors = spread_over_union(tensors)

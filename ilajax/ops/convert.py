@@ -106,13 +106,15 @@ def from_dense(x: jax.Array, capacity: int, *, select: str | None = "magnitude")
     given: object = x
     if isinstance(given, SparseTensor) or not hasattr(x, "shape") or not hasattr(x, "dtype"):
         raise TypeError(f"x must be an array [B, *S, C], got {type(x).__name__}.")
-    if len(x.shape) < 3:
+    if len(x.shape) < 3 or x.shape[-1] == 0:
         raise ValueError(
-            f"x must have the axes [B, *S, C] with at least one spatial axis, got shape {x.shape}."
+            f"x must have the axes [B, *S, C] with at least one spatial axis and one channel, got shape "
+            f"{x.shape}."
         )
     if x.dtype not in VALUE_DTYPES:
         raise TypeError(
-            f"x must be float32, bfloat16 or float16, got {x.dtype}. Cast it, as in x.astype(jnp.float32)."
+            f"x must be float32, bfloat16 or float16, of NumPy or JAX, got {x.dtype}. Convert it, as in "
+            f"jnp.asarray(x, jnp.float32)."
         )
     spatial_shape = check_spatial_shape(x.shape[1:-1])
     capacity = check_capacity(capacity)
@@ -122,13 +124,13 @@ def from_dense(x: jax.Array, capacity: int, *, select: str | None = "magnitude")
         select = "magnitude"
     check_select(select)
     (x,) = ffi.place((jnp.asarray(x),), (True,))
-    flat = x.reshape(x.shape[0], -1, x.shape[-1])
+    flat = x.reshape(x.shape[0], sites(spatial_shape), x.shape[-1])
     keys, values = _from_dense(_Config(sites(spatial_shape), capacity, select), flat)
     return SparseTensor(keys, values, spatial_shape)
 
 
 def _raise_if_cut(x: np.ndarray, capacity: int) -> None:
-    counts = np.count_nonzero(x.reshape(x.shape[0], -1, x.shape[-1]), axis=1)
+    counts = np.count_nonzero(x, axis=tuple(range(1, x.ndim - 1)))
     if (counts > capacity).any():
         batch, channel = np.unravel_index(counts.argmax(), counts.shape)
         raise ValueError(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ilajax import ffi
 from ilajax.ops import _plans_cuda_ops
+from ilajax.ops._supports import place_alike
 from ilajax.sparse_tensor import SparseTensor, check_sparse
 
 SELECTS = ("value", "positive", "magnitude")
@@ -43,12 +44,10 @@ def k_select(x: SparseTensor, capacity: int, *, select: str = "value") -> Sparse
     check_sparse("x", x)
     capacity = check_capacity(capacity)
     check_select(select)
+    (x,) = place_alike([x])
     if x.shared and select != "positive" and capacity >= x.capacity:
         return pad_slots(x, capacity)
-    x = x.unshare()
-    keys, values = _k_select(
-        _Config(x.sites, capacity, select), *ffi.place((x.keys, x.values), (True, True))
-    )
+    keys, values = _k_select(_Config(x.sites, capacity, select), x.unshare().keys, x.values)
     return SparseTensor(keys, values, x.spatial_shape)
 
 

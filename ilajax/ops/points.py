@@ -13,10 +13,11 @@ from ilajax.geometry import check_spatial_shape, sites
 from ilajax.ops._points import (
     as_array,
     as_batch_index,
+    as_int32,
+    by_sample,
     check_batch_index,
     check_not_split,
     first,
-    rows,
 )
 from ilajax.ops.k_select import check_capacity
 from ilajax.sparse_tensor import VALUE_DTYPES, SparseTensor
@@ -105,9 +106,9 @@ def from_points(
       far as they are asked for. Its gradient with respect to the features is that of the reduction.
 
     Raises:
-      TypeError, ValueError: if an argument has a wrong type, shape or value; and, where the arrays are
+      TypeError, ValueError: if an argument has a wrong type, shape or value; and, as far as the arrays are
         concrete, for coordinates or batch indices out of range, NaN features, or more occupied voxels than
-        slots. Inside `jit` such points are dropped.
+        slots. Of traced arrays, as inside `jit`, such points are dropped.
 
     Example:
       >>> x, slots = ilajax.from_points(
@@ -123,16 +124,22 @@ def from_points(
     coordinates, features = as_array(coordinates), as_array(features)
     if features.dtype == np.float64 and isinstance(features, np.ndarray):
         features = features.astype(np.float32)
-    points = (coordinates, features, as_batch_index(batch_index, coordinates.shape))
+    points = (coordinates, features, as_batch_index(batch_index, coordinates))
     if batch_size is None and coordinates.ndim == 3:
         batch_size = coordinates.shape[0]
     spatial_shape, capacity = check_spatial_shape(spatial_shape), check_capacity(capacity)
     config = _Config(spatial_shape, batch_size, capacity, reduce)  # type: ignore[arg-type]
     _check_arguments(config, overflow, *points)
-    if not any(isinstance(a, jax.core.Tracer) for a in given):
-        _check_points(config, *map(np.asarray, points))
-    in_jax = any(isinstance(a, jax.Array) for a in given)
-    x, excess, slots = (_with_jax if in_jax else _with_numpy)(config, *points)
+    _check_points(
+        config, *(None if isinstance(a, jax.core.Tracer) else np.asarray(a) for a in points)
+    )
+    if any(isinstance(a, jax.Array) for a in given):
+        coordinates, features, batch_index = points
+        points = (as_int32(coordinates), features, as_int32(batch_index))
+        run = _with_jax_by_sample if coordinates.ndim == 3 else _with_jax
+        x, excess, slots = run(config, *points)
+    else:
+        x, excess, slots = _with_numpy(config, *points)
     if overflow == "raise" and not isinstance(excess, jax.core.Tracer):
         _raise_if_full(np.asarray(excess), capacity)
     extras = [a for a, asked in ((excess, return_overflow), (slots, return_slots)) if asked]
@@ -208,15 +215,7 @@ def _with_jax(
 
     Points outside the grid, outside the batch, or with NaN are dropped.
     """
-    if coordinates.ndim == 3:
-        # Mapped over samples, which stay where they are; all three on the same devices.
-        batch_index = jnp.where(batch_index == rows(batch_index.shape), 0, -1)
-        batch_index += jnp.zeros_like(coordinates[..., 0], jnp.int32)
-        one_sample = functools.partial(_with_jax, dataclasses.replace(config, batch_size=1))
-        x, excess, slots = jax.vmap(one_sample)(coordinates, features, batch_index)
-        return SparseTensor(x.keys[:, 0], x.values[:, 0], x.spatial_shape), excess[:, 0], slots
     batch_size, capacity, grid = config.batch_size, config.capacity, sites(config.spatial_shape)
-    coordinates, batch_index = coordinates.astype(jnp.int32), batch_index.astype(jnp.int32)
     extent = jnp.array(config.spatial_shape, jnp.int32)
     dropped = jnp.any((coordinates < 0) | (coordinates >= extent), axis=1)
     dropped |= (batch_index < 0) | (batch_index >= batch_size)
@@ -250,6 +249,15 @@ def _with_jax(
     return x, jnp.maximum(occupied[:batch_size] - capacity, 0), slots
 
 
+def _with_jax_by_sample(
+    config: _Config, coordinates: jax.Array, features: jax.Array, batch_index: jax.Array
+) -> tuple[SparseTensor, jax.Array, jax.Array]:
+    """The same for points with a batch axis."""
+    one_sample = functools.partial(_with_jax, dataclasses.replace(config, batch_size=1))
+    x, excess, slots = by_sample(one_sample, (coordinates, features), batch_index)
+    return SparseTensor(x.keys[:, 0], x.values[:, 0], x.spatial_shape), excess[:, 0], slots
+
+
 def _reduce_with_jax(features: jax.Array, target: jax.Array, slots: int, reduce: str) -> jax.Array:
     """Reduces the rows of `features` [N, C] by slot; rows whose target is `slots` are dropped."""
     wide = features.astype(jnp.float32)
@@ -281,7 +289,8 @@ def _check_arguments(
         raise ValueError(f"reduce must be one of {REDUCTIONS}, got {config.reduce!r}.")
     if overflow not in OVERFLOWS:
         raise ValueError(f"overflow must be one of {OVERFLOWS}, got {overflow!r}.")
-    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+    has_batch_axis = coordinates.ndim == 3  # whose length may be a symbol
+    if not has_batch_axis and (not isinstance(batch_size, int | np.integer) or batch_size < 1):
         raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
     for name, array in (("coordinates", coordinates), ("batch_index", batch_index)):
         if not jnp.issubdtype(array.dtype, jnp.integer):
@@ -289,21 +298,24 @@ def _check_arguments(
                 f"{name} must be integers, got {array.dtype}. Round or floor them first."
             )
     if features.dtype not in VALUE_DTYPES:
-        raise TypeError(f"features must be float32, bfloat16 or float16, got {features.dtype}.")
+        raise TypeError(
+            f"features must be float32, bfloat16 or float16, got {features.dtype}. Cast them first; points "
+            f"without features take a 1 each, np.ones((N, 1))."
+        )
     *points, rank = coordinates.shape or (0,)
     if len(points) not in (1, 2) or rank != len(spatial_shape):
         raise ValueError(
             f"coordinates must have shape [N, {len(spatial_shape)}] or [B, N, {len(spatial_shape)}] for the "
             f"grid {spatial_shape}, got {coordinates.shape}."
         )
-    if len(points) == 2 and points[0] != batch_size:
+    if has_batch_axis and points[0] != batch_size:
         raise ValueError(
             f"batch_size must be the length {points[0]} of the batch axis of coordinates, got {batch_size}."
         )
     if features.shape[:-1] != (*points,) or features.shape[-1:] in ((), (0,)):
         raise ValueError(
-            f"features must have shape {[*points, 'C']}, as coordinates, with C at least 1, got "
-            f"{features.shape}."
+            f"features must have shape [{', '.join(map(str, points))}, C], as coordinates, with C at least "
+            f"1, got {features.shape}."
         )
     if batch_index.shape != (*points,):
         raise ValueError(
@@ -314,21 +326,38 @@ def _check_arguments(
 
 
 def _check_points(
-    config: _Config, coordinates: np.ndarray, features: np.ndarray, batch_index: np.ndarray
+    config: _Config,
+    coordinates: np.ndarray | None,
+    features: np.ndarray | None,
+    batch_index: np.ndarray | None,
 ) -> None:
-    """What only concrete points tell; padding points may hold anything."""
+    """What concrete arrays tell, None for a traced one; padding points may hold anything."""
+    if batch_index is None:
+        return  # any point may be padding
     check_batch_index(batch_index, config.batch_size)
     real = batch_index != -1
+    if coordinates is not None:
+        _check_coordinates(coordinates, real, config.spatial_shape)
+    if features is not None:
+        _check_features(features, real)
+
+
+def _check_coordinates(
+    coordinates: np.ndarray, real: np.ndarray, spatial_shape: tuple[int, ...]
+) -> None:
     outside = np.zeros(real.shape, bool)
-    for axis, size in enumerate(config.spatial_shape):
+    for axis, size in enumerate(spatial_shape):
         place = coordinates[..., axis]
         outside |= real & ((place < 0) | (place >= size))
     if outside.any():
         raise ValueError(
             f"coordinates of point {first(outside)}, {coordinates[outside][0].tolist()}, lie outside the "
-            f"grid {config.spatial_shape} ({int(outside.sum())} such points). Shift, scale or drop them "
+            f"grid {spatial_shape} ({int(outside.sum())} such points). Shift, scale or drop them "
             f"first; a batch_index of -1 drops a point."
         )
+
+
+def _check_features(features: np.ndarray, real: np.ndarray) -> None:
     nan = np.zeros(real.shape, bool)
     for channel in range(features.shape[-1]):
         nan |= real & np.isnan(features[..., channel])

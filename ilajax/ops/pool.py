@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ilajax import ffi
 from ilajax.geometry import Window, pool_window, ravel, unravel
 from ilajax.ops import _plans, _plans_cuda_ops
+from ilajax.ops._supports import place_alike
 from ilajax.ops.k_select import check_capacity, lookup_reference, select_reference
 from ilajax.sparse_tensor import SparseTensor, check_sparse
 
@@ -86,8 +87,10 @@ def global_max_pool(x: SparseTensor) -> jax.Array:
       Array([[1.]], dtype=float32)
     """
     check_sparse("x", x)
+    (x,) = place_alike([x])
     stored = x.keys < x.sites
-    values = jnp.where(stored, x.values, -jnp.inf)
+    # Padding repeats the first entry, which wins over it.
+    values = jnp.where(stored, x.values, x.values[..., :1])
     # By its place, so that the gradient goes to one entry: of equal ones to the lower key.
     first = jnp.argmax(values, axis=2, keepdims=True)
     largest = jnp.take_along_axis(values, first, axis=2)[..., 0]

@@ -12,10 +12,11 @@ from ilajax.geometry import ravel, sites
 from ilajax.ops._points import (
     as_array,
     as_batch_index,
+    as_int32,
+    by_sample,
     check_batch_index,
     check_not_split,
     first,
-    rows,
 )
 from ilajax.sparse_tensor import SparseTensor, check_sparse
 
@@ -68,10 +69,14 @@ def sample(
         raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
     # Checked as it comes: JAX would wrap 64-bit integers around before anybody has seen them.
     points = as_array(points)
-    batch_index = as_batch_index(batch_index, points.shape)
+    batch_index = as_batch_index(batch_index, points)
     _check_points(x, points, batch_index)
-    operands = (x.keys, x.values, jnp.asarray(points), jnp.asarray(batch_index.astype(np.int32)))
-    return _sample(x.spatial_shape, method, *ffi.vary_together(*map(jnp.asarray, operands)))
+    operands = (x.keys, x.values, points, as_int32(batch_index))
+    run = functools.partial(_sample, x.spatial_shape, method)
+    if points.ndim == 2:
+        return run(*ffi.vary_together(*map(jnp.asarray, operands)))
+    one_sample = (x.keys[:, None], x.values[:, None], points)
+    return by_sample(run, one_sample, operands[-1])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # eagerly too: one program in place of fifty
@@ -85,19 +90,13 @@ def _sample(
     batch: jax.Array,
 ) -> jax.Array:
     """[N, C]. The 2**d corners of "linear" stand on a leading axis; "nearest" has one corner."""
-    if points.ndim == 3:
-        # Mapped over samples, which stay where they are; all on the same devices.
-        batch = jnp.where(batch == rows(batch.shape), 0, -1)
-        batch += jnp.zeros_like(points[..., 0], jnp.int32)
-        one_sample = functools.partial(_sample, spatial_shape, method)
-        return jax.vmap(one_sample)(keys[:, None], values[:, None], points, batch)
     extent = jnp.array(spatial_shape, jnp.float32)
     points = jax.lax.stop_gradient(points).astype(jnp.float32)
     # Far points are drawn near, where float to int conversion is defined; NaN too, and read nothing.
     points = jnp.clip(jnp.where(jnp.isnan(points), -1, points), -1, extent + 1)
     if method == "nearest":
         corner = jnp.floor(points)[None]
-        weight = jnp.ones((1, len(batch), 1), jnp.float32)
+        weight = jnp.ones((1, batch.shape[0], 1), jnp.float32)
     else:
         low = jnp.floor(points - 0.5)
         rest = points - 0.5 - low
@@ -106,7 +105,7 @@ def _sample(
         weight = jnp.where(upper == 1, rest, 1 - rest).prod(axis=2, keepdims=True)
     site = ravel(list(jnp.moveaxis(corner.astype(jnp.int32), -1, 0)), spatial_shape)[..., None]
 
-    inside = (batch >= 0) & (batch < len(keys))
+    inside = (batch >= 0) & (batch < keys.shape[0])
     batch = jnp.where(inside, batch, 0)[:, None]
     slot, found = _find(keys, batch, site)
     found &= inside[:, None] & (site < sites(spatial_shape))  # the key of padding is no site
@@ -149,7 +148,7 @@ def _check_points(x: SparseTensor, points: jax.Array, batch_index: jax.Array) ->
             f"points must have shape [N, {rank}] or [B, N, {rank}] for the grid {x.spatial_shape}, got "
             f"{points.shape}."
         )
-    if points.ndim == 3 and len(points) != x.batch_size:
+    if points.ndim == 3 and points.shape[0] != x.batch_size:
         raise ValueError(
             f"points must have the batch size {x.batch_size} of x in front, got shape {points.shape}."
         )
@@ -163,10 +162,12 @@ def _check_points(x: SparseTensor, points: jax.Array, batch_index: jax.Array) ->
     if points.ndim == 2:
         check_not_split("points", points)
         check_not_split("x", x.values)
-    if not isinstance(batch_index, jax.core.Tracer):
-        check_batch_index(np.asarray(batch_index), x.batch_size)
+    if isinstance(batch_index, jax.core.Tracer):
+        return  # any point may be padding
+    index = np.asarray(batch_index)
+    check_batch_index(index, x.batch_size)
     if not isinstance(points, jax.core.Tracer):
-        nan = np.isnan(np.asarray(points)).any(axis=-1)
+        nan = np.isnan(np.asarray(points)).any(axis=-1) & (index != -1)
         if nan.any():
             raise ValueError(
                 f"points must not be NaN, got NaN for point {first(nan)} ({int(nan.sum())} such points). "

@@ -93,6 +93,7 @@ def density_biased_l2(
             raise ValueError(
                 "density_biased_l2 needs params: call update(updates, state, params, ...)."
             )
+        jax.tree_util.tree_map_with_path(_check_made_for, state.bias, params)
         excess_at = _by_path(excess_density)
 
         def new_bias(path: Any, b: Any, g: Any, w: Any) -> Any:
@@ -149,6 +150,15 @@ def _by_path(excess: Any) -> Callable[[Any], Any]:
         )
 
     return find
+
+
+def _check_made_for(path: Any, b: jax.Array, w: jax.Array) -> None:
+    if b.shape != w.shape:
+        raise ValueError(
+            f"the optimizer's state for {jax.tree_util.keystr(path)} has shape {b.shape}, but the parameter "
+            f"has shape {w.shape}. Was the model shortened, loaded or refilled by itself? Create the "
+            f"optimizer after that, or load both: ilajax.nn.load_state((model, optimizer), ...)."
+        )
 
 
 def _check_broadcasts(path: Any, e: Any, w: jax.Array) -> None:

@@ -133,7 +133,9 @@ def _check_nothing_moved(ends: jax.Array, pruned: optax.Params, params: optax.Pa
     arrays = jax.tree.leaves((ends, pruned, params))
     if any(isinstance(array, jax.core.Tracer) for array in arrays) or not ends:
         return
-    moved = jax.device_get(jax.tree.map(lambda p, w: jnp.sum(p & (w != 0)), pruned, params))
+    # Inside of a trace they may be concrete too: optax.apply_if_finite puts the chain into a jax.lax.cond.
+    with jax.ensure_compile_time_eval():
+        moved = jax.device_get(jax.tree.map(lambda p, w: jnp.sum(p & (w != 0)), pruned, params))
     named = [
         f"{jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value')} ({count:,})"
         for path, count in jax.tree_util.tree_leaves_with_path(moved)

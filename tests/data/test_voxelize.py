@@ -186,6 +186,7 @@ TWO = [np.zeros((3, 2)), np.ones((2, 2))]
             r"features\[1\] of point 1 are NaN",
         ),
         ([TWO, [np.ones((3, 1), int), np.ones((2, 1), int)]], {}, TypeError, "features.*int"),
+        ([TWO, [[["a"]] * 3, [["b"]] * 2]], {}, TypeError, "features must be float32.*U1"),
         ([TWO], {"labels": [[0, 1, 2]]}, ValueError, "labels.*one array for each cloud"),
         ([TWO], {"labels": [[0, 1, 2], [0]]}, ValueError, r"labels\[1\].*N = 2"),
         ([TWO], {"labels": [[0, 1, 2], [0, 0.5]]}, TypeError, "labels.*integers"),

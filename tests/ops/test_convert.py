@@ -174,6 +174,15 @@ def test_select_none_keeps_the_strongest_inside_jit(backend):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+def test_no_samples():
+    """Catches an empty batch that divides by zero."""
+    for select in ("magnitude", None):
+        x = ilajax.from_dense(np.zeros((0, 3, 4, 2), np.float32), 5, select=select)
+        assert x.shape == ilajax.to_dense(x).shape == (0, 3, 4, 2)
+    with pytest.raises(ValueError, match=r"x must.*one channel.*\(1, 3, 0\)"):
+        ilajax.from_dense(np.zeros((1, 3, 0), np.float32), 2)
+
+
 def test_a_numpy_array_is_an_array(backend):
     """Catches a conversion that takes JAX arrays only."""
     x = ilajax.from_dense(np.eye(3, dtype=np.float32)[None, ..., None], 3)

@@ -179,6 +179,30 @@ def test_bad_points_are_dropped_inside_jit(case):
     np.testing.assert_array_equal(x.values, values)
 
 
+@pytest.mark.nans
+@pytest.mark.parametrize("case", [c for c in BAD_POINTS if c != "features"])
+def test_what_is_concrete_is_checked(case):
+    """Catches places that gradients, or jit over the features alone, drop unseen or wrap into the grid."""
+    (coordinates, features, batch_index), message = bad_points(case)
+    total = lambda f: from_points(coordinates, f, batch_index, capacity=2).values.sum()  # noqa: E731
+    for transformed in (jax.grad(total), jax.jit(total)):
+        with pytest.raises(ValueError, match=message):
+            transformed(jnp.asarray(features))
+
+
+@pytest.mark.parametrize("far", [2**32, -(2**32), 2**31, 2**63 - 1])
+def test_64_bits_do_not_wrap(far):
+    """Catches a far point that int32 brings into the grid: under x64, or beside a traced batch index."""
+    coordinates, index = np.array([[0, 0], [far, 0], [1, 0]]), np.array([0, 0, far])
+    features = np.ones((3, 1), np.float32)
+    beside = jax.jit(lambda index: from_points(coordinates, features, index, reduce="sum"))
+    with jax.enable_x64(True):
+        both = jax.jit(functools.partial(from_points, reduce="sum"))(coordinates, features, index)
+        alone = beside(index)
+    for x in (both, alone, beside(np.array([0, 0, -1]))):
+        np.testing.assert_array_equal(np.asarray(x.values).sum(axis=2), [[1], [0]])
+
+
 def test_more_voxels_than_slots():
     """Catches an overflow that passes unnoticed, and anything but the lowest keys under jit."""
     arguments = points(2)
@@ -467,7 +491,7 @@ def test_a_batch_axis_says_all():
         ({"batch_size": 3}, ValueError, "batch_size must be the length 2"),
         ({"batch_index": np.zeros((2, 30), int)}, ValueError, r"point 0 of sample 1 is 0.* row's"),
         ({"batch_index": np.zeros(60, int)}, ValueError, r"batch_index must have shape \[2, 30\]"),
-        ({"features": np.ones((60, 1))}, ValueError, r"features must have shape \[2, 30, 'C'\]"),
+        ({"features": np.ones((60, 1))}, ValueError, r"features must have shape \[2, 30, C\]"),
         ({"coordinates": np.full((2, 30, 2), 9)}, ValueError, "point 0 of sample 0, "),
         ({"coordinates": np.zeros((60, 2), int)}, TypeError, "batch_index is required"),
     ],

@@ -239,6 +239,16 @@ def test_global_pooling_of_negatives_and_nothing(backend):
     np.testing.assert_array_equal(ilajax.global_avg_pool(x), [[-2, 0, -INF]])
 
 
+def test_a_global_maximum_has_no_infinity_of_its_own():
+    """Catches -inf at padding, which `jax.debug_infs` reports, and padding's own values."""
+    x = samples.from_entries((8,), [[{1: -3, 2: -5}, {}]], 4)
+    x = x.with_values(jnp.where(x.keys < x.sites, x.values, 7))
+    with jax.debug_infs(True):
+        np.testing.assert_array_equal(ilajax.global_max_pool(x), [[-3, 0]])
+        gradient = jax.grad(lambda v: ilajax.global_max_pool(x.with_values(v)).sum())(x.values)
+    np.testing.assert_array_equal(gradient, [[[1, 0, 0, 0], [0] * 4]])
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("dtype", samples.DTYPES)
 def test_global_average_over_stored_entries(backend, dtype, shared):

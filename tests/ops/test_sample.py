@@ -235,6 +235,22 @@ def test_numpy_leaves_and_padding_points():
     np.testing.assert_array_equal(y, oracles.dense(x)[[0, 0, 1], 1, 1] * [[1], [0], [1]])
 
 
+@pytest.mark.nans
+def test_padding_points_may_be_nan():
+    """Catches padding that is checked, though the error says to mark NaN points with -1."""
+    x = samples.tensor(0, 2, 2, (3, 4), capacity=12, density=1.0)
+    y = ilajax.sample(x, np.array([[1.5, 1.5], [np.nan, 0]]), np.array([0, -1]))
+    np.testing.assert_array_equal(y, oracles.dense(x)[[0, 0], 1, 1] * [[1], [0]])
+
+
+def test_64_bits_do_not_wrap():
+    """Catches a far sample that int32 makes the first one."""
+    x = samples.tensor(0, 1, 1, (3,), capacity=3, density=1.0)
+    with jax.enable_x64(True):
+        y = jax.jit(ilajax.sample)(x, np.ones((2, 1)), np.array([2**32, 0]))
+    np.testing.assert_array_equal(np.asarray(y) != 0, [[False], [True]])
+
+
 X = samples.tensor(0, 2, 2, (5, 6))
 POINTS, BATCH = np.ones((3, 2), np.float32), np.array([0, 1, -1])
 

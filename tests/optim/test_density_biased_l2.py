@@ -173,6 +173,11 @@ def test_updates_that_lack_something_raise():
         tx.update(ZEROS, state, excess_density=0.0)
     with pytest.raises(TypeError, match="excess_density"):
         tx.update(ZEROS, state, PARAMS)
+    shorter = jax.tree.map(lambda w: w[:1], PARAMS)
+    with pytest.raises(
+        ValueError, match=r"has shape \(2,\), but the parameter has shape \(1,\).*load_st"
+    ):
+        tx.update(shorter, state, shorter, excess_density=0.0)
     with pytest.raises(ValueError, match=r"no leaf for the parameter \['dense'\]\['kernel'\]"):
         tx.update(ZEROS, state, PARAMS, excess_density={"conv": None})
     with pytest.raises(

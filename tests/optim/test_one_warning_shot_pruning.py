@@ -166,6 +166,17 @@ def test_it_raises_where_it_is_not_last(behind):
     update(zeros, seen, params, epoch_end=True)  # nobody can look: compact does, later
 
 
+def test_inside_a_branch_of_a_conditional():
+    """Catches a look at concrete arrays that fails where the update itself is traced."""
+    tx = optax.apply_if_finite(one_warning_shot_pruning(THRESHOLD), max_consecutive_errors=2)
+    params = {"w": jnp.array([0.3, 3.0])}
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update({"w": jnp.array([0.0, 1.0])}, state, params, epoch_end=True)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(params["w"], [0, 6])
+
+
 def test_moved_weights_of_a_model_are_named_by_their_path():
     """Catches a message that speaks of an nnx.State's inner structure."""
     model = nnx.Sequential(nnx.Linear(1, 2, use_bias=False, rngs=nnx.Rngs(0)))
