@@ -464,7 +464,8 @@ def test_the_number_of_threads_does_not_show():
     assert len(json.loads(printed.pop())) > 5
 
 
-def test_several_devices(backend, request):
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_several_devices(backend, kind, request):
     """Catches what goes wrong on several devices only; sharding.py says what, check by check."""
     chosen = []
     if backend == "reference" and not request.config.getoption("--full"):
@@ -472,9 +473,10 @@ def test_several_devices(backend, request):
         chosen = [
             "check_gradients_of_replicated_weights",
             "check_gradients_of_replicated_weights_submanifold",
+            "check_plain_jit_gradients_submanifold",
             "check_plain_jit_to_dense",
         ]
-    printed = python(HERE / "sharding.py", *chosen, devices=4, backend=backend)
+    printed = python(HERE / "sharding.py", kind, *chosen, devices=4, backend=backend)
     results = json.loads(printed.splitlines()[-1])
     failed = {name: error for name, error in results.items() if error}
     assert not failed, "\n\n".join(f"{name}: {error}" for name, error in failed.items())
