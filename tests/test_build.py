@@ -39,7 +39,7 @@ def build(tmp_path):
         environment = {
             k: v for k, v in os.environ.items() if k not in ("CXX", "CUDACXX", "CUDAARCHS")
         }
-        environment["CXXFLAGS"] = "-O0"
+        environment["CMAKE_BUILD_TYPE"] = "Debug"  # compiles in half the time
         environment |= {"CUDACXX": str(nvcc)} if nvcc else {}
         environment |= {"CXX": str(compiler)} if compiler else {}
         defined = [f"-D{name}={value}" for name, value in settings.items()]

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(out, *arguments):
-    """The program in a process of its own, on two steps an epoch."""
-    command = [sys.executable, "-m", "experiments.data_parallel", "--solids", "32", "--out", out]
+    """The program in a process of its own, on one step an epoch."""
+    command = [sys.executable, "-m", "experiments.data_parallel", "--solids", "16", "--out", out]
     # This process plays one device: the program chooses its own.
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(

@@ -170,7 +170,7 @@ def cross(backend, name, case):
     check(run, x, kernel, bias, geometry, capacity, case.select, case.seed)
 
 
-@pytest.mark.crossed(4)
+@pytest.mark.crossed(7)
 @pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_algorithms_1_and_2(backend, name, number):
@@ -682,7 +682,7 @@ LARGE = {
 }
 
 
-@pytest.mark.crossed(5)
+@pytest.mark.crossed(7)
 @pytest.mark.parametrize("select", SELECTS)
 @pytest.mark.parametrize("name", LARGE)
 def test_larger_problems(backend, name, select):

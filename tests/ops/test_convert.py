@@ -108,7 +108,7 @@ def check(backend, dense, capacity, select):
     oracles.assert_close(gradient, want)
 
 
-@pytest.mark.crossed(5)
+@pytest.mark.crossed(8)
 @pytest.mark.parametrize("capacity", [1, 4, 12, 30])
 @pytest.mark.parametrize("select", SELECTS)
 @pytest.mark.parametrize("grid", GRIDS)

@@ -407,7 +407,7 @@ def test_overflow_is_one_of_two():
         from_points(*points(6), overflow="cut")
 
 
-def test_every_operation_takes_numpys_leaves(backend):
+def test_every_operation_takes_numpys_leaves():
     """Catches an operation that fails on the NumPy arrays that from_points gives."""
     x = from_points(*points(7))
     kernel = ilajax.SparseKernel.from_dense(jnp.ones((3, 3, 3, 2)))
