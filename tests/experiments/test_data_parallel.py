@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
+
+from experiments import data_parallel
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,12 +57,7 @@ def two_processes(out, *arguments):
     return rows(printed)
 
 
-@pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
-    return rows(finished(start(tmp_path_factory.mktemp("one"), "--cpu-devices", 1)))
-
-
-def test_processes_and_checkpoints(tmp_path, one_device):
+def test_processes_and_checkpoints(tmp_path, capsys):
     """Catches a process that trains on its own part only, or a checkpoint that fits one number of processes.
 
     Two processes train one epoch, one process with two devices goes on.
@@ -70,6 +66,9 @@ def test_processes_and_checkpoints(tmp_path, one_device):
     assert list(got) == [1]
     resumed = rows(finished(start(tmp_path, "--cpu-devices", 2, "--resume")))
     assert list(resumed) == [2]
+    # One process with one device, this one.
+    data_parallel.main(["--solids", "16", "--out", str(tmp_path / "one")])
+    one_device = rows(capsys.readouterr().out)
     for epoch, row in (got | resumed).items():
         np.testing.assert_allclose(row, one_device[epoch], rtol=2e-3, atol=2e-4)
 
