@@ -1,14 +1,33 @@
 """Checkpoints of a training run, by Orbax: everything that the next epoch depends on."""
 
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
 import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
 Notes = dict[str, Any]
+
+
+class CheckpointError(OSError):
+    """A checkpoint that cannot be written or read: the message names its folder and says what is wrong."""
+
+
+class _OtherBytes(ValueError):
+    """A digest does not fit what it was made of."""
 
 
 class Checkpoints:
@@ -16,11 +35,15 @@ class Checkpoints:
 
     A checkpoint holds all variables of some NNX modules (weights, kernel keys, optimizer slots, pruning
     marks, random state) and notes, a dictionary that JSON can hold. Orbax writes it under another name and
-    moves it when it is complete, so that a killed run leaves only whole ones.
+    moves it when it is complete, so that a killed run leaves only whole ones; what it left half-written is
+    removed when the folder is opened again. A digest of everything is kept with it and compared when it is
+    read. It finds what a move cannot prevent: Orbax does not flush all files to the disk before the move, so
+    that a power cut may tear a checkpoint that seems whole.
     """
 
     def __init__(self, directory: Path, *, keep: int = 2):
         self.directory = directory.absolute()
+        self._remove_leftovers()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, create=True
         )
@@ -35,6 +58,10 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self._manager.close()
 
+    def numbers(self) -> list[int]:
+        """The numbers of all checkpoints, the newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
     def latest(self) -> int | None:
         """The number of the newest checkpoint, or None where there is none."""
         return self._manager.latest_step()
@@ -43,29 +70,57 @@ class Checkpoints:
         return self.directory / str(number)
 
     def save(self, number: int, modules: Any, notes: Notes) -> None:
-        arrays = ocp.args.StandardSave(_arrays(modules))
-        self._manager.save(
-            number, args=ocp.args.Composite(arrays=arrays, notes=ocp.args.JsonSave(notes))
+        """Writes a checkpoint, and removes those that are too many.
+
+        Args:
+          number: above those of all checkpoints in the folder.
+          modules: NNX modules, in any containers.
+          notes: what JSON can hold.
+
+        Raises:
+          CheckpointError: if it cannot be written, as on a full disk. What was written of it is gone.
+          ValueError: if `number` is not above the newest one's.
+        """
+        arrays = _arrays(modules)
+        signatures = {name: _signature(array) for name, array in arrays.items()}
+        content = {"notes": notes, "arrays": signatures, "digest": _digest(arrays)}
+        args = ocp.args.Composite(
+            arrays=ocp.args.StandardSave(arrays),
+            notes=ocp.args.JsonSave({"content": content, "digest": _json_digest(content)}),
         )
+        try:
+            with _quiet():
+                saved = self._manager.save(number, args=args)
+        except (
+            Exception
+        ) as error:  # not only OSError: tensorstore reports a full disk in its own way
+            raise self._unwritten(number, error) from error
+        if not saved:
+            raise ValueError(
+                f"number must be above {self.latest()}, the newest one's, got {number}."
+            )
 
     def notes(self, number: int) -> Notes:
-        """The notes alone."""
-        restored = self._manager.restore(
-            number, args=ocp.args.Composite(notes=ocp.args.JsonRestore())
-        )
-        return restored.notes
+        """The notes alone.
+
+        Raises:
+          CheckpointError: if they cannot be read.
+        """
+        return self._content(number)["notes"]
 
     def restore(self, number: int, modules: Any) -> None:
         """Gives the modules' variables the values of a checkpoint.
 
         Raises:
+          CheckpointError: if it is torn; the modules are as they were.
           ValueError: naming the first variable that the checkpoint lacks, has too much, or holds in
             another shape or dtype.
         """
+        content = self._content(number)
         wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(modules))
-        stored = self._manager.item_metadata(number).arrays
+        stored = content["arrays"]
         for name in sorted(wanted.keys() | stored.keys()):
-            have = _signature(stored[name]) if name in stored else "nothing"
+            have = stored.get(name, "nothing")
             want = _signature(wanted[name]) if name in wanted else "nothing"
             if have != want:
                 raise ValueError(
@@ -73,37 +128,142 @@ class Checkpoints:
                     f"{have}, this one needs {want}. Give the options it was made with, or start anew "
                     f"without --resume."
                 )
-        arrays = ocp.args.StandardRestore(wanted)
-        restored = self._manager.restore(number, args=ocp.args.Composite(arrays=arrays))
-        _put(modules, restored.arrays)
+        _put(modules, self._arrays(number, content, wanted))
+
+    def restore_newest(self, modules: Any, say: Callable[[str], None]) -> int | None:
+        """Restores the newest checkpoint that can be read.
+
+        Newer ones that cannot are removed: the run is about to write them again.
+
+        Args:
+          modules: get the values.
+          say: gets a line for each checkpoint that cannot be read.
+
+        Returns:
+          Its number, or None where there is no checkpoint.
+
+        Raises:
+          CheckpointError: if there are some, and none can be read.
+          ValueError: as `restore` does.
+        """
+        torn: dict[int, CheckpointError] = {}
+        for number in self.numbers():
+            try:
+                self.restore(number, modules)
+            except CheckpointError as error:
+                torn[number] = error
+                continue
+            for other, error in torn.items():
+                say(f"{error}; goes on from {self.path(number)}")
+                self._manager.delete(other)
+            return number
+        if torn:
+            raise _none_is_left(torn.values())
+        return None
+
+    def newest_notes(self) -> tuple[int, Notes] | None:
+        """Number and notes of the newest checkpoint whose notes can be read, or None where there is none.
+
+        Raises:
+          CheckpointError: if there are some, and the notes of none can be read.
+        """
+        torn = []
+        for number in self.numbers():
+            try:
+                return number, self.notes(number)
+            except CheckpointError as error:
+                torn.append(error)
+        if torn:
+            raise _none_is_left(torn)
+        return None
+
+    def arrays(self, number: int) -> dict[str, jax.Array]:
+        """All arrays of a checkpoint by the names of the variables, without modules to put them into.
+
+        Raises:
+          CheckpointError: if it is torn.
+        """
+        return self._arrays(number, self._content(number))
+
+    def _content(self, number: int) -> dict[str, Any]:
+        with self._reading(number):
+            args = ocp.args.Composite(notes=ocp.args.JsonRestore())
+            stored = self._manager.restore(number, args=args).notes
+            if _json_digest(stored["content"]) != stored["digest"]:
+                raise _OtherBytes("its notes are not those that were saved")
+        return stored["content"]
+
+    def _arrays(self, number: int, content: dict[str, Any], wanted: Any = None) -> dict[str, Any]:
+        with self._reading(number):
+            args = ocp.args.Composite(arrays=ocp.args.StandardRestore(wanted))
+            arrays = self._manager.restore(number, args=args).arrays
+            if _digest(arrays) != content["digest"]:
+                raise _OtherBytes("its arrays are not those that were saved")
+        return arrays
+
+    @contextlib.contextmanager
+    def _reading(self, number: int) -> Iterator[None]:
+        """Whatever a torn file makes Orbax or tensorstore raise becomes one kind of error."""
+        try:
+            with _quiet():
+                yield
+        except Exception as error:
+            raise CheckpointError(
+                f"the checkpoint {self.path(number)} cannot be read ({_why(error)})"
+            ) from error
+
+    def _unwritten(self, number: int, error: Exception) -> CheckpointError:
+        """Removes what was written, and says which checkpoint the run can go on from."""
+        with _quiet():
+            for _ in range(10):  # writes of other arrays still end, and make their folder anew
+                self._remove_leftovers()
+                time.sleep(0.02)
+        latest = self.latest()
+        if latest is None:
+            todo = "There is none before it: mend this and start anew."
+        else:
+            todo = (
+                f"The last one is {self.path(latest)}: mend this, and --resume goes on from there."
+            )
+        return CheckpointError(
+            f"the checkpoint {self.path(number)} cannot be written ({_why(error)}). {todo}"
+        )
+
+    def _remove_leftovers(self) -> None:
+        # Of several processes that write one checkpoint, the first makes and moves its folder.
+        if jax.process_index() == 0:
+            for path in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def check_options(directory: Path, options: Notes) -> None:
     """Compares options with those that the newest checkpoint in a folder was made with.
 
     Raises:
+      CheckpointError: if there are checkpoints, and none can be read.
       ValueError: naming the first option that differs, with both values.
     """
     if not directory.is_dir():
         return
     with Checkpoints(directory) as checkpoints:
-        number = checkpoints.latest()
-        if number is None:
+        newest = checkpoints.newest_notes()
+        if newest is None:
             return
-        made_with = checkpoints.notes(number)["options"]
+        number, notes = newest
         for name, value in options.items():
-            if made_with.get(name) != value:
+            if notes["options"].get(name) != value:
                 option = "--" + name.replace("_", "-")
                 raise ValueError(
                     f"{option} does not fit: it is {value!r} now, but the checkpoint "
-                    f"{checkpoints.path(number)} was made with {made_with.get(name)!r}. Give the "
+                    f"{checkpoints.path(number)} was made with {notes['options'].get(name)!r}. Give the "
                     f"same, or start anew without --resume."
                 )
 
 
 def remove_checkpoints(directory: Path) -> None:
     """Removes what `Checkpoints(directory)` wrote."""
-    shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists():
+        shutil.rmtree(directory)
 
 
 def _arrays(modules: Any) -> dict[str, jax.Array]:
@@ -132,3 +292,51 @@ def _is_key(array: jax.Array) -> bool:
 
 def _signature(array: Any) -> str:
     return f"{jax.numpy.dtype(array.dtype).name}{list(array.shape)}"
+
+
+def _digest(arrays: Mapping[str, Any]) -> str:
+    """Of names, dtypes, shapes and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, array in sorted(arrays.items()):
+        host = np.ascontiguousarray(array)
+        digest.update(f"{name} {_signature(array)} ".encode())
+        digest.update(host.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _json_digest(content: Any) -> str:
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Mutes what Orbax and tensorstore print from each of their threads: what fails is raised too."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = hook
+
+
+def _why(error: Exception) -> str:
+    """What the system says where the error comes from it, else the error's own words, in one short line."""
+    # The same befell the other arrays that were under way. asyncio would print each, in some kB.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    if isinstance(error, _OtherBytes):
+        return str(error)
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno) + (f": {error.filename}" if error.filename else "")
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore's
+        return os.strerror(int(code[1]))
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+
+
+def _none_is_left(torn: Iterable[CheckpointError]) -> CheckpointError:
+    listed = "; ".join(map(str, torn))
+    return CheckpointError(
+        f"no checkpoint is left to go on from: {listed}. Start anew without --resume."
+    )

@@ -72,10 +72,9 @@ def train(options: argparse.Namespace, mesh: jax.sharding.Mesh) -> list[Row]:
             remove_checkpoints(options.out)
         multihost_utils.sync_global_devices("old checkpoints are gone")
     with Checkpoints(options.out) as checkpoints:
-        latest = checkpoints.latest()
+        # Variables come back to the devices that these modules are on, whatever they were saved from.
+        latest = checkpoints.restore_newest(modules, print)
         if latest is not None:
-            # Variables come back to the devices that these modules are on, whatever they were saved from.
-            checkpoints.restore(latest, modules)
             rows = checkpoints.notes(latest)["rows"]
         for epoch in range(len(rows) + 1, options.epochs + 1):
             losses = []

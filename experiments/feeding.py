@@ -1,11 +1,12 @@
-"""Whether data come as fast as they are used: clouds, voxelised in worker processes, feed a training step.
+"""Whether data come as fast as they are used: shapes, voxelised in worker processes, feed a training step.
 
-    python -m experiments.feeding --data-dir ../shared/data/kicad            # the set's own clouds
-    python -m experiments.feeding                                            # clouds made on the spot
+    python -m experiments.feeding                                            # shapes made on the spot
+    python -m experiments.feeding --data kicad --data-dir ../shared/data/kicad
+    python -m experiments.feeding --resolution 64 --batch-size 32
     python -m experiments.feeding --no-step --batches 10000                  # memory, without training
 
-OctNet3 takes 32^3 voxels. Three figures: the share of the time that the step's process waits for a batch, how
-often the step is compiled, and how the memory of all processes grows.
+OctNet3 trains, with the paper's bounds. Three figures: the share of the time that the step's process waits
+for a batch, how often the step is compiled, and how the memory of all processes grows.
 """
 
 import argparse
@@ -26,13 +27,14 @@ from flax import nnx
 import ilajax
 from experiments import frame
 from experiments.data.loader import feed
-from experiments.data.point_sets import Clouds, PointSets, load_point_sets, make_point_sets
+from experiments.data.sets import Dataset, add_data, load_dataset
 from experiments.summary import Cells, summary_table
 from experiments.timing import headline, provenance, show
 from experiments.training import train_step
+from ilajax.models.octnet3 import TABLE_2
 
-RESOLUTION = 32
-BOUNDS = (0.04, 0.12, 0.28)
+RESOLUTION, BATCH_SIZE = 32, 8
+RESOLUTIONS = tuple(r for r, net in TABLE_2.items() if len(net.input_shape) == 3)
 COMPILED = "/jax/core/compile/backend_compile_duration"  # the event that JAX reports
 MOMENTS = 10  # at which memory is read
 
@@ -42,21 +44,30 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        if options.data_dir:
-            sets = load_point_sets(options.data_dir / "train.npz")
-        else:
-            sets = make_point_sets(options.clouds, 2048, seed=0)
-        if len(sets) < options.batch_size:
-            raise ValueError(f"--batch-size {options.batch_size} is more than {len(sets)} clouds.")
+        data = load_dataset(
+            options.data,
+            options.data_dir,
+            resolution=options.resolution,
+            capacity=options.capacity,
+            seed=options.seed,
+            jitter=options.jitter,
+            train_size=options.shapes,
+            test_size=0,
+        )
+        if len(data.training) < options.batch_size:
+            raise ValueError(
+                f"--batch-size {options.batch_size} is more than {len(data.training)} samples."
+            )
     except (OSError, ValueError) as error:
         parser.error(str(error))
     record: dict[str, Any] = provenance("feeding", arguments)
     record["versions"]["grain"] = version("grain")
     record["options"] = {k: v for k, v in vars(options).items() if not isinstance(v, Path)}
-    record["clouds"] = len(sets)
+    record["samples"] = len(data.training)
+    record["bounds"] = TABLE_2[options.resolution].density_bounds
     with frame.Reporter() as reporter:
         reporter.print(headline(record))
-        record |= measure(options, sets, reporter)
+        record |= measure(options, data, reporter)
         cells = [_summary(record), _memory(record)]
         for table in cells:
             reporter.print(summary_table(table))
@@ -64,23 +75,23 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         frame.write_json(written[1], record)
         _write(written[0], record, cells)
         if options.report:
-            written += frame.report(options.report, "feeding", written)
+            written += frame.report(options.report, _stem(options), written)
         reporter.print("wrote " + ", ".join(map(str, written)))
     return record
 
 
-def measure(
-    options: argparse.Namespace, sets: PointSets, reporter: frame.Reporter
-) -> dict[str, Any]:
+def measure(options: argparse.Namespace, data: Dataset, reporter: frame.Reporter) -> dict[str, Any]:
     """Takes the batches one by one, and trains on each unless there is `no_step`."""
-    capacity = options.capacity or sets.points.shape[1]
-    source = Clouds(sets, RESOLUTION, capacity, seed=options.seed)
     # More epochs than are taken: a worker that has no more to do ends, and its memory with it.
     epochs = options.batches + 100
     fed = feed(
-        source, options.batch_size, seed=options.seed, epochs=epochs, workers=options.workers
+        data.training,
+        options.batch_size,
+        seed=options.seed,
+        epochs=epochs,
+        workers=options.workers,
     )
-    step = None if options.no_step else _step(len(sets.class_names), options.seed)
+    step = None if options.no_step else _step(options, len(data.class_names))
     marks = {round(options.batches * n / MOMENTS) for n in range(1, MOMENTS + 1)}
     waiting, stepping, cut, memory = [], [], 0, []
     reporter.begin("feeding", options.batches, 0)
@@ -105,15 +116,16 @@ def measure(
         "waiting_share": seconds["waiting"] / sum(seconds.values()) if step else None,
         "longest_wait_s": max(waiting[1:], default=0.0),
         "compilations": compiled.count("jit(train_step)") if step else None,
+        "capacity": batch.inputs.capacity,
         "voxels_cut": cut,
         "memory": memory,
     }
 
 
-def _step(classes: int, seed: int) -> Callable[..., None]:
+def _step(options: argparse.Namespace, classes: int) -> Callable[..., None]:
     """A training step that returns when it has ended."""
     model = ilajax.models.OctNet3(
-        RESOLUTION, num_classes=classes, density_bounds=BOUNDS, rngs=nnx.Rngs(seed)
+        options.resolution, num_classes=classes, rngs=nnx.Rngs(options.seed)
     )
     recipe = ilajax.optim.sparse_training(model, optax.adam(5e-4))
     optimizer = nnx.Optimizer(model, recipe, wrt=nnx.Param)
@@ -155,6 +167,13 @@ def _resident() -> dict[str, Any]:
     }
 
 
+def _stem(options: argparse.Namespace) -> str:
+    """Of the report's files; at another resolution or batch size they are others."""
+    if (options.resolution, options.batch_size) == (RESOLUTION, BATCH_SIZE):
+        return "feeding"
+    return f"feeding-{options.resolution}-b{options.batch_size}"
+
+
 def _summary(record: dict[str, Any]) -> list[Cells]:
     options, seconds = record["options"], record["seconds"]
     others = max(1, options["batches"] - 1)
@@ -192,7 +211,13 @@ def _memory(record: dict[str, Any]) -> list[Cells]:
 
 def _write(path: Path, record: dict[str, Any], tables: list[list[Cells]]) -> None:
     lines = ["# Feeding", "", f"`{record['command']}`", "", f"{headline(record)}."]
-    lines += ["", f"{record['clouds']:,} clouds, {RESOLUTION}^3 voxels, bounds {BOUNDS}."]
+    resolution, data = record["options"]["resolution"], record["options"]["data"]
+    bounds = ", ".join(map(str, record["bounds"]))
+    lines += [
+        "",
+        f"Data: {data}, {record['samples']:,} samples, {record['capacity']:,} slots each.",
+    ]
+    lines += [f"OctNet3-{resolution}^3 with the bounds {bounds}."]
     for cells in tables:
         lines += ["", *frame.markdown_table(cells)]
     path.write_text("\n".join(lines) + "\n")
@@ -205,22 +230,27 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
+    add_data(parser)
     add(
-        "--data-dir",
-        type=Path,
-        metavar="DIR",
-        help="folder with train.npz of point sets; by default clouds are made on the spot",
+        "--resolution",
+        type=int,
+        choices=RESOLUTIONS,
+        default=RESOLUTION,
+        help="of each of the three axes",
     )
-    add("--clouds", type=frame.positive_int, default=400, metavar="N", help="clouds to make")
+    add(
+        "--jitter", type=frame.not_negative, default=0.0, metavar="V", help="move by up to V voxels"
+    )
+    add("--shapes", type=frame.positive_int, default=400, metavar="N", help="shapes to make")
     add("--batches", type=frame.positive_int, default=1000, metavar="N", help="batches to take")
-    add("--batch-size", type=frame.positive_int, default=8, metavar="N", help="clouds a step")
-    add("--workers", type=workers, default=2, metavar="N", help="processes that make batches")
     add(
-        "--capacity",
+        "--batch-size",
         type=frame.positive_int,
-        metavar="K",
-        help="voxels of a cloud that are kept; by default its number of points, which cuts nothing",
+        default=BATCH_SIZE,
+        metavar="N",
+        help="samples a step",
     )
+    add("--workers", type=workers, default=2, metavar="N", help="processes that make batches")
     add("--seed", type=frame.seed, default=0, metavar="N", help="of weights, order and turns")
     add("--no-step", action="store_true", help="take the batches without training on them")
     add(
@@ -230,7 +260,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for what is written",
     )
-    frame.add_report(parser, "feeding.md and feeding.json")
+    frame.add_report(
+        parser, "feeding.{md,json}, or feeding-R-bN for others than r = 32 and batches of 8,"
+    )
     return parser
 
 

@@ -1,17 +1,19 @@
-"""What the experiments share: argument types, a CSV table, and progress on a terminal or in a log."""
+"""What the experiments share: command lines, a CSV table, and progress on a terminal or in a log."""
 
 import argparse
+import contextlib
 import csv
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 
 # Files of figures that the documentation quotes.
 RESULTS = Path("experiments/results")
@@ -41,25 +43,106 @@ not_negative = number(float, lambda v: v >= 0, "a number of at least 0")
 density_bound = number(float, lambda v: 0 < v <= 1, "a share of the sites in (0, 1]")
 
 
+def parser(name: str, doc: str) -> argparse.ArgumentParser:
+    """The parser of `python -m experiments.<name>`, described by the first line of its docstring."""
+    return argparse.ArgumentParser(
+        prog=f"python -m experiments.{name}",
+        description=doc.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+
+def add_out(parser: argparse.ArgumentParser, default: Path | str) -> None:
+    """Adds --out DIR."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(default),
+        metavar="DIR",
+        help="folder for all that is written; a new run replaces an earlier one's",
+    )
+
+
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    """Adds --resume and --checkpoint-every STEPS."""
+    parser.add_argument(
+        "--checkpoint-every",
+        type=positive_int,
+        metavar="STEPS",
+        help="leave a checkpoint after so many steps too; by default at the ends of epochs only",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in --out that can be read, if there is any",
+    )
+
+
+def run(main: Callable[[], object], *, resumes: bool = True) -> None:
+    """Calls the `main` of an experiment for the shell: what a user can mend is a line, no traceback.
+
+    Args:
+      main: the function.
+      resumes: whether the experiment has --resume, of which a stopped run then reminds.
+
+    Raises:
+      SystemExit: with status 1 and a line for stderr, after Ctrl-C and where a file (a checkpoint too) cannot
+        be read or written.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        how = "; --resume goes on from the last checkpoint" if resumes else ""
+        raise SystemExit(f"stopped{how}") from None
+    except OSError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
 class Table:
-    """A CSV file that is complete after every row, so that a killed run leaves what it measured."""
+    """A CSV file that is complete after every row, so that a killed run leaves what it measured.
+
+    An `OSError` of its methods names the file.
+    """
 
     def __init__(self, path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]] = ()):
         """Starts the file anew with a header and `rows`."""
         self.path = path
         self._columns = list(columns)
-        path.parent.mkdir(parents=True, exist_ok=True)
         # Rows of a resumed run are replaced in one move: a kill in between loses none.
-        fresh = path.with_suffix(".tmp")
-        with fresh.open("w", newline="") as file:
+        with replacing(path) as fresh, fresh.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(fresh, path)
 
     def append(self, row: dict[str, Any]) -> None:
-        with self.path.open("a", newline="") as file:
+        with _named(self.path), self.path.open("a", newline="") as file:
             csv.DictWriter(file, self._columns, restval="").writerow(row)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary path to write, which becomes `path` in one move: a reader never sees half of it.
+
+    Raises:
+      OSError: naming `path`; the temporary file is gone, and an old one at `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".tmp")
+    with _named(path):
+        try:
+            yield fresh
+            os.replace(fresh, path)
+        finally:
+            fresh.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Lets an `OSError` name the file: one of a write, as on a full disk, does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class Reporter:
@@ -75,7 +158,7 @@ class Reporter:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
+            _TimeLeft(),
             console=self.console,
             disable=not self.console.is_terminal,
         )
@@ -91,15 +174,26 @@ class Reporter:
         """Prints a line or a rich object above the bar; a line is not wrapped, for logs to be searched."""
         self.console.print(content, soft_wrap=isinstance(content, str), highlight=False)
 
-    def begin(self, name: str, total: int, done: int) -> None:
-        """Shows a bar of `total` steps, of which `done` are behind."""
+    def begin(self, name: str, total: int, done: int, *, after: int = 0) -> None:
+        """Shows a bar of `total` steps, of which `done` are behind; the time left counts `after` more."""
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
-        self._bar.add_task(name, total=total, completed=done, status="")
+        self._bar.add_task(name, total=total, completed=done, status="", after=after)
 
     def step(self, status: str) -> None:
         for task in self._bar.task_ids:
             self._bar.update(task, advance=1, status=status)
+
+
+class _TimeLeft(ProgressColumn):
+    """The time left at the present speed, for the bar's steps and those that come after it."""
+
+    max_refresh = 0.5  # seconds: digits that change faster cannot be read
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        steps = (task.remaining or 0) + task.fields["after"]
+        return Text(f"{minutes(steps / speed)} left" if speed else "")
 
 
 def minutes(seconds: float) -> str:
@@ -151,8 +245,6 @@ def report(folder: Path, stem: str, written: Sequence[Path]) -> list[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file in one move, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(fresh, path)
+    """Writes a JSON file in one move; an `OSError` names it."""
+    with replacing(path) as fresh:
+        fresh.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,19 +1,25 @@
-"""MNIST under a density bound: OctNet3-24^2 and its dense twin, as in the paper's section 4.
+"""MNIST under density bounds, the paper's section 4: OctNet3-24^2 for a grid of bounds, and its dense twin.
 
-    python -m experiments.mnist                      # both nets on the 10,000 shipped digits
-    python -m experiments.mnist --data-dir FOLDER    # on the original IDX files
-    python -m experiments.mnist --density-bound 0.035 --nets sparse
-    python -m experiments.mnist --resume             # goes on where a run was stopped
+    python -m experiments.mnist                              # seven bounds, on the 10,000 shipped digits
+    python -m experiments.mnist --data-dir FOLDER --seeds 3  # on the original IDX files, with error bars
+    python -m experiments.mnist --density-bounds 0.035 --nets sparse
+    python -m experiments.mnist --resume                     # goes on where a run was stopped
+    python -m experiments.mnist --report    # writes experiments/results/mnist.{csv,json,md,png} too
 
-Both nets start from the same weights and see the same batches. Pixels below 50 are set to zero, the
-others scaled to (0, 1].
+A bound is that of the first block; the second block has twice as much. All nets of a seed start from the
+same weights and see the same batches. Pixels below 50 are set to zero, the others scaled to (0, 1].
+
+Accuracies come from training. Steps are timed at the end, all nets in turn, so that their times can be
+compared whatever else the machine did during training.
 """
 
 import argparse
 import dataclasses
 import functools
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,45 +27,58 @@ import optax
 from flax import nnx
 
 import ilajax
-from experiments import frame
-from experiments.activations import (
-    activation_bytes,
-    dense_densities,
-    feature_maps,
-    paired_channels,
-    sparse_densities,
-)
+from experiments import frame, timing
+from experiments.activations import activation_bytes, dense_densities, sparse_densities
 from experiments.checkpoints import check_options, remove_checkpoints
 from experiments.data.loader import Arrays
 from experiments.data.mnist import CLASSES, Digits, load_mnist
-from experiments.picture import activations_picture
-from experiments.summary import Outcome, summary_cells, summary_table, write_report
-from experiments.timing import machine
-from experiments.training import Run, checkpoint_directory, live_weights, train
+from experiments.mnist_picture import grid_picture
+from experiments.summary import Cells, summary_table
+from experiments.training import Row, Run, checkpoint_directory, train, train_step
 
 RESOLUTION = 24  # the paper's name of the network for 28 x 28 pixels
 PIXEL_THRESHOLD = 50
+BOUNDS = [0.035, 0.045, 0.055, 0.065, 0.075, 0.085, 0.095]
 COLUMNS = [
     *("net", "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "live_weights"),
     *(f"density_conv{number}" for number in range(1, 7)),
     *("seconds_per_step", "seconds"),
 ]
+GRID = ["density_bound", "seed", "test_accuracy", "test_loss", "train_loss", "live_weights"]
 # What changes the bits of a run, and therefore must not change when it goes on.
-FIXED = (
-    "density_bound",
-    "regularisation",
-    "pruning_threshold",
-    "learning_rate",
-    "batch_size",
-    "seed",
-)
+FIXED = ("regularisation", "pruning_threshold", "learning_rate", "batch_size")
 
 
-def main(arguments: list[str] | None = None) -> list[Outcome]:
-    """Runs the experiment; returns what became of each net."""
+class Setting(NamedTuple):
+    """A net of the grid: its first block's density bound, None for the dense twin, and its seed."""
+
+    bound: float | None
+    seed: int
+
+    @property
+    def net(self) -> str:
+        return "dense" if self.bound is None else f"bound-{self.bound:g}"
+
+    @property
+    def name(self) -> str:
+        """What its rows, table and checkpoints are called."""
+        return f"{self.net}-seed-{self.seed}"
+
+
+class Trained(NamedTuple):
+    """What became of a setting: its net, and a row for each epoch."""
+
+    setting: Setting
+    run: Run
+    rows: list[Row]
+
+
+def main(arguments: list[str] | None = None) -> list[Trained]:
+    """Runs the experiment; returns what became of each setting."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    nets = ("dense", "sparse") if options.nets == "both" else (options.nets,)
+    record = timing.provenance("mnist", arguments)
+    settings = _settings(options)
     try:
         training, test = (d.threshold(PIXEL_THRESHOLD) for d in load_mnist(options.data_dir))
         if len(training) < options.batch_size:
@@ -68,8 +87,8 @@ def main(arguments: list[str] | None = None) -> list[Outcome]:
             )
         fixed = {name: getattr(options, name) for name in FIXED}
         fixed["data_dir"] = training.fingerprint()
-        for net in nets:
-            checkpoints = checkpoint_directory(options.out, net)
+        for setting in settings:
+            checkpoints = checkpoint_directory(options.out, setting.name)
             if options.resume:
                 check_options(checkpoints, fixed)
             else:
@@ -77,10 +96,13 @@ def main(arguments: list[str] | None = None) -> list[Outcome]:
         options.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    record["options"] = {name: getattr(options, name) for name in (*FIXED, "epochs")}
+    record["digits"] = {"train": len(training), "test": len(test)}
 
     # Every pixel of every digit finds a slot: the bound acts on the layers, never on the data.
     slots = int(max(training.counts().max(), test.counts().max()))
     with frame.Reporter() as reporter:
+        reporter.print(timing.headline(record))
         reporter.print(
             f"{len(training):,} digits to train, {len(test):,} to test; "
             f"{training.counts().mean() / training.images[0].size:.1%} of the pixels are set, at most "
@@ -88,12 +110,12 @@ def main(arguments: list[str] | None = None) -> list[Outcome]:
         )
         reporter.print(
             "densities: share of sites with a response above 0 behind each convolution, before the "
-            "sparse net's selection"
+            "sparse nets' selection"
         )
-        outcomes = []
-        for net in nets:
-            run = _run(net, options, fixed, slots, test)
-            filter_weights = live_weights(run.model)
+        grid = frame.Table(options.out / "mnist.csv", GRID)
+        trained = []
+        for setting in settings:
+            run = _run(setting, options, fixed, slots, test)
             rows = train(
                 run,
                 Arrays(training.images, training.labels),
@@ -103,19 +125,23 @@ def main(arguments: list[str] | None = None) -> list[Outcome]:
                 columns=COLUMNS,
                 reporter=reporter,
                 checkpoint_every=options.checkpoint_every,
+                epochs_after=options.epochs * (len(settings) - len(trained) - 1),
             )
-            stored = _activation_bytes(run, options)
-            outcomes.append(Outcome(run, rows, filter_weights, stored))
-        reporter.print(summary_table(summary_cells(outcomes)))
-        written = [options.out / f"{net}.csv" for net in nets]
-        if len(outcomes) == 2:
-            written.append(options.out / "activations.png")
-            _draw(written[-1], *(o.run for o in outcomes), test, options.density_bound)
+            trained.append(Trained(setting, run, rows))
+            grid.append(_result(trained[-1]))
+        record["runs"] = [_result(each) | {"epochs": each.rows} for each in trained]
+        reporter.print("timing the nets' steps in turn ...")
+        record["nets"] = _measure(trained, training, options)
+        cells = _cells(record)
+        reporter.print(summary_table(cells))
+        written = [options.out / f"mnist.{suffix}" for suffix in ("csv", "json", "md", "png")]
+        frame.write_json(written[1], record)
+        _write(written[2], record, cells)
+        grid_picture(written[3], record)
         if options.report:
-            written.append(options.report)
-            _report(options, training, test, outcomes)
+            written += frame.report(options.report, "mnist", written)
         reporter.print("wrote " + ", ".join(map(str, written)))
-    return outcomes
+    return trained
 
 
 def dense_input(images: jax.Array) -> jax.Array:
@@ -133,14 +159,14 @@ class SparseInput:
         return ilajax.from_dense(dense_input(images), self.slots)
 
 
-def make_net(bound: float, *, dense: bool, seed: int) -> ilajax.models.OctNet3:
-    """The paper's bounds: rho_21 for the first block, rho_22 = 2 rho_21 for the second."""
+def make_net(bound: float | None, *, seed: int) -> ilajax.models.OctNet3:
+    """The paper's bounds: rho_21 for the first block, 2 rho_21 for the second; None: the dense twin."""
     return ilajax.models.OctNet3(
         RESOLUTION,
         num_classes=CLASSES,
-        density_bounds=(bound, min(1.0, 2 * bound)),
+        density_bounds=None if bound is None else (bound, min(1.0, 2 * bound)),
         rngs=nnx.Rngs(seed),
-        dense=dense,
+        dense=bound is None,
     )
 
 
@@ -153,11 +179,19 @@ def make_transformation(learning_rate: float) -> optax.GradientTransformation:
     return optax.chain(optax.adagrad(learning_rate, initial_accumulator_value=0.0))
 
 
+def _settings(options: argparse.Namespace) -> list[Setting]:
+    """All nets of the first seed first, so that a run that is stopped has covered the grid."""
+    nets: list[float | None] = [None] if options.nets != "sparse" else []
+    nets += sorted(set(options.density_bounds)) if options.nets != "dense" else []
+    seeds = range(options.seed, options.seed + options.seeds)
+    return [Setting(bound, seed) for seed in seeds for bound in nets]
+
+
 def _run(
-    net: str, options: argparse.Namespace, fixed: dict[str, Any], slots: int, test: Digits
+    setting: Setting, options: argparse.Namespace, fixed: dict[str, Any], slots: int, test: Digits
 ) -> Run:
-    dense = net == "dense"
-    model = make_net(options.density_bound, dense=dense, seed=options.seed)
+    dense = setting.bound is None
+    model = make_net(setting.bound, seed=setting.seed)
     transformation = make_transformation(options.learning_rate)
     # The dense twin is the plain baseline.
     if not dense and (options.regularisation or options.pruning_threshold):
@@ -172,7 +206,7 @@ def _run(
         )
     sample = dense_input(test.images[:250])
     return Run(
-        name=net,
+        name=setting.name,
         model=model,
         optimizer=nnx.Optimizer(model, transformation, wrt=nnx.Param),
         to_input=dense_input if dense else SparseInput(slots),
@@ -180,84 +214,145 @@ def _run(
         prunes=not dense and options.pruning_threshold > 0,
         directory=options.out,
         options=fixed,
-        seed=options.seed,
+        seed=setting.seed,
     )
 
 
-def _activation_bytes(run: Run, options: argparse.Namespace) -> int:
-    """Keys and values of every feature map of a batch, or the dense maps."""
-    images = jax.ShapeDtypeStruct((options.batch_size, 28, 28), jnp.uint8)
-    return activation_bytes(run.model, jax.eval_shape(run.to_input, images))
+def _result(trained: Trained) -> Row:
+    """A run's line in the grid's table: what its last epoch says."""
+    last = trained.rows[-1]
+    named = {"density_bound": trained.setting.bound, "seed": trained.setting.seed}
+    return named | {name: last[name] for name in GRID[2:]}
 
 
-def _draw(path: Path, dense: Run, sparse: Run, test: Digits, bound: float) -> None:
-    digits = test.images[:3]
-    for run in (dense, sparse):
-        run.model.eval()
-    images = paired_channels(
-        feature_maps(dense.model, dense.to_input(digits)),
-        feature_maps(sparse.model, sparse.to_input(digits)),
-        ["conv1", "conv2", "conv3"],
+def _measure(
+    trained: Sequence[Trained], training: Digits, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """For each net its accuracies by seed, the memory of its activations, and the time of its step."""
+    first = {each.setting.net: each for each in reversed(trained)}  # of its seeds, the first
+    batch = training.images[: options.batch_size], training.labels[: options.batch_size]
+    timings = timing.side_by_side(
+        {net: _step(first[net].run, *batch) for net in reversed(first)}, budget=options.budget
     )
-    activations_picture(path, digits, *images, bound=bound)
+    steps = len(training) // options.batch_size
+    found = []
+    for net in reversed(first):
+        run = first[net].run
+        accuracies = [e.rows[-1]["test_accuracy"] for e in trained if e.setting.net == net]
+        stored = jax.eval_shape(run.to_input, jax.ShapeDtypeStruct(batch[0].shape, jnp.uint8))
+        found.append(
+            {
+                "net": net,
+                "density_bound": first[net].setting.bound,
+                "test_accuracies": accuracies,
+                "mean": statistics.mean(accuracies),
+                "deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+                "activation_bytes": activation_bytes(run.model, stored),
+                "step": timings.record(net),
+                "epoch_s": timings.median(net) * steps,
+                "times_dense": timings.ratio(net, "dense") if "dense" in first else None,
+            }
+        )
+    return found
 
 
-def _report(
-    options: argparse.Namespace, training: Digits, test: Digits, outcomes: list[Outcome]
-) -> None:
-    second = min(1.0, 2 * options.density_bound)
-    heading = f"Bounds {options.density_bound:g} / {second:g}, seed {options.seed}, {len(training):,} digits"
-    command = ["python -m experiments.mnist", *(["--data-dir MNIST"] if options.data_dir else [])]
-    defaults = _parser()
-    for name in (*FIXED, "epochs", "nets"):
-        value = getattr(options, name)
-        if value != defaults.get_default(name):
-            command.append(f"--{name.replace('_', '-')} {value}")
-    for name in ("regularisation", "pruning_threshold"):
-        if getattr(options, name):
-            heading += f", {name.replace('_', ' ')} {getattr(options, name):g}"
-    notes = [
-        f"`{' '.join(command)}`: {len(training):,} digits to train, {len(test):,} to test, "
-        f"{options.epochs} epochs, batch {options.batch_size}.",
-        "",
-        f"{machine()}.",
+def _step(run: Run, images: Any, labels: Any) -> Callable[[], Any]:
+    """A training step of a copy of the trained net, as the training loop calls it."""
+    structure, state = nnx.split((run.model, run.optimizer))
+    # The step takes the arrays it is given for its own.
+    model, optimizer = nnx.merge(structure, jax.tree.map(jnp.copy, state))
+    model.train()
+    step = nnx.cached_partial(train_step, model, optimizer)
+    return lambda: step(images, labels, jnp.asarray(False), to_input=run.to_input)
+
+
+def _cells(record: dict[str, Any]) -> list[Cells]:
+    """A head, then a line for each net."""
+    cells: list[Cells] = [
+        ("bounds", "test accuracy", "of each seed", "activations", "step", "epoch", "against dense")
     ]
-    write_report(options.report, heading, notes, outcomes)
+    for net in record["nets"]:
+        bound, deviation, times = net["density_bound"], net["deviation"], net["times_dense"]
+        cells.append(
+            (
+                "dense" if bound is None else f"{bound:g} / {min(1.0, 2 * bound):g}",
+                f"{net['mean']:.2%}" + ("" if deviation is None else f" ± {deviation:.2%}"),
+                ", ".join(f"{accuracy:.2%}" for accuracy in net["test_accuracies"]),
+                f"{net['activation_bytes'] / 1e6:.2f} MB",
+                timing.show(net["step"]["median_s"]),
+                timing.show(net["epoch_s"]),
+                "" if times is None else f"x {times:.2f}",
+            )
+        )
+    return cells
+
+
+def _write(path: Path, record: dict[str, Any], cells: Sequence[Cells]) -> None:
+    """The grid, and the test accuracy after each epoch."""
+    digits, options = record["digits"], record["options"]
+    epochs: list[Cells] = [("run", *map(str, range(1, options["epochs"] + 1)))]
+    for run in record["runs"]:
+        name = Setting(run["density_bound"], run["seed"]).name
+        epochs.append((name, *(f"{row['test_accuracy']:.2%}" for row in run["epochs"])))
+    lines = [
+        "# MNIST",
+        "",
+        f"`{record['command']}`: {digits['train']:,} digits to train, {digits['test']:,} to test, "
+        f"{options['epochs']} epochs, batch {options['batch_size']}.",
+        "",
+        f"{timing.headline(record)}.",
+        "",
+        "Accuracy after the last epoch: the mean over the seeds, ± the standard deviation between them. "
+        "Activations: all feature maps of a batch. Epoch: all its training steps, without tests.",
+        "",
+        *frame.markdown_table(cells),
+        "",
+        "![](mnist.png)",
+        "",
+        "Test accuracy after each epoch:",
+        "",
+        *frame.markdown_table(epochs),
+    ]
+    path.write_text("\n".join(lines) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.mnist",
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = frame.parser("mnist", __doc__)
     add = parser.add_argument
     add("--nets", choices=("sparse", "dense", "both"), default="both", help="which nets to train")
     add(
-        "--density-bound",
+        "--density-bounds",
         type=frame.density_bound,
-        default=0.095,
+        nargs="+",
+        default=BOUNDS,
         metavar="RHO",
-        help="bound of the first block, in (0, 1]; the second block has twice as much, at most 1",
+        help="bounds of the first block, in (0, 1]; the second block has twice as much, at most 1",
     )
     add(
         "--regularisation",
         type=frame.not_negative,
         default=0.0,
         metavar="LAMBDA",
-        help="scale of the density-biased L2 of the sparse net, with b1 = b2 = offset = 0.1; 0: none",
+        help="scale of the density-biased L2 of the sparse nets, with b1 = b2 = offset = 0.1; 0: none",
     )
     add(
         "--pruning-threshold",
         type=frame.not_negative,
         default=0.0,
         metavar="W",
-        help="filter weights of the sparse net that stay below it for two epochs go; 0: none",
+        help="filter weights of the sparse nets that stay below it for two epochs go; 0: none",
     )
     add("--learning-rate", type=frame.positive, default=0.01, metavar="RATE", help="Adagrad's rate")
     add("--epochs", type=frame.positive_int, default=10, metavar="N", help="epochs")
     add("--batch-size", type=frame.positive_int, default=32, metavar="N", help="digits a step")
     add("--seed", type=frame.seed, default=0, metavar="N", help="of weights, order and dropout")
+    add(
+        "--seeds",
+        type=frame.positive_int,
+        default=1,
+        metavar="N",
+        help="train every net so often, with seeds from --seed on",
+    )
     add(
         "--data-dir",
         type=Path,
@@ -265,25 +360,17 @@ def _parser() -> argparse.ArgumentParser:
         help="folder with MNIST's four IDX files, plain or .gz; by default the shipped digits",
     )
     add(
-        "--out",
-        type=Path,
-        default=Path("runs/mnist"),
-        metavar="DIR",
-        help="folder for tables, picture and checkpoints; a new run replaces an earlier one's",
+        "--budget",
+        type=frame.positive,
+        default=2.0,
+        metavar="S",
+        help="seconds for timing each net",
     )
-    add(
-        "--checkpoint-every",
-        type=frame.positive_int,
-        metavar="STEPS",
-        help="leave a checkpoint after so many steps too; by default at the ends of epochs only",
-    )
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if any")
-    add("--report", type=Path, metavar="FILE", help="add the summary to this markdown file too")
+    frame.add_out(parser, "runs/mnist")
+    frame.add_resume(parser)
+    frame.add_report(parser, "mnist.{csv,json,md,png}")
     return parser
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; --resume goes on from the last checkpoint") from None
+    frame.run(main)

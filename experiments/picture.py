@@ -13,7 +13,7 @@ from matplotlib.pyplot import get_cmap
 STORED = ListedColormap(get_cmap("magma_r")(np.linspace(0.12, 1.0, 256)))
 
 # Inches.
-CELL, GAP, GROUP_GAP, MARGIN, HEADER = 1.2, 0.07, 0.35, 0.12, 0.62
+CELL, GAP, GROUP_GAP, MARGIN, HEADER = 1.2, 0.07, 0.35, 0.12, 0.5
 
 
 def activations_picture(
@@ -37,7 +37,7 @@ def activations_picture(
     groups = [
         ("", ["input"], [digits]),
         ("dense", layers, dense),
-        (rf"sparse, $\rho_{{up}}$ = {bound:.3g}", layers, sparse),
+        (rf"sparse, $\rho_{{up}}$ = {100 * bound:g}%", layers, sparse),
     ]
     rows, columns = len(digits), 1 + len(dense) + len(sparse)
     width = 2 * MARGIN + columns * CELL + (columns - 3) * GAP + 2 * GROUP_GAP
@@ -46,7 +46,7 @@ def activations_picture(
     left = MARGIN
     for title, names, maps in groups:
         extent = len(names) * CELL + (len(names) - 1) * GAP
-        figure.text((left + extent / 2) / width, 1 - 0.2 / height, title, ha="center", va="center")
+        figure.text((left + extent / 2) / width, 1 - 0.15 / height, title, ha="center", va="center")
         for name, images in zip(names, maps, strict=True):
             for row, image in enumerate(images):
                 bottom = height - HEADER - CELL - row * (CELL + GAP)

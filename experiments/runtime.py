@@ -2,13 +2,13 @@
 
     python -m experiments.runtime                                 # r = 16 to 256, some minutes
     python -m experiments.runtime --data shell                    # a thin surface instead of random sites
-    python -m experiments.runtime --data parts --data-dir ../shared/data/kicad
+    python -m experiments.runtime --data kicad --data-dir ../shared/data/kicad
     python -m experiments.runtime --resolutions 16 32 64 --filter-densities 0.1 1
     python -m experiments.runtime --resume                        # goes on after the last whole resolution
     python -m experiments.runtime --report        # writes experiments/results/runtime.{csv,json,png} too
 
-Batch 1, 1 -> 8 channels, rho = rho_up = 1 / r; generated solids and real parts have the density that
-they have, which is then the bound. Filters have a share rho_f of their weights, once with
+Batch 1, 1 -> 8 channels, rho = rho_up = 1 / r; generated solids, real parts and meshes have the density
+that they have, which is then the bound. Filters have a share rho_f of their weights, once with
 random signs, so that the selection has to choose, and once such that there is nothing to cut. The dense
 convolutions of XLA and, where it is installed, PyTorch get the same data and compute the same. All of
 one resolution is timed in turn, so that ratios hold.
@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.pyplot import get_cmap
 
 import ilajax
 from experiments import frame, peers, timing, workloads
+from experiments.data import sets
 
 OUT_CHANNELS = 8
 PEERS = {"xla": "XLA dense", "torch": "PyTorch dense"}
@@ -46,8 +48,10 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     """Runs the experiment; returns the rows of the table."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.data == "parts" and options.data_dir is None:
-        parser.error("--data parts needs --data-dir, a folder with train.npz")
+    try:
+        sets.check_directory(options.data, options.data_dir)
+    except ValueError as error:
+        parser.error(str(error))
     fixed = {name: getattr(options, name) for name in FIXED}
     path = options.out / f"{options.data}.json"
     rows: list[Row] = []
@@ -127,15 +131,27 @@ def features(
     resolution: int, data: str, seed: int, data_dir: Path | None = None
 ) -> ilajax.SparseTensor:
     """One sample of one channel, with hardly more slots than entries."""
-    if data == "solids":
+    if data == "shapes":
         return workloads.solids(resolution, seed=seed)[0]
-    if data == "parts":
+    if data == "kicad":
         return workloads.parts(resolution, data_dir, seed=seed)[0]
+    if data == "modelnet40":
+        return _mesh(resolution, data_dir, seed)
     slots = ilajax.capacity(1 / resolution, (resolution,) * 3)
     if data == "uniform":
         return workloads.random_sites(resolution, capacity=slots, seed=seed)
     radius = workloads.fitting_radius(resolution, slots)
     return workloads.shell(resolution, subset=None, radius=radius, capacity=slots, seed=seed)
+
+
+def _mesh(resolution: int, data_dir: Path | None, seed: int) -> ilajax.SparseTensor:
+    """A random mesh of the training set, with as many slots as it meets voxels."""
+    data = sets.load_dataset("modelnet40", data_dir, resolution=resolution, capacity=resolution**3)
+    chosen = np.random.default_rng(seed).choice(len(data.training), 1)
+    x = data.training.batch(chosen, epoch=0).inputs
+    slots = int(x.counts.max())
+    keys, values = jnp.asarray(x.keys[..., :slots]), jnp.asarray(x.values[..., :slots])
+    return ilajax.SparseTensor(keys, values, x.spatial_shape)
 
 
 def exponents(rows: Sequence[Row]) -> list[Row]:
@@ -232,11 +248,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--data",
-        choices=("uniform", "shell", "solids", "parts"),
+        choices=("uniform", "shell", *sets.NAMES),
         default="uniform",
-        help="random sites, a sphere's shell, a generated solid's surface, or a real part",
+        help="random sites, a sphere's shell, a generated solid's surface, a real part, or a mesh",
     )
-    add("--data-dir", type=Path, metavar="DIR", help="folder with the train.npz of --data parts")
+    sets.add_directory(parser)
     add(
         "--against",
         nargs="*",

@@ -137,8 +137,9 @@ def train(
     test_batch: int = 250,
     workers: int = 0,
     checkpoint_every: int | None = None,
+    epochs_after: int = 0,
 ) -> list[Row]:
-    """Trains up to `epochs`, from the newest checkpoint on if there is one.
+    """Trains up to `epochs`, from the newest checkpoint that can be read if there is one.
 
     An epoch ends with an evaluation on the test set, a row of the table, and a checkpoint. A run that
     was stopped and goes on from there gives the same bits as one that was not, with any number of workers.
@@ -154,9 +155,16 @@ def train(
       test_batch: samples of a step of the evaluation.
       workers: processes that make the batches; 0: this one does.
       checkpoint_every: steps after which an epoch leaves a checkpoint on its way too.
+      epochs_after: epochs of the nets that are trained after this one, counted in the time left as if they
+        took as long as this one's.
 
     Returns:
       The rows of all epochs, those before the checkpoint too.
+
+    Raises:
+      CheckpointError: if a checkpoint cannot be written, or if there are some and none can be read.
+      OSError: naming the table, if it cannot be written.
+      ValueError: if the checkpoint was made for another network.
     """
     modules = {"model": run.model, "optimizer": run.optimizer}
     steps = len(training) // batch_size
@@ -164,16 +172,15 @@ def train(
         checkpoints = stack.enter_context(Checkpoints(run.checkpoints)) if run.resumable else None
         rows: list[Row] = []
         so_far: list[Step] = []
-        latest = checkpoints.latest() if checkpoints else None
+        latest = checkpoints.restore_newest(modules, reporter.print) if checkpoints else None
         if checkpoints and latest is not None:
-            checkpoints.restore(latest, modules)
             notes = checkpoints.notes(latest)
             rows, so_far = notes["rows"], notes.get("so_far", [])
             reporter.print(f"{run.name}: goes on from {checkpoints.path(latest)}")
         table = Table(run.directory / f"{run.name}.csv", columns, rows)
         step, test_step = _bound_steps(run)
         done = len(rows) * steps + len(so_far)
-        reporter.begin(run.name, epochs * steps, done)
+        reporter.begin(run.name, epochs * steps, done, after=epochs_after * steps)
 
         def save() -> None:
             if checkpoints:
@@ -184,7 +191,8 @@ def train(
         fed = feed(training, batch_size, seed=run.seed, epochs=epochs, start=done, workers=workers)
         stack.enter_context(contextlib.closing(fed))
         for epoch in range(len(rows) + 1, epochs + 1):
-            start = time.perf_counter()
+            # An epoch that was begun before a stop has taken the time of those steps too.
+            start = time.perf_counter() - sum(taken[2] for taken in so_far)
             row = {"net": run.name, "epoch": epoch}
             for number in range(len(so_far) + 1, steps + 1):
                 so_far.append(_timed_step(step, fed, last=number == steps))
@@ -203,7 +211,8 @@ def train(
             so_far = []
             table.append(row)
             save()
-            reporter.print(_line(row, epochs, (epochs - epoch) * row["seconds"], run.bounds))
+            left = (epochs - epoch + epochs_after) * row["seconds"]
+            reporter.print(_line(row, epochs, left, run.bounds))
     return rows
 
 
@@ -266,5 +275,5 @@ def _line(row: Row, epochs: int, left: float, bounds: Mapping[str, float]) -> st
         f"  live weights {row['live_weights']:,}"
         f"{cut}"
         f"  {row['seconds_per_step'] * 1e3:.1f} ms a step"
-        f"  {minutes(row['seconds'])} an epoch, {minutes(left)} left for this net"
+        f"  {minutes(row['seconds'])} an epoch, about {minutes(left)} left"
     )

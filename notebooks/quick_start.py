@@ -186,5 +186,6 @@ accuracy = float((held_out.argmax(axis=1) == labels[1792:]).mean())
 print(f"{accuracy:.1%} of {len(labels) - 1792} digits that it has not seen")
 
 # %% [markdown]
-# Next: `python -m experiments.mnist` trains the paper's network beside its dense twin, with pruning
-# and the density regulariser on request.
+# Next: `k_selection.py` shows in pictures what a bound keeps. `python -m experiments.mnist` trains the
+# paper's network under several bounds beside its dense twin, with pruning and the density regulariser
+# on request.

@@ -4,8 +4,11 @@ import re
 from pathlib import Path
 
 import jupytext
+import numpy as np
 import pytest
 from nbclient import NotebookClient
+
+from experiments.data.mnist import load_mnist
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 
@@ -26,7 +29,38 @@ def test_the_notebook_executes(path):
     text, pictures = execute(path)
     assert "Warning" not in text
     assert pictures > 0
-    if path.stem == "quick_start":
-        (accuracy,) = re.findall(r"([\d.]+)% of 256 digits", text)
-        # Chance is 10 %.
-        assert float(accuracy) > 70
+    CHECKS[path.stem](text)
+
+
+def learned(text):
+    (accuracy,) = re.findall(r"([\d.]+)% of 256 digits", text)
+    # Chance is 10 %.
+    assert float(accuracy) > 70
+
+
+def selected(text):
+    """The tables of kept responses and of pixels with a gradient are those of a selection in NumPy."""
+    pixels = load_mnist(None)[0].images[8].astype(int)
+    pixels[pixels / 256 < 0.2] = 0
+    blurred = np.tensordot([1, 2, 1, 2, 4, 2, 1, 2, 1], patches(pixels), 1)
+    best = np.argsort(-blurred, axis=None, kind="stable")  # equal responses: the lower key first
+    candidates = (blurred > 0).sum()
+    ranked = blurred.ravel()[best] / (16 * 256)
+    for bound, kept in (("0.02", 15), ("0.05", 39), ("0.1", 78), ("0.2", 156)):
+        row = [f"{kept}", f"{candidates - kept}", f"{ranked[kept - 1]:.4f}", f"{ranked[kept]:.4f}"]
+        assert [bound, *row] in [line.split() for line in text.splitlines()]
+    for bound, kept in ((0.005, 3), (0.02, 15), (0.1, 78)):
+        is_kept = np.zeros(blurred.shape, bool)
+        is_kept.flat[best[:kept]] = True
+        reached = (patches(is_kept).any(axis=0) & (pixels > 0)).sum()
+        line = f"bound {bound}: a gradient reaches {reached} of {(pixels > 0).sum()} pixels"
+        assert line in text
+
+
+def patches(image):
+    """For each site what lies in a window of 3 x 3, 0 beyond the border: [9, 28, 28]."""
+    padded = np.pad(image, 1)
+    return np.array([padded[i : i + 28, j : j + 28] for i in range(3) for j in range(3)])
+
+
+CHECKS = {"quick_start": learned, "k_selection": selected}

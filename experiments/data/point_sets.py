@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 import ilajax
+from experiments.data.augment import Pose, check_grid, pose
 from experiments.data.loader import Batch
-from experiments.data.solids import CLASSES, SURFACES
+from experiments.data.solids import CLASSES, LEAN, STRETCH, SURFACES
 
 SCALE = 65535  # of a stored coordinate: 1
 # What a file holds, by name: the kind of number, the axes.
@@ -45,39 +46,41 @@ class PointSets:
 
 @dataclasses.dataclass(frozen=True)
 class Clouds:
-    """A source of training batches: the clouds of a set, each scaled into a grid.
+    """A source of training batches: the clouds of a set, each scaled into a grid, see `Pose.placed`.
 
     Attributes:
       sets: the clouds.
       resolution: of each of the three axes of the grid.
       capacity: voxels of a cloud that are kept; its number of points cuts nothing.
       seed: each cloud is turned about the vertical, another way in each epoch; None: it stays as it is.
+      jitter: voxels that each cloud is moved by at most, along each axis, where there is a seed.
     """
 
     sets: PointSets
     resolution: int
     capacity: int
     seed: int | None = None
+    jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_grid(self.resolution, self.capacity, self.jitter)
 
     def __len__(self) -> int:
         return len(self.sets)
 
     def batch(self, chosen: np.ndarray, epoch: int) -> Batch:
-        clouds = [self._cloud(int(index), epoch) for index in chosen]
         voxels = ilajax.data.voxelize(
-            clouds, spatial_shape=(self.resolution,) * 3, capacity=self.capacity
+            [self._placed(int(index), epoch) for index in chosen],
+            spatial_shape=(self.resolution,) * 3,
+            capacity=self.capacity,
+            voxel_size=1.0,
+            origin=(0.0, 0.0, 0.0),
         )
         return Batch(voxels.tensor, self.sets.label[chosen], voxels.overflow)
 
-    def _cloud(self, index: int, epoch: int) -> np.ndarray:
-        points = self.sets.points[index] / SCALE
-        if self.seed is None:
-            return points
-        # Drawn from its place alone, so that no worker's past and no resumed run makes a difference.
-        angle = np.random.default_rng([self.seed, epoch, index]).uniform(0, 2 * math.pi)
-        x, y, z = points.T
-        cos, sin = math.cos(angle), math.sin(angle)
-        return np.stack([cos * x - sin * y, sin * x + cos * y, z], axis=1)
+    def _placed(self, index: int, epoch: int) -> np.ndarray:
+        points = (self.sets.points[index].T / SCALE).T  # axes first in memory, as `placed` works
+        return pose(self.seed, epoch, index, self.jitter).placed(points, self.resolution)
 
 
 def load_point_sets(path: str | Path) -> PointSets:
@@ -124,7 +127,7 @@ def _array(path: Path, file: Any, name: str) -> np.ndarray:
 
 
 def make_point_sets(count: int, points: int, *, seed: int) -> PointSets:
-    """Clouds on the surfaces of solids; the classes take turns.
+    """Clouds on the surfaces of solids: stretched, turned and leant over at random; the classes take turns.
 
     Args:
       count: how many clouds.
@@ -134,12 +137,24 @@ def make_point_sets(count: int, points: int, *, seed: int) -> PointSets:
     stored = np.empty((count, points, 3), np.uint16)
     label = np.arange(count, dtype=np.int32) % len(CLASSES)
     for number, cloud in enumerate(stored):
-        surface = SURFACES[CLASSES[label[number]]]
-        cloud[:] = _into_the_cube(surface(points, np.random.default_rng([seed, number])))
+        rng = np.random.default_rng([seed, number])
+        surface = SURFACES[CLASSES[label[number]]](points, rng)
+        cloud[:] = _into_the_cube(surface * rng.uniform(STRETCH, 1, 3) @ _leaning(rng))
     names = np.array([f"{CLASSES[at]}-{number}" for number, at in enumerate(label)], dtype=np.str_)
     return PointSets(stored, label, np.array(CLASSES), names)
 
 
+def _leaning(rng: np.random.Generator) -> np.ndarray:
+    """A turn about the vertical, one by at most `LEAN` about a horizontal axis, and one more."""
+    first, last = (
+        Pose(angle).turned(np.eye(3)) for angle in rng.uniform(0, 2 * math.pi, 2).tolist()
+    )
+    upright = Pose(rng.uniform(0, LEAN)).turned(np.eye(3))
+    return first @ np.roll(upright, 1, axis=(0, 1)) @ last
+
+
 def _into_the_cube(cloud: np.ndarray) -> np.ndarray:
-    low, high = cloud.min(axis=0), cloud.max(axis=0)
-    return np.rint(SCALE * ((cloud - (low + high) / 2) / (high - low).max() + 0.5))
+    axes = np.ascontiguousarray(cloud.T)  # axes first, so that NumPy runs along the points
+    low, high = axes.min(axis=1, keepdims=True), axes.max(axis=1, keepdims=True)
+    unit = (axes - (low + high) / 2) / (high - low).max() + 0.5
+    return np.rint(SCALE * unit).T

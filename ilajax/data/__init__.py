@@ -1,5 +1,6 @@
 """From raw data to batches, in NumPy alone: for the workers of a data loader."""
 
+from ilajax.data.meshes import mesh_voxels
 from ilajax.data.voxelize import Voxels, voxelize
 
-__all__ = ["Voxels", "voxelize"]
+__all__ = ["Voxels", "mesh_voxels", "voxelize"]

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ilajax.data._place import axes_first, column, in_voxels, spacing
 from ilajax.geometry import check_spatial_shape
 from ilajax.ops.points import from_points
 from ilajax.sparse_tensor import SparseTensor
@@ -83,108 +84,54 @@ def voxelize(
     """
     spatial_shape = check_spatial_shape(spatial_shape)
     rank = len(spatial_shape)
-    positions = [_cloud(i, cloud, rank) for i, cloud in enumerate(clouds)]
+    positions = [axes_first(f"clouds[{i}]", cloud, rank) for i, cloud in enumerate(clouds)]
     if not positions:
         raise ValueError("clouds must hold at least one cloud, got none.")
-    if voxel_size is None:
-        if origin is not None:
-            raise ValueError(
-                "origin needs a voxel_size: without one each cloud is scaled into the grid. Give both."
-            )
-        places = [_scaled(p, spatial_shape) for p in positions]
-    else:
-        edge = _per_axis("voxel_size", voxel_size, rank)
-        if (edge <= 0).any():
-            raise ValueError(f"voxel_size must be above 0, got {voxel_size!r}.")
-        corner = None if origin is None else _per_axis("origin", origin, rank)
-        places = [
-            np.floor((p - (_minimum(p) if corner is None else corner)) / edge) for p in positions
-        ]
+    grid = spacing(voxel_size, origin, rank)
     sizes = [p.shape[1] for p in positions]
-    place = np.concatenate(places, axis=1)
-    inside = ((place >= 0) & (place < _column(spatial_shape))).all(axis=0)
     sample = np.repeat(np.arange(len(sizes)), sizes)
     if features is None:
         channels = np.ones((len(sample), 1), np.float32)
     else:
         channels = _joined("features", features, sizes, "[N, C]")
         _check_features(channels, sample)
-    tensor, overflow, slots = from_points(
-        np.where(inside, place, 0).astype(np.int64).T,
-        channels,
-        np.where(inside, sample, -1),
-        spatial_shape=spatial_shape,
-        batch_size=len(sizes),
-        capacity=capacity,
-        reduce=reduce,
-        overflow="drop",
-        return_overflow=True,
-        return_slots=True,
+    # Cloud by cloud, so that what belongs to one stays in the cache.
+    packed, outside = [], []
+    for points, rows in zip(positions, np.split(channels, np.cumsum(sizes)[:-1]), strict=True):
+        place = np.floor(in_voxels(points, spatial_shape, grid))
+        if grid.edge is None:
+            place = place.clip(0, column(spatial_shape) - 1)
+        inside = ((place >= 0) & (place < column(spatial_shape))).all(axis=0)
+        outside.append(np.count_nonzero(~inside))
+        packed.append(
+            from_points(
+                np.where(inside, place, 0).astype(np.int32).T,
+                rows,
+                np.where(inside, 0, -1),
+                spatial_shape=spatial_shape,
+                batch_size=1,
+                capacity=capacity,
+                reduce=reduce,
+                overflow="drop",
+                return_overflow=True,
+                return_slots=True,
+            )
+        )
+    tensors, overflow, slots = zip(*packed, strict=True)
+    keys, values = (
+        np.concatenate([getattr(x, name) for x in tensors]) for name in ("keys", "values")
     )
     majority = None
     if labels is not None:
-        shape = (len(sizes), tensor.capacity)
-        majority = _majority(_joined("labels", labels, sizes, "[N]"), sample, slots, shape)
-    outside = np.bincount(sample[~inside], minlength=len(sizes)).astype(np.int32)
-    slots_of = np.split(slots, np.cumsum(sizes)[:-1])
-    return Voxels(tensor, slots_of, majority, overflow, outside)
-
-
-def _cloud(index: int, cloud: Any, rank: int) -> np.ndarray:
-    """The positions, float64[d, N]: axes first, so that NumPy runs along the points."""
-    points = np.asarray(cloud)
-    if points.size == 0:
-        return np.zeros((rank, 0))  # an empty list too
-    if points.ndim != 2 or points.shape[1] != rank:
-        raise ValueError(
-            f"clouds[{index}] must have shape [N, {rank}], a position on each axis of the grid, got "
-            f"{points.shape}."
-        )
-    try:
-        axes = points.T.astype(np.float64, order="C", casting="same_kind")
-    except TypeError:
-        raise TypeError(f"clouds[{index}] must hold numbers, got {points.dtype}.") from None
-    wrong = ~np.isfinite(axes).all(axis=0)
-    if wrong.any():
-        point = int(np.argmax(wrong))
-        raise ValueError(
-            f"clouds[{index}] has a position that is not finite, {points[point].tolist()}, at point {point} "
-            f"({int(wrong.sum())} such points). Drop them first."
-        )
-    return axes
-
-
-def _scaled(points: np.ndarray, spatial_shape: tuple[int, ...]) -> np.ndarray:
-    """The voxel of each point of a cloud that is scaled into the grid and centred."""
-    if not points.size:
-        return points
-    extent = _column(spatial_shape)
-    low = _minimum(points)
-    box = points.max(axis=1, keepdims=True) - low
-    edge = (box / extent).max() or 1.0  # all points in one place: in the middle of the grid
-    position = (points - low) / edge + (extent - box / edge) / 2
-    return np.floor(position).clip(0, extent - 1)
-
-
-def _minimum(points: np.ndarray) -> np.ndarray:
-    return points.min(axis=1, keepdims=True, initial=np.inf)
-
-
-def _column(numbers: Sequence[int]) -> np.ndarray:
-    return np.array(numbers)[:, None]
-
-
-def _per_axis(argument: str, value: Any, rank: int) -> np.ndarray:
-    """float64[d, 1]."""
-    try:
-        numbers = np.broadcast_to(np.asarray(value, np.float64), (rank,))
-    except (TypeError, ValueError):
-        numbers = np.array([np.nan])
-    if not np.isfinite(numbers).all():
-        raise ValueError(
-            f"{argument} must be a finite number, or {rank} of them, one for each axis, got {value!r}."
-        )
-    return numbers[:, None]
+        voters = _joined("labels", labels, sizes, "[N]")
+        majority = _majority(voters, sample, np.concatenate(slots), (len(sizes), capacity))
+    return Voxels(
+        SparseTensor(keys, values, spatial_shape),  # type: ignore[arg-type]
+        list(slots),
+        majority,
+        np.concatenate(overflow),
+        np.array(outside, np.int32),
+    )
 
 
 def _joined(argument: str, parts: Sequence[Any], sizes: list[int], axes: str) -> np.ndarray:

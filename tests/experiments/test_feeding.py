@@ -11,13 +11,11 @@ from experiments.data.point_sets import make_point_sets
 pytest.importorskip("grain")  # a machine with a GPU may have none
 feeding = pytest.importorskip("experiments.feeding")
 
-SMALL = ["--clouds", "16", "--batch-size", "4", "--batches", "10", "--out"]
+SMALL = ["--shapes", "16", "--batch-size", "4", "--batches", "10", "--resolution", "16", "--out"]
 
 
-def test_it_trains_and_says_what_it_saw(tmp_path, capsys, monkeypatch):
+def test_it_trains_and_says_what_it_saw(tmp_path, capsys):
     """Catches a step that compiles for each batch, and workers whose memory is not seen."""
-    monkeypatch.setattr(feeding, "RESOLUTION", 16)
-    monkeypatch.setattr(feeding, "BOUNDS", (0.08, 0.24))
     record = feeding.main([*SMALL, str(tmp_path / "out"), "--report", str(tmp_path / "report")])
     assert record["compilations"] == 1
     assert 0 < record["waiting_share"] < 1
@@ -27,18 +25,21 @@ def test_it_trains_and_says_what_it_saw(tmp_path, capsys, monkeypatch):
         assert len(at["workers"]) == 2
         assert min(at["parent"], *at["workers"]) > 50e6
     assert "compilations of the step" in capsys.readouterr().out
-    for folder in ("out", "report"):
-        stored = json.loads((tmp_path / folder / "feeding.json").read_text())
+    for stem in (tmp_path / "out" / "feeding", tmp_path / "report" / "feeding-16-b4"):
+        stored = json.loads(stem.with_suffix(".json").read_text())
         assert stored["waiting_share"] == record["waiting_share"]
-        assert "| compilations of the step | 1 |" in (tmp_path / folder / "feeding.md").read_text()
+        table = stem.with_suffix(".md").read_text()
+        assert "| compilations of the step | 1 |" in table
+        assert "Data: shapes, 16 samples, 1,536 slots each" in table
 
 
 def test_without_a_step(tmp_path):
     """Catches a file that is not read, and cut voxels that are not summed."""
-    np.savez(tmp_path / "train.npz", **vars(make_point_sets(9, 100, seed=0)))
-    more = ["--no-step", "--workers", "0", "--data-dir", str(tmp_path), "--capacity", "20"]
-    record = feeding.main([*SMALL, str(tmp_path), *more])
-    assert record["clouds"] == 9
+    for part in ("train", "test"):
+        np.savez(tmp_path / f"{part}.npz", **vars(make_point_sets(9, 100, seed=0)))
+    more = ["--no-step", "--workers", "0", "--data", "kicad", "--data-dir", str(tmp_path)]
+    record = feeding.main([*SMALL, str(tmp_path), *more, "--capacity", "20"])
+    assert (record["samples"], record["capacity"]) == (9, 20)
     assert record["voxels_cut"] > 1000
     assert record["compilations"] is record["waiting_share"] is None
     assert record["memory"][-1]["workers"] == []
@@ -47,8 +48,11 @@ def test_without_a_step(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--data-dir", "nowhere"], "no file .*train.npz"),
-        (["--clouds", "3"], "--batch-size 8 is more than 3 clouds"),
+        (["--data", "kicad"], "--data kicad needs --data-dir"),
+        (["--data", "kicad", "--data-dir", "nowhere"], "no file .*train.npz"),
+        (["--shapes", "3"], "--batch-size 8 is more than 3 samples"),
+        (["--resolution", "24"], "invalid choice: 24"),
+        (["--jitter", "16", "--shapes", "8"], r"jitter must be in \[0, 16\)"),
         (["--workers", "-1"], "at least 0"),
     ],
 )

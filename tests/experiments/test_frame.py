@@ -1,11 +1,17 @@
 """Tables, sections and progress."""
 
 import csv
+import errno
 import io
+import json
+import re
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 
-from experiments.frame import Reporter, Table, minutes, write_section
+from experiments import frame
+from experiments.frame import Reporter, Table, minutes, write_json, write_section
 
 
 def test_a_table_is_complete_after_every_row(tmp_path):
@@ -48,5 +54,68 @@ def test_a_terminal_gets_a_bar():
     assert "loss 1.0" in shown
 
 
+def test_the_time_left_counts_the_nets_to_come():
+    now = [0.0]
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=120, get_time=lambda: now[0])
+    with Reporter(console) as reporter:
+        reporter.begin("sparse", total=100, done=0, after=300)
+        for _ in range(10):  # a step takes two seconds: 390 are to come
+            now[0] += 2
+            reporter.step("")
+    assert "13:00 left" in output.getvalue()
+
+
 def test_minutes():
     assert [minutes(s) for s in (0, 59.6, 61, 3600)] == ["0:00", "1:00", "1:01", "60:00"]
+
+
+def test_a_full_disk_is_reported_with_the_name_of_the_file(tmp_path):
+    """/dev/full is one: it takes nothing."""
+    table = Table(tmp_path / "table.csv", ["epoch"])
+    table.path.unlink()
+    table.path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*table\.csv'") as raised:
+        table.append({"epoch": 1})
+    assert raised.value.errno == errno.ENOSPC
+
+    path = tmp_path / "record.json"
+    write_json(path, {"a": 1})
+    path.with_suffix(".tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*record\.json'"):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert not path.with_suffix(".tmp").is_symlink()
+
+
+def test_the_command_line_of_an_experiment():
+    parser = frame.parser("some", "What it does.\n\nMore.")
+    frame.add_out(parser, "runs/some")
+    frame.add_resume(parser)
+    options = parser.parse_args([])
+    assert (options.out, options.resume, options.checkpoint_every) == (
+        Path("runs/some"),
+        False,
+        None,
+    )
+    assert parser.parse_args(["--checkpoint-every", "3"]).checkpoint_every == 3
+    text = re.sub(r"\s+", " ", parser.format_help())
+    assert text.startswith("usage: python -m experiments.some")
+    assert "What it does. options:" in text
+    assert "replaces an earlier one's (default: runs/some)" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (KeyboardInterrupt(), "stopped; --resume goes on from the last checkpoint"),
+        (OSError(errno.ENOSPC, "No space left", "a"), "error: [Errno 28] No space left: 'a'"),
+    ],
+)
+def test_what_a_user_can_mend_ends_with_a_line(error, line):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as raised:
+        frame.run(main)
+    assert raised.value.code == line  # Python writes it to stderr and ends with status 1

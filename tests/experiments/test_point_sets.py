@@ -1,7 +1,5 @@
 """Point clouds with labels: files of the kicad set's format, clouds made on the spot, and both as voxels."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -71,6 +69,9 @@ def test_a_seed_makes_the_same_clouds():
     np.testing.assert_array_equal(again.points, SETS.points[:8])
     assert (make_point_sets(8, 50, seed=1).points != again.points).any()
     assert list(again.class_names[again.label]) == CLASSES
+    # Two of a class are no copies: boxes of other proportions.
+    sizes = [np.ptp(SETS.points[i].astype(int), axis=0) for i in (0, 8)]
+    assert np.abs(sizes[0] - sizes[1]).max() > SCALE / 50
     box = again.points.max(axis=1).astype(int) - again.points.min(axis=1)
     np.testing.assert_array_equal(box.max(axis=1), SCALE)
 
@@ -112,7 +113,31 @@ def test_a_turn_is_a_function_of_seed_epoch_and_cloud():
         Clouds(SETS, 16, 50, seed=4).batch(np.array([4]), epoch=2),
     ):
         assert (other.inputs.keys != one).any()
-    # About the vertical, and nothing but turned: heights, and distances from the axis, stay.
-    turned, plain = clouds._cloud(4, 2), dataclasses.replace(clouds, seed=None)._cloud(4, 2)
-    np.testing.assert_allclose(turned[:, 2], plain[:, 2])
-    np.testing.assert_allclose(np.hypot(*turned.T[:2]), np.hypot(*plain.T[:2]))
+
+
+def test_a_shape_is_moved_by_its_jitter():
+    """Catches a shift that leaves the grid, comes without a seed, or is the same for all."""
+    still = Clouds(SETS, 16, 50, jitter=2.5).batch(np.array([1]), epoch=1).inputs.coordinates()
+    assert still.min() >= 2  # the margin
+    moved = Clouds(SETS, 16, 50, seed=3, jitter=2.5)
+    lowest = {
+        moved.batch(np.array([1]), epoch=e).inputs.coordinates()[..., 2].min() for e in range(9)
+    }
+    assert len(lowest) > 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"jitter": 4.0}, r"jitter must be in \[0, 4\), less than half the 8 voxels .* got 4.0"),
+        ({"jitter": -0.5}, "jitter must be .* got -0.5"),
+        ({"jitter": float("nan")}, "jitter must be .* got nan"),
+        ({"capacity": 0}, "capacity must be at least 1, got 0"),
+        ({"resolution": 0}, "at least one site"),
+        ({"resolution": 1291}, "keys are int32"),
+    ],
+)
+def test_a_wrong_number_is_named(changes, expected):
+    """Catches a number that shows in a worker, or as a cloud that is turned inside out."""
+    with pytest.raises(ValueError, match=expected):
+        Clouds(**{"sets": SETS, "resolution": 8, "capacity": 50} | changes)

@@ -3,9 +3,11 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 
-from experiments import runtime
+from experiments import runtime, workloads
+from experiments.data.point_sets import make_point_sets
 
 OPTIONS = ["--filter-densities", "0.2", "1", "--against", "xla", "--budget", "0.01"]
 
@@ -63,9 +65,43 @@ def test_a_thin_surface():
     assert 0.75 < x.counts[0, 0] / 256 <= 1
 
 
-def test_parts_need_their_folder(tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--data", "kicad"], "kicad needs --data-dir DIR, a folder with train.npz"),
+        (["--data", "modelnet40"], "modelnet40 needs --data-dir DIR, a folder with CLASS"),
+        (["--data", "shell", "--data-dir", "x"], "shell is made on the spot"),
+    ],
+)
+def test_a_folder_where_one_is_needed(tmp_path, capsys, arguments, expected):
+    """Catches a folder that is not looked at, and one that is missed after minutes."""
     with pytest.raises(SystemExit):
-        runtime.main(["--data", "parts", "--out", str(tmp_path)])
+        runtime.main([*arguments, "--out", str(tmp_path)])
+    assert expected in capsys.readouterr().err
+
+
+def test_shapes_and_kicad_are_those_of_the_workloads(tmp_path):
+    """Catches names that stand for other data than in earlier runs."""
+    np.savez(tmp_path / "train.npz", **vars(make_point_sets(3, 100, seed=0)))
+    for got, want in (
+        (runtime.features(8, "shapes", seed=2), workloads.solids(8, seed=2)),
+        (runtime.features(8, "kicad", 2, tmp_path), workloads.parts(8, tmp_path, seed=2)),
+    ):
+        np.testing.assert_array_equal(got.validate().keys, want[0].keys)
+
+
+def test_a_mesh_has_a_slot_for_each_voxel(tmp_path):
+    """Catches slots that nothing lies in, which the sparse convolution would be timed with."""
+    pytest.importorskip("trimesh")
+    for part in ("train", "test"):
+        folder = tmp_path / "plate" / part
+        folder.mkdir(parents=True)
+        (folder / "plate_0001.off").write_text("OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n")
+    x = runtime.features(16, "modelnet40", 0, tmp_path).validate()
+    # The triangle meets the voxels below its diagonal, and on it those that it touches.
+    assert x.capacity == x.counts[0, 0]
+    assert 16 * 15 / 2 < x.capacity <= 16 * 17 / 2 + 15
+    assert float(x.values.min()) == float(x.values.max()) == 1
 
 
 def test_exponents_are_of_large_grids_only():

@@ -1,6 +1,7 @@
 """OctNet3: table 2, and that the sparse network and its dense twin are one."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -27,29 +28,74 @@ PRINTED = {
     128: (3, SPARSE_3, DENSE_2, 8**3 * 40),
     256: (3, SPARSE_3, DENSE_3, 8**3 * 48),
 }
-
-
-def bounds(resolution):
-    return (0.02, 0.04, 0.08)[: len(TABLE_2[resolution].sparse)]
+# The text's bounds, one for each sparse block; for 256^3 it has none.
+BOUNDS = {
+    16: (0.33, 0.33),
+    24: (0.095, 0.19),
+    32: (0.14, 0.33, 0.66),
+    64: (0.06, 0.14, 0.33),
+    128: (0.02, 0.06, 0.14),
+    256: (0.01, 0.02, 0.06),
+}
 
 
 @pytest.mark.parametrize("resolution", PRINTED)
 def test_layers_are_those_of_table_2(resolution):
     rank, sparse, dense, features = PRINTED[resolution]
-    model = nnx.eval_shape(
-        lambda: OctNet3(
-            resolution, num_classes=40, density_bounds=bounds(resolution), rngs=nnx.Rngs(0)
-        )
-    )
+    model = nnx.eval_shape(lambda: OctNet3(resolution, num_classes=40, rngs=nnx.Rngs(0)))
     convs = [conv for block in model.blocks for conv in (block.conv1, block.conv2, block.conv3)]
     assert [(conv.in_features, conv.out_features) for conv in convs] == sparse + dense
     assert all(conv.kernel_size == (3,) * rank for conv in convs)
     kinds = [ilajax.nn.Conv] * len(sparse) + [nnx.Conv] * len(dense)
     assert [type(conv) for conv in convs] == kinds
-    assert [c.density_bound for c in convs[: len(sparse)]] == list(np.repeat(bounds(resolution), 3))
+    expected = list(np.repeat(BOUNDS[resolution], 3))
+    assert [conv.density_bound for conv in convs[: len(sparse)]] == expected
     assert model.hidden.kernel.shape == (features, 1024)
     assert model.logits.kernel.shape == (1024, 40)
     assert model.dropout.rate == 0.5
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("resolution", PRINTED)
+def test_summary_is_that_of_table_2(resolution, dense):
+    rank, sparse, behind, features = PRINTED[resolution]
+    size, convs = 28 if rank == 2 else resolution, sparse + behind
+    expected = []
+    for number, (before, after) in enumerate(convs):
+        block, conv = divmod(number, 3)
+        if number and conv == 0:
+            size //= 2
+            # As many slots as before the pooling, at most one a site: it never cuts.
+            slots = expected[-1][2] and min(expected[-1][2], size**rank)
+            expected.append((f"pool{block}", (*(size,) * rank, before), slots, 0))
+        bounded = number < len(sparse) and not dense
+        slots = int(BOUNDS[resolution][block] * size**rank) if bounded else None
+        name, shape = f"blocks.{block}.conv{conv + 1}", (*(size,) * rank, after)
+        expected.append((name, shape, slots, 3**rank * before * after + after))
+        if number + 1 == len(sparse) and not dense:
+            expected.append(("to_dense", shape, None, 0))
+    expected.append(("dropout", (features,), None, 0))
+    expected.append(("hidden", (1024,), None, features * 1024 + 1024))
+    expected.append(("logits", (40,), None, 1024 * 40 + 40))
+
+    model = nnx.eval_shape(
+        lambda: OctNet3(resolution, num_classes=40, dense=dense, rngs=nnx.Rngs(0))
+    )
+    layers = model.layers()
+    assert [(x.name, x.shape, x.capacity, x.parameters) for x in layers] == expected
+    for layer in layers:
+        *grid, channels = layer.shape
+        stored = 4 * np.prod(grid) if layer.capacity is None else 8 * layer.capacity
+        assert layer.bytes == stored * channels
+    parameters = sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    total, *_ = re.findall(r"all +([\d,]+)", model.summary())
+    assert int(total.replace(",", "")) == parameters
+
+
+def test_a_summary_leaves_the_model_as_it_is():
+    model, _ = twins_24()
+    assert re.search(r"blocks.0.conv2 +28\^2 x 8 +1 +784 +584 +50,176", model.summary())
+    assert (model.blocks[0].conv1.density[...] == -1).all()
 
 
 def tensor_shape(grid, capacity=50):
@@ -64,7 +110,7 @@ def tensor_shape(grid, capacity=50):
 def test_shapes_fit_from_the_input_to_the_logits(resolution):
     def run(x):
         rngs = nnx.Rngs(0)
-        return OctNet3(resolution, num_classes=7, density_bounds=bounds(resolution), rngs=rngs)(x)
+        return OctNet3(resolution, num_classes=7, rngs=rngs)(x)
 
     assert jax.eval_shape(run, tensor_shape(TABLE_2[resolution].input_shape)).shape == (2, 7)
 
@@ -94,7 +140,7 @@ forward = nnx.jit(lambda model, x: model(x))
 @pytest.mark.parametrize("select", ["positive", "value", "magnitude"])
 def test_equals_its_dense_twin_at_bounds_of_one(select, monkeypatch):
     # As 64^3 and up, a dense block behind two sparse ones; but small.
-    monkeypatch.setitem(TABLE_2, 8, Architecture((8, 8), (2, 3), (4,)))
+    monkeypatch.setitem(TABLE_2, 8, Architecture((8, 8), (2, 3), (1.0, 1.0), (4,)))
     sparse, dense = twins(8, select=select, kernel_init=drawn.kernel_init)
     sparse.eval()
     dense.eval()
@@ -162,8 +208,7 @@ def test_sparse_filters_and_dtypes_reach_the_layers():
         ({"resolution": 28}, r"resolution must be one of \(16, 24, 32, 64, 128, 256\), got 28"),
         ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
         ({"in_features": -1}, "in_features must be at least 1"),
-        ({"density_bounds": None}, "density_bounds must have one bound .* 2 sparse blocks"),
-        ({"density_bounds": 0.1}, "density_bounds must have one bound"),
+        ({"density_bounds": 0.1}, "density_bounds must have one bound .* 2 sparse blocks"),
         ({"density_bounds": (0.1,)}, "density_bounds must have one bound"),
         ({"density_bounds": (0.1, 0.0)}, r"density_bound must lie in \(0, 1\]"),
         ({"dropout": 1.0}, r"dropout must be a rate in \[0, 1\)"),

@@ -1,0 +1,106 @@
+"""How a sample stands in its grid: turned about the vertical, scaled, moved by a few voxels."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from ilajax.geometry import check_spatial_shape
+from ilajax.ops.k_select import check_capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class Pose:
+    """Where a shape stands in a cubic grid.
+
+    Attributes:
+      angle: radians about the vertical, which is the last axis; 0 leaves every bit as it is.
+      shift: along each axis, in voxels.
+      margin: voxels that scaling leaves free at each border of the grid; no less than any |shift|.
+    """
+
+    angle: float = 0.0
+    shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not max(map(abs, self.shift)) <= self.margin:
+            raise ValueError(
+                f"shift must be at most the margin along each axis, {self.margin} voxels, or parts leave the "
+                f"grid, got {self.shift}."
+            )
+
+    def turned(self, points: np.ndarray) -> np.ndarray:
+        """The points [N, 3], x, y and z, turned about the z axis: float64[N, 3]."""
+        return self._turned(points).T
+
+    def placed(self, points: np.ndarray, resolution: int) -> np.ndarray:
+        """Positions in a grid of `resolution` voxels along each axis, in voxels.
+
+        The points are turned. Then one scale for all axes, so that shapes keep their proportions, lets the
+        longest edge of their box reach from border to border, less the margin on both sides. The box is
+        centred and moved by the shift. Without a margin that is how `ilajax.data.voxelize` scales a cloud.
+        The paper names no normalisation; this one is ours.
+
+        A point on the upper border of the grid belongs to the last voxel. Points that are all in one place
+        come to the middle of the grid.
+
+        Args:
+          points: [N, 3], x, y and z, finite.
+          resolution: of each of the three axes, above twice the margin.
+
+        Returns:
+          float64[N, 3], all in [0, resolution): `floor` gives the voxel.
+        """
+        position = self._turned(points)
+        if not position.size:
+            return position.T
+        low = position.min(axis=1, keepdims=True)
+        box = position.max(axis=1, keepdims=True) - low
+        edge = box.max() / (resolution - 2 * self.margin) or 1.0
+        position -= low
+        position /= edge
+        position += (resolution - box / edge) / 2 + np.array(self.shift)[:, None]
+        return position.clip(0, np.nextafter(resolution, 0), out=position).T
+
+    def _turned(self, points: np.ndarray) -> np.ndarray:
+        """A new float64[3, N]: axes first, so that NumPy runs along the points."""
+        if not self.angle:
+            return points.T.astype(np.float64, order="C")
+        x, y, z = points.T.astype(np.float64, copy=False)
+        cos, sin = math.cos(self.angle), math.sin(self.angle)
+        axes = np.stack([cos * x, sin * x, z])
+        axes[0] -= sin * y
+        axes[1] += cos * y
+        return axes
+
+
+def pose(seed: int | None, epoch: int, index: int, jitter: float = 0.0) -> Pose:
+    """The pose of a sample in an epoch.
+
+    It is drawn from the arguments alone, so that no worker's past and no resumed run makes a difference.
+
+    Args:
+      seed: of the augmentation; None: the sample is neither turned nor moved. The margin stays, so that
+        test samples are as large in their grid as training samples.
+      epoch: another pose in each.
+      index: of the sample in its set.
+      jitter: voxels that a sample is moved by at most, along each axis, uniformly.
+    """
+    if seed is None:
+        return Pose(margin=jitter)
+    rng = np.random.default_rng([seed, epoch, index])
+    angle = rng.uniform(0, 2 * math.pi)
+    x, y, z = (rng.uniform(-1, 1, 3) * jitter).tolist()
+    return Pose(angle, (x, y, z), jitter)
+
+
+def check_grid(resolution: int, capacity: int, jitter: float) -> None:
+    """Raises TypeError or ValueError unless samples can be placed in a grid, and be packed."""
+    check_spatial_shape((resolution,) * 3)
+    check_capacity(capacity)
+    if not 0 <= jitter < resolution / 2:
+        raise ValueError(
+            f"jitter must be in [0, {resolution / 2:g}), less than half the {resolution} voxels of an axis, "
+            f"got {jitter!r}."
+        )

@@ -1,0 +1,183 @@
+"""One door to the data sets of shapes: a name and a folder in, sources of training and test batches out."""
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import ilajax
+from experiments import frame
+from experiments.data.loader import Source
+from experiments.data.meshes import Meshes
+from experiments.data.modelnet40 import load_modelnet40
+from experiments.data.point_sets import Clouds, load_point_sets, make_point_sets
+from experiments.data.solids import POINTS_PER_VOXEL
+
+# What lies in the folder of each set; None: it is made on the spot.
+FOLDERS: dict[str, str | None] = {
+    "shapes": None,
+    "kicad": "a folder with train.npz and test.npz of point sets",
+    "modelnet40": "a folder with CLASS/train/*.off and CLASS/test/*.off",
+}
+NAMES = tuple(FOLDERS)
+# A surface that fills the grid meets so many r^2 voxels: a made shape in the mean (at most 4.9), and a box.
+SURFACE, BOX = 3, 6
+LEAST_POINTS = 2048
+
+
+class Dataset(NamedTuple):
+    """Labelled shapes, as voxels that hold 1.
+
+    Attributes:
+      training: with augmentation, if there is a seed for it.
+      test: neither turned nor moved.
+      class_names: the class of each label.
+    """
+
+    training: Source
+    test: Source
+    class_names: tuple[str, ...]
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Adds --data, --data-dir and --capacity; `load_dataset` checks them together."""
+    add = parser.add_argument
+    add(
+        "--data",
+        choices=NAMES,
+        default="shapes",
+        help="solids made on the spot, electronic parts, or furniture and more",
+    )
+    add_directory(parser)
+    add(
+        "--capacity",
+        type=frame.positive_int,
+        metavar="K",
+        help="voxels of a sample that are kept; by default all of kicad's, else 6 r^2",
+    )
+
+
+def add_directory(parser: argparse.ArgumentParser) -> None:
+    """Adds --data-dir."""
+    needs = "; ".join(f"{name}: {folder}" for name, folder in FOLDERS.items() if folder)
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help=f"of the data, {needs}")
+
+
+def check_directory(name: str, directory: str | Path | None) -> None:
+    """Raises ValueError unless there is a folder where the set needs one, and only there."""
+    folder = FOLDERS.get(name)
+    if folder and directory is None:
+        raise ValueError(f"--data {name} needs --data-dir DIR, {folder}.")
+    if folder is None and directory is not None:
+        needed = " or ".join(other for other, folder in FOLDERS.items() if folder)
+        raise ValueError(
+            f"--data {name} is made on the spot, but --data-dir is {directory}. Leave it out, or give "
+            f"--data {needed}."
+        )
+
+
+def load_dataset(
+    name: str,
+    directory: str | Path | None = None,
+    *,
+    resolution: int,
+    capacity: int | None = None,
+    seed: int | None = None,
+    jitter: float = 0.0,
+    train_size: int = 800,
+    test_size: int = 320,
+) -> Dataset:
+    """Loads or makes a set; a sample is scaled until the longest edge of its box fills the grid.
+
+    The first use of ModelNet40 reads all its files, and says how far it is; see `load_modelnet40`.
+
+    Made shapes are clouds of 24 r^2 points, about 8 for each voxel of their surfaces and 2,048 at least.
+    Making one takes 15 ms at 64^3, and its points 0.6 MB.
+
+    By default kicad's capacity is the number of a cloud's points, or of sites where they are fewer, which
+    cuts nothing. For made shapes and meshes it is 6 r^2, the voxels of a box's surface that fills the grid.
+    What does not fit is counted in `Batch.overflow`.
+
+    Args:
+      name: in `NAMES`.
+      directory: where the set lies, for those that are not made on the spot.
+      resolution: of each of the three axes of the grid, r.
+      capacity: slots of a sample.
+      seed: of the augmentation of the training samples, which turns and moves them; None: there is none.
+      jitter: voxels that a training sample is moved by at most; test samples have the same margin.
+      train_size: training samples that are made; a loaded set has its own number.
+      test_size: test samples that are made.
+
+    Returns:
+      Dataset: training, test, class_names.
+
+    Raises:
+      OSError, ValueError: if files are missing or broken, or an argument has a wrong value.
+
+    Example:
+      >>> data = load_dataset("shapes", resolution=16, seed=0, train_size=16, test_size=8)
+      >>> data.training.batch(np.array([3, 5]), epoch=1).inputs.shape
+      (2, 16, 16, 16, 1)
+    """
+    if name not in NAMES:
+        raise ValueError(f"name must be one of {NAMES}, got {name!r}.")
+    check_directory(name, directory)
+    folder = Path(directory or ".")
+    source: Any = Clouds
+    slots = ilajax.capacity(min(1.0, BOX / resolution), (resolution,) * 3)
+    if name == "modelnet40":
+        training, test = load_modelnet40(folder, progress=_tell)
+        source = Meshes
+    elif name == "kicad":
+        training, test = (load_point_sets(folder / f"{part}.npz") for part in ("train", "test"))
+        slots = min(training.points.shape[1], resolution**3)
+    else:
+        points = max(LEAST_POINTS, POINTS_PER_VOXEL * SURFACE * resolution**2)
+        training = make_point_sets(train_size, points, seed=0)
+        test = make_point_sets(test_size, points, seed=1)
+    if list(training.class_names) != list(test.class_names):
+        raise ValueError(
+            f"{directory}: the training set has the classes {list(training.class_names)}, the test set "
+            f"{list(test.class_names)}. Give sets of the same classes."
+        )
+    slots = slots if capacity is None else capacity
+    return Dataset(
+        source(training, resolution, slots, seed=seed, jitter=jitter),
+        source(test, resolution, slots, jitter=jitter),
+        tuple(map(str, training.class_names)),
+    )
+
+
+def _tell(done: int, count: int) -> None:
+    if done % 1000 == 0:
+        print(f"read {done:,} of {count:,} meshes, once for all", flush=True)
+
+
+def whole(source: Source, piece: int = 64) -> tuple[Any, np.ndarray, int]:
+    """All samples of a source as one batch, for `experiments.training.evaluate`.
+
+    They are made in pieces and written into place, so that no more is in memory than the result and a piece.
+
+    Args:
+      source: the samples, at least one.
+      piece: samples that are made at a time.
+
+    Returns:
+      The inputs, a pytree of arrays [N, ...], the labels int[N], and the voxels that were cut, in all.
+    """
+    count, cut = len(source), 0
+    if not count:
+        raise ValueError("source must hold at least one sample, got none.")
+    made: Any = None
+    for start in range(0, count, piece):
+        part = slice(start, start + piece)
+        *some, overflow = source.batch(np.arange(count)[part], epoch=0)
+        if made is None:
+            made = jax.tree.map(lambda a: np.empty((count, *a.shape[1:]), a.dtype), some)
+        for into, leaf in zip(jax.tree.leaves(made), jax.tree.leaves(some), strict=True):
+            into[part] = leaf
+        cut += 0 if overflow is None else int(overflow.sum())
+    inputs, labels = made
+    return inputs, labels, cut

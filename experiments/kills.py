@@ -1,0 +1,291 @@
+"""Runs that are killed: whether a training run that goes on after SIGKILL ends with the same bits.
+
+    python -m experiments.kills --trials 20             # some minutes on two cores
+    python -m experiments.kills --trials 20 --report    # writes experiments/results/kills.{md,json} too
+
+Each trial starts `python -m experiments.mnist` on some hundred digits, with pruning and regulariser, kills
+its process group, lets it go on by --resume, and compares its last checkpoint with that of a run that nobody
+stopped: all arrays bit for bit, and the rows but for their times. Every other trial waits for a checkpoint
+to be on its way and kills within milliseconds, the others kill at any moment. Some are killed twice.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from experiments import frame
+from experiments.checkpoints import Checkpoints
+from experiments.data.idx import write_idx
+from experiments.data.mnist import load_mnist
+from experiments.summary import Cells, summary_table
+from experiments.timing import headline, provenance
+
+ROOT = Path(__file__).parents[1]
+DIGITS, BATCH, EPOCHS, EVERY = 320, 8, 2, 5
+STEPS = EPOCHS * (DIGITS // BATCH)
+SETTING = [
+    *("--nets", "sparse", "--density-bounds", "0.095", "--batch-size", str(BATCH)),
+    *("--regularisation", "0.01", "--pruning-threshold", "0.02", "--epochs", str(EPOCHS)),
+    *("--checkpoint-every", str(EVERY), "--budget", "0.01"),
+]
+WRITING = 0.05  # seconds that a checkpoint of this size is on its way
+TWICE = 1 / 3  # of the trials
+TIMES = ("seconds", "seconds_per_step")  # columns that no two runs have in common
+
+
+class Kill(NamedTuple):
+    """A run that was killed: after how long, behind which checkpoint, and which one was on its way."""
+
+    seconds: float
+    behind: int | None
+    writing: int | None
+
+    def __str__(self) -> str:
+        at = "before the first checkpoint" if self.behind is None else f"behind step {self.behind}"
+        return f"{at}, writing {self.writing}" if self.writing else at
+
+
+class Trial(NamedTuple):
+    """The kills of a trial, the lines of the resumed run about checkpoints, and what came out differently."""
+
+    kills: list[Kill]
+    said: list[str]
+    difference: str | None
+
+    def line(self, number: int) -> Cells:
+        return (
+            str(number),
+            ", ".join(f"{kill.seconds:.1f} s" for kill in self.kills) or "not killed",
+            "; ".join(map(str, self.kills)),
+            "; ".join(self.said) or "starts anew",
+            self.difference or SAME,
+        )
+
+
+SAME = "the same bits"
+HEAD: Cells = ("trial", "killed after", "where", "the run that went on said", "came out")
+
+
+def main(arguments: list[str] | None = None) -> list[Trial]:
+    """Runs all trials.
+
+    Raises:
+      SystemExit: with status 1 if any came out differently.
+    """
+    options = _parser().parse_args(arguments)
+    record: dict[str, Any] = provenance("kills", arguments)
+    draw = random.Random(options.seed)
+    trials: list[Trial] = []
+    with frame.Reporter() as reporter, tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        reporter.print(headline(record))
+        _write_digits(folder / "digits")
+        # The first run fills the folder of compiled programs; all others read theirs from there.
+        reference = folder / "reference"
+        _whole(folder, reference)
+        length = None
+        if options.trials > 1:
+            began = time.perf_counter()
+            _whole(folder, folder / "again")
+            length = time.perf_counter() - began
+            if other := difference(reference, folder / "again"):
+                raise RuntimeError(
+                    f"two runs without a kill differ, so nothing can be said: {other}"
+                )
+            reporter.print(f"a second run without a kill: {SAME}; {length:.1f} s")
+        for number in range(1, options.trials + 1):
+            out = folder / str(number)
+            trial = _trial(folder, out, draw, None if number % 2 else length)
+            if trial.difference is None:
+                trial = trial._replace(difference=difference(reference, out))
+            trials.append(trial)
+            reporter.print("  ".join(trial.line(number)))
+        cells = [HEAD, *(trial.line(number) for number, trial in enumerate(trials, 1))]
+        reporter.print(summary_table(cells))
+        different = sum(trial.difference is not None for trial in trials)
+        record["trials"] = [
+            {**trial._asdict(), "kills": [kill._asdict() for kill in trial.kills]}
+            for trial in trials
+        ]
+        written = [options.out / "kills.md", options.out / "kills.json"]
+        frame.write_json(written[1], record)
+        _write(written[0], record, cells)
+        if options.report:
+            written += frame.report(options.report, "kills", written)
+        reporter.print("wrote " + ", ".join(map(str, written)))
+    if different:
+        raise SystemExit(f"error: {different} of {options.trials} trials came out differently")
+    return trials
+
+
+def difference(reference: Path, out: Path) -> str | None:
+    """The first thing in which a run's newest checkpoint differs from the reference's, or None."""
+    if leftovers := _leftovers(out):
+        return f"{leftovers[0].name} is left"
+    (want_number, want, want_notes), (number, have, notes) = map(_newest, (reference, out))
+    if number != want_number:
+        return f"the newest checkpoint is {number}, not {want_number}"
+    if have.keys() != want.keys():
+        return f"only one has {min(have.keys() ^ want.keys())}"
+    for name, array in want.items():
+        if have[name].dtype != array.dtype or have[name].tobytes() != array.tobytes():
+            return f"{name} differs"
+    return None if notes == want_notes else "the rows differ"
+
+
+def _newest(out: Path) -> tuple[int, dict[str, np.ndarray], dict[str, Any]]:
+    """Number, arrays and notes of a run's newest checkpoint, without times."""
+    with Checkpoints(_checkpoints(out)) as checkpoints:
+        number = checkpoints.numbers()[0]
+        notes = checkpoints.notes(number)
+        rows = [{k: v for k, v in row.items() if k not in TIMES} for row in notes["rows"]]
+        return number, jax.device_get(checkpoints.arrays(number)), notes | {"rows": rows}
+
+
+def _whole(folder: Path, out: Path) -> None:
+    """A run that nobody stops."""
+    status, lines = _ended(folder, out)
+    if status:
+        raise RuntimeError(f"a run without a kill ended with status {status}:\n" + "\n".join(lines))
+
+
+def _checkpoints(out: Path) -> Path:
+    """The folder of the checkpoints of the only net, or one that does not exist while there is none."""
+    folder = out / "checkpoints"
+    return next(folder.iterdir(), folder) if folder.is_dir() else folder
+
+
+def _trial(folder: Path, out: Path, draw: random.Random, length: float | None) -> Trial:
+    """Kills a run once or twice, at any moment of its `length`, or else while it writes a checkpoint."""
+    kills: list[Kill] = []
+    for _ in range(1 + (draw.random() < TWICE)):
+        kill = _killed(folder, out, draw, length, resume=bool(kills))
+        if kill is None:
+            break
+        kills.append(kill)
+    status, lines = _ended(folder, out, resume=True)
+    checkpoints = _checkpoints(out)
+    said = [line.replace(f"{checkpoints}/", "") for line in lines if "goes on from" in line]
+    said = [line.removeprefix(f"{checkpoints.name}: ") for line in said]
+    failed = f"status {status}: {lines[-1] if lines else 'no word'}" if status else None
+    return Trial(kills, said, failed)
+
+
+def _killed(
+    folder: Path, out: Path, draw: random.Random, length: float | None, *, resume: bool
+) -> Kill | None:
+    """Starts a run and kills it; None where it ended first."""
+    before = _newest_number(out) or 0
+    with _running(folder, out, resume=resume) as process:
+        began = time.perf_counter()
+        if length is None:
+            number = draw.randrange(before + EVERY, max(before + EVERY, STEPS) + 1, EVERY)
+            name = f"checkpoints/*/{number}{ocp.utils.TMP_DIR_SUFFIX}*"
+            _wait(process, lambda: any(out.glob(name)))
+            time.sleep(draw.uniform(0, WRITING))
+        else:
+            moment = began + draw.uniform(0, length)
+            _wait(process, lambda: time.perf_counter() > moment)
+        if process.poll() is not None:
+            return None
+    leftovers = _leftovers(out)
+    writing = int(leftovers[0].name.partition(".")[0]) if leftovers else None
+    return Kill(time.perf_counter() - began, _newest_number(out), writing)
+
+
+def _ended(folder: Path, out: Path, *, resume: bool = False) -> tuple[int, list[str]]:
+    """Starts a run and waits; its exit status, and the lines it printed."""
+    with _running(folder, out, resume=resume) as process:
+        status = process.wait()
+    return status, (out / "log").read_text().splitlines()
+
+
+@contextlib.contextmanager
+def _running(folder: Path, out: Path, *, resume: bool) -> Iterator["subprocess.Popen[bytes]"]:
+    """A run in a process group of its own, which is killed at the end where it has not ended."""
+    arguments = [*SETTING, "--data-dir", str(folder / "digits"), "--out", str(out)]
+    compiled = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    out.mkdir(exist_ok=True)
+    with (out / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.mnist", *arguments, *["--resume"] * resume],
+            cwd=ROOT,
+            env=os.environ | compiled,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait(process: "subprocess.Popen[bytes]", until: Callable[[], bool]) -> None:
+    while not until() and process.poll() is None:
+        time.sleep(0.0005)
+
+
+def _leftovers(out: Path) -> list[Path]:
+    """Checkpoints that are not complete."""
+    return list(_checkpoints(out).glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"))
+
+
+def _newest_number(out: Path) -> int | None:
+    """That of the newest complete checkpoint, read off the names: nothing is opened, nothing removed."""
+    names = (path.name for path in _checkpoints(out).glob("*"))
+    return max((int(name) for name in names if name.isdecimal()), default=None)
+
+
+def _write_digits(folder: Path) -> None:
+    folder.mkdir()
+    for part, digits, count in zip(("train", "t10k"), load_mnist(), (DIGITS, 40), strict=True):
+        write_idx(folder / f"{part}-images-idx3-ubyte", digits.images[:count])
+        write_idx(folder / f"{part}-labels-idx1-ubyte", digits.labels[:count])
+
+
+def _write(path: Path, record: dict[str, Any], cells: list[Cells]) -> None:
+    lines = ["# Kills", "", f"`{record['command']}`", "", f"{headline(record)}."]
+    lines += [
+        "",
+        f"{STEPS} steps, a checkpoint after every {EVERY}.",
+        "",
+        *frame.markdown_table(cells),
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = frame.parser("kills", __doc__)
+    parser.add_argument(
+        "--trials", type=frame.positive_int, default=20, metavar="N", help="runs to be killed"
+    )
+    parser.add_argument(
+        "--seed", type=frame.seed, default=0, metavar="N", help="of the moments of the kills"
+    )
+    frame.add_out(parser, "runs/kills")
+    frame.add_report(parser, "kills.md and kills.json")
+    return parser
+
+
+if __name__ == "__main__":
+    frame.run(main, resumes=False)

@@ -1,0 +1,98 @@
+"""The networks of the paper's table 2: layers, bounds, capacities and parameters, sparse and dense.
+
+python -m experiments.octnet3                   # all six, in seconds: nothing runs
+python -m experiments.octnet3 --resolutions 64
+python -m experiments.octnet3 --report          # writes experiments/results/octnet3.md
+"""
+
+from pathlib import Path
+
+from flax import nnx
+from rich.console import Console
+
+from experiments import frame
+from experiments.summary import Cells, summary_table
+from ilajax.models import OctNet3
+from ilajax.models.octnet3 import TABLE_2
+
+CLASSES = {24: 10}  # MNIST; the others ModelNet40
+
+
+def main(arguments: list[str] | None = None) -> str:
+    """Prints the summaries; returns them as markdown."""
+    parser = frame.parser("octnet3", __doc__)
+    parser.add_argument(
+        "--resolutions",
+        type=int,
+        choices=tuple(TABLE_2),
+        nargs="+",
+        default=list(TABLE_2),
+        metavar="R",
+        help=f"of {', '.join(map(str, TABLE_2))}",
+    )
+    frame.add_report(parser, "octnet3.md")
+    options = parser.parse_args(arguments)
+    nets = {resolution: abstract(resolution) for resolution in options.resolutions}
+    totals = _totals(nets)
+    sections = [
+        f"## OctNet3-{_grid(resolution)}, {CLASSES.get(resolution, 40)} classes\n\n"
+        f"```\n{net.summary()}\n```"
+        for resolution, net in nets.items()
+    ]
+    head = [
+        "# OctNet3",
+        "",
+        "`python -m experiments.octnet3 --report`. Outputs and bytes are those of one sample in float32, "
+        "parameters those before any pruning, bounds the defaults of `ilajax.models.OctNet3`.",
+        "",
+        *frame.markdown_table(totals),
+    ]
+    text = "\n\n".join(["\n".join(head), *sections]) + "\n"
+    console = Console()
+    for section in sections:
+        console.print(section.replace("```", "").strip(), soft_wrap=True, highlight=False)
+    console.print(summary_table(totals))
+    if options.report:
+        options.report.mkdir(parents=True, exist_ok=True)
+        path: Path = options.report / "octnet3.md"
+        path.write_text(text)
+        console.print(f"wrote {path}")
+    return text
+
+
+def abstract(resolution: int, *, dense: bool = False) -> OctNet3:
+    """The net with the paper's bounds, in shapes alone: that of 256^3 has 26 million weights."""
+    classes = CLASSES.get(resolution, 40)
+    return nnx.eval_shape(
+        lambda: OctNet3(resolution, num_classes=classes, dense=dense, rngs=nnx.Rngs(0))
+    )
+
+
+def _totals(nets: dict[int, OctNet3]) -> list[Cells]:
+    """A line for each net: its parameters, and the activations of a sample beside its dense twin's."""
+    cells: list[Cells] = [
+        ("network", "bounds", "parameters", "of the sparse layers", "activations", "dense twin")
+    ]
+    for resolution, net in nets.items():
+        layers, twin = net.layers(), abstract(resolution, dense=True).layers()
+        sparse = sum(layer.parameters for layer in layers if layer.density_bound is not None)
+        stored, dense = (sum(layer.bytes for layer in each) for each in (layers, twin))
+        cells.append(
+            (
+                f"OctNet3-{_grid(resolution)}",
+                ", ".join(f"{bound:g}" for bound in TABLE_2[resolution].density_bounds),
+                f"{sum(layer.parameters for layer in layers):,}",
+                f"{sparse:,}",
+                f"{stored / 1e6:.2f} MB",
+                f"{dense / 1e6:.2f} MB",
+            )
+        )
+    return cells
+
+
+def _grid(resolution: int) -> str:
+    return f"{resolution}^{len(TABLE_2[resolution].input_shape)}"
+
+
+if __name__ == "__main__":
+    frame.run(main)
