@@ -134,8 +134,7 @@ class OctNet3(nnx.Module):
         `ilajax.relu` behind it.
       kernel_density: share of the sparse blocks' weights that exist at the start, see `ilajax.nn.Conv`.
       kernel_init: initialiser of all layers with a ReLU behind them. The default, He's, keeps the responses'
-        scale from layer to layer; Flax's own halves their variance each time, and a network under a strict
-        bound then takes several epochs longer to learn.
+        scale from layer to layer; Flax's own halves their variance each time.
       axis_name: over which devices the sparse layers measure their densities, see `ilajax.nn.Conv`.
       dtype: dtype of the computation, see `ilajax.nn.Conv`.
       param_dtype: dtype of the parameters.
@@ -245,7 +244,9 @@ class OctNet3(nnx.Module):
         found: list[Layer] = []
 
         def trace(state: nnx.State, x: Any) -> None:
-            for stage in _stages(nnx.merge(structure, state)):
+            model = nnx.merge(structure, state)
+            model.eval()  # nothing is measured: that may need the axis of a mesh
+            for stage in _stages(model):
                 x = stage.call(x)
                 found.append(_layer(stage, x))
 

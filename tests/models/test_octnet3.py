@@ -98,6 +98,11 @@ def test_a_summary_leaves_the_model_as_it_is():
     assert (model.blocks[0].conv1.density[...] == -1).all()
 
 
+def test_a_summary_needs_no_devices():
+    model = nnx.eval_shape(lambda: OctNet3(24, num_classes=10, axis_name="data", rngs=nnx.Rngs(0)))
+    assert model.layers()[-1].shape == (10,)
+
+
 def tensor_shape(grid, capacity=50):
     return ilajax.SparseTensor(
         jax.ShapeDtypeStruct((2, 1, capacity), jnp.int32),
