@@ -1,7 +1,10 @@
 """Checkpoints of a training run, by Orbax: everything that the next epoch depends on."""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -12,18 +15,26 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 
 Notes = dict[str, Any]
 
+LOCK = ".lock"
+TORN = "torn-"
+# What `Checkpoints` leaves in its folder, apart from the lock. Orbax writes under a name that holds a suffix.
+OURS = re.compile(rf"(?:{TORN})?\d+(?:-\d+)?|\d+{re.escape(ocp.utils.TMP_DIR_SUFFIX)}.*")
+# What the machine or the user lacks at the moment: it tells nothing of the bytes.
+NOT_TORN = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EIO)
+
 
 class CheckpointError(OSError):
-    """A checkpoint that cannot be written or read: the message names its folder and says what is wrong."""
+    """A checkpoint that cannot be written, read or gone on from: the message names it and says what to do."""
 
 
 class _OtherBytes(ValueError):
@@ -39,24 +50,41 @@ class Checkpoints:
     removed when the folder is opened again. A digest of everything is kept with it and compared when it is
     read. It finds what a move cannot prevent: Orbax does not flush all files to the disk before the move, so
     that a power cut may tear a checkpoint that seems whole.
+
+    Args:
+      directory: the folder, which is made where there is none.
+      keep: how many checkpoints stay.
+      read_only: whether nothing in the folder is changed. Else its lock is held until the end of the context,
+        or of the process; of several processes of one run, by the first.
+
+    Raises:
+      CheckpointError: if another run holds the lock.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 2):
+    def __init__(self, directory: Path, *, keep: int = 2, read_only: bool = False):
         self.directory = directory.absolute()
+        # Of several processes that write one checkpoint, the first makes and moves its folder.
+        self._lock = None if read_only or jax.process_index() else _locked(self.directory)
         self._remove_leftovers()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, create=True
-        )
         handlers = {"arrays": ocp.StandardCheckpointHandler(), "notes": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=options, item_handlers=handlers
-        )
+        with _quiet():  # Orbax warns of each folder that it is to leave as it is
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                enable_async_checkpointing=False,
+                create=not read_only,
+                read_only=read_only,
+            )
+            self._manager = ocp.CheckpointManager(
+                self.directory, options=options, item_handlers=handlers
+            )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._manager.close()
+        if self._lock:
+            self._lock.close()
 
     def numbers(self) -> list[int]:
         """The numbers of all checkpoints, the newest first."""
@@ -111,8 +139,11 @@ class Checkpoints:
     def restore(self, number: int, modules: Any) -> None:
         """Gives the modules' variables the values of a checkpoint.
 
+        Where it raises, the modules are as they were.
+
         Raises:
-          CheckpointError: if it is torn; the modules are as they were.
+          CheckpointError: if it is torn.
+          MemoryError, OSError: if memory, open files, a right or the disk fail.
           ValueError: naming the first variable that the checkpoint lacks, has too much, or holds in
             another shape or dtype.
         """
@@ -133,18 +164,18 @@ class Checkpoints:
     def restore_newest(self, modules: Any, say: Callable[[str], None]) -> int | None:
         """Restores the newest checkpoint that can be read.
 
-        Newer ones that cannot are removed: the run is about to write them again.
+        Newer ones that are torn get another name, `torn-NUMBER`: the run is about to write them again.
 
         Args:
           modules: get the values.
-          say: gets a line for each checkpoint that cannot be read.
+          say: gets a line for each torn checkpoint.
 
         Returns:
           Its number, or None where there is no checkpoint.
 
         Raises:
-          CheckpointError: if there are some, and none can be read.
-          ValueError: as `restore` does.
+          CheckpointError: if there are some, and all are torn.
+          OSError, ValueError: as `restore` does.
         """
         torn: dict[int, CheckpointError] = {}
         for number in self.numbers():
@@ -153,9 +184,8 @@ class Checkpoints:
             except CheckpointError as error:
                 torn[number] = error
                 continue
-            for other, error in torn.items():
-                say(f"{error}; goes on from {self.path(number)}")
-                self._manager.delete(other)
+            for (_, error), aside in zip(torn.items(), self._set_aside(torn), strict=True):
+                say(f"{error}; it is now {aside}; goes on from {self.path(number)}")
             return number
         if torn:
             raise _none_is_left(torn.values())
@@ -208,6 +238,10 @@ class Checkpoints:
             with _quiet():
                 yield
         except Exception as error:
+            if _is_out_of_memory(error):
+                raise
+            if (code := _errno(error)) in NOT_TORN:
+                raise OSError(code, os.strerror(code), str(self.path(number))) from error
             raise CheckpointError(
                 f"the checkpoint {self.path(number)} cannot be read ({_why(error)})"
             ) from error
@@ -229,9 +263,22 @@ class Checkpoints:
             f"the checkpoint {self.path(number)} cannot be written ({_why(error)}). {todo}"
         )
 
+    def _set_aside(self, numbers: Iterable[int]) -> list[Path]:
+        """Gives torn checkpoints other names, which Orbax does not know, and returns them."""
+        moves = {self.path(number): self._free(f"{TORN}{number}") for number in numbers}
+        multihost_utils.sync_global_devices("torn checkpoints have new names")
+        for path, aside in moves.items() if self._lock else ():
+            path.rename(aside)
+        multihost_utils.sync_global_devices("torn checkpoints are set aside")
+        self._manager.reload()
+        return list(moves.values())
+
+    def _free(self, name: str) -> Path:
+        names = itertools.chain([name], (f"{name}-{again}" for again in itertools.count(2)))
+        return next(path for path in map(self.directory.joinpath, names) if not path.exists())
+
     def _remove_leftovers(self) -> None:
-        # Of several processes that write one checkpoint, the first makes and moves its folder.
-        if jax.process_index() == 0:
+        if self._lock:
             for path in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -245,7 +292,7 @@ def check_options(directory: Path, options: Notes) -> None:
     """
     if not directory.is_dir():
         return
-    with Checkpoints(directory) as checkpoints:
+    with Checkpoints(directory, read_only=True) as checkpoints:
         newest = checkpoints.newest_notes()
         if newest is None:
             return
@@ -261,9 +308,38 @@ def check_options(directory: Path, options: Notes) -> None:
 
 
 def remove_checkpoints(directory: Path) -> None:
-    """Removes what `Checkpoints(directory)` wrote."""
-    if directory.exists():
-        shutil.rmtree(directory)
+    """Removes what `Checkpoints(directory)` wrote, and the folder where nothing else is in it.
+
+    Raises:
+      CheckpointError: if another run writes to it.
+    """
+    if not directory.is_dir():
+        return
+    with _locked(directory) as lock:
+        for path in directory.iterdir():
+            if OURS.fullmatch(path.name) and path.is_dir():
+                shutil.rmtree(path)
+        Path(lock.name).unlink()
+    if not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def _locked(directory: Path) -> IO[bytes]:
+    """The folder's lock, held until the file is closed, or until this process ends in whatever way."""
+    while True:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / LOCK).open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise CheckpointError(
+                f"another run writes to {directory}. Wait until it has ended, or give another --out."
+            ) from None
+        # Whoever removes a folder's checkpoints removes the lock too, perhaps just before it was taken here.
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()
 
 
 def _arrays(modules: Any) -> dict[str, jax.Array]:
@@ -322,16 +398,40 @@ def _quiet() -> Iterator[None]:
         sys.unraisablehook = hook
 
 
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it was raised from or amid."""
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return any(
+        isinstance(each, MemoryError)
+        or (isinstance(each, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(each))
+        for each in _chain(error)
+    )
+
+
+def _errno(error: Exception) -> int | None:
+    """The system's number, where the error or one it was raised from has one."""
+    for each in _chain(error):
+        if isinstance(each, OSError) and each.errno:
+            return each.errno
+        if code := re.search(r"os_error_code='(\d+)'", str(each)):  # tensorstore's
+            return int(code[1])
+    return None
+
+
 def _why(error: Exception) -> str:
     """What the system says where the error comes from it, else the error's own words, in one short line."""
     # The same befell the other arrays that were under way. asyncio would print each, in some kB.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     if isinstance(error, _OtherBytes):
         return str(error)
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno) + (f": {error.filename}" if error.filename else "")
-    if code := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore's
-        return os.strerror(int(code[1]))
+    if code := _errno(error):
+        named = isinstance(error, OSError) and error.filename
+        return os.strerror(code) + (f": {error.filename}" if named else "")
     return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
 
 

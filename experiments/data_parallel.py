@@ -67,11 +67,12 @@ def train(options: argparse.Namespace, mesh: jax.sharding.Mesh) -> list[Row]:
     solids = make_solids(options.solids, RESOLUTION, seed=options.seed)
     modules = {"net": net, "optimizer": optimizer}
     rows: list[Row] = []
+    folder = options.out / "checkpoints"
     if not options.resume:
         if jax.process_index() == 0:
-            remove_checkpoints(options.out)
+            remove_checkpoints(folder)
         multihost_utils.sync_global_devices("old checkpoints are gone")
-    with Checkpoints(options.out) as checkpoints:
+    with Checkpoints(folder) as checkpoints:
         # Variables come back to the devices that these modules are on, whatever they were saved from.
         latest = checkpoints.restore_newest(modules, print)
         if latest is not None:
@@ -159,10 +160,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--processes", type=frame.positive_int, default=1, metavar="N", help="processes in all")
     add("--process", type=int, default=0, metavar="I", help="which of them this one is")
     add("--coordinator", default="localhost:9999", metavar="HOST:PORT", help="of process 0")
-    add("--out", type=Path, default=Path("runs/data_parallel"), metavar="DIR", help="checkpoints")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/data_parallel"),
+        metavar="DIR",
+        help="folder that gets checkpoints/; a new run replaces an earlier one's",
+    )
     add("--resume", action="store_true", help="go on from the newest checkpoint, if any")
     return parser
 
 
 if __name__ == "__main__":
-    main()
+    frame.run(main)

@@ -407,7 +407,7 @@ def _write(path: Path, record: dict[str, Any], tables: Sequence[Sequence[Cells]]
     ]
     for cells in (*tables, epochs):
         lines += ["", *frame.markdown_table(cells)]
-    path.write_text("\n".join(lines) + "\n")
+    frame.write_text(path, "\n".join(lines) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:

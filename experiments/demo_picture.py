@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from experiments.frame import replacing
+
 INK, GREY = "0.2", "0.55"
 SPARSE = "#c8442b"
 
@@ -65,7 +67,8 @@ def demo_picture(
     panels[2].set_ylim(0, 1.02)
     panels[2].yaxis.set_major_formatter(PercentFormatter(1.0))
     panels[2].legend(frameon=False, loc="best", fontsize=9)
-    figure.savefig(path, dpi=200, facecolor="white")
+    with replacing(path) as fresh:
+        figure.savefig(fresh, format=path.suffix[1:], dpi=200, facecolor="white")
 
 
 def _head(figure: Figure, height: float, text: str) -> None:

@@ -4,6 +4,7 @@
     python -m experiments.feeding --data kicad --data-dir ../shared/data/kicad
     python -m experiments.feeding --resolution 64 --batch-size 32
     python -m experiments.feeding --no-step --batches 10000                  # memory, without training
+    python -m experiments.feeding --report                     # writes experiments/results/feeding-... too
 
 OctNet3 trains, with the paper's bounds. Three figures: the share of the time that the step's process waits
 for a batch, how often the step is compiled, and how the memory of all processes grows.
@@ -27,7 +28,7 @@ from flax import nnx
 import ilajax
 from experiments import frame
 from experiments.data.loader import feed
-from experiments.data.sets import Dataset, add_data, load_dataset
+from experiments.data.sets import Dataset, add_data, load_dataset, where
 from experiments.summary import Cells, summary_table
 from experiments.timing import headline, provenance, show
 from experiments.training import train_step
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     try:
         data = load_dataset(
             options.data,
-            options.data_dir,
+            **where(options),
             resolution=options.resolution,
             capacity=options.capacity,
             seed=options.seed,
@@ -114,7 +115,7 @@ def measure(options: argparse.Namespace, data: Dataset, reporter: frame.Reporter
         "first_s": {"waiting": waiting[0], "stepping": stepping[0]},
         "seconds": seconds,
         "waiting_share": seconds["waiting"] / sum(seconds.values()) if step else None,
-        "longest_wait_s": max(waiting[1:], default=0.0),
+        "longest_wait_s": max(waiting[1:]),
         "compilations": compiled.count("jit(train_step)") if step else None,
         "capacity": batch.inputs.capacity,
         "voxels_cut": cut,
@@ -168,15 +169,14 @@ def _resident() -> dict[str, Any]:
 
 
 def _stem(options: argparse.Namespace) -> str:
-    """Of the report's files; at another resolution or batch size they are others."""
-    if (options.resolution, options.batch_size) == (RESOLUTION, BATCH_SIZE):
-        return "feeding"
-    return f"feeding-{options.resolution}-b{options.batch_size}"
+    """Of the report's files: what was fed, and to what."""
+    step = "-no-step" if options.no_step else ""
+    return f"feeding-{options.data}-{options.resolution}-b{options.batch_size}{step}"
 
 
 def _summary(record: dict[str, Any]) -> list[Cells]:
     options, seconds = record["options"], record["seconds"]
-    others = max(1, options["batches"] - 1)
+    others = options["batches"] - 1
     cells: list[Cells] = [
         ("", ""),
         ("batches", f"{options['batches']:,} of {options['batch_size']}"),
@@ -220,15 +220,11 @@ def _write(path: Path, record: dict[str, Any], tables: list[list[Cells]]) -> Non
     lines += [f"OctNet3-{resolution}^3 with the bounds {bounds}."]
     for cells in tables:
         lines += ["", *frame.markdown_table(cells)]
-    path.write_text("\n".join(lines) + "\n")
+    frame.write_text(path, "\n".join(lines) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.feeding",
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = frame.parser("feeding", __doc__)
     add = parser.add_argument
     add_data(parser)
     add(
@@ -242,7 +238,13 @@ def _parser() -> argparse.ArgumentParser:
         "--jitter", type=frame.not_negative, default=0.0, metavar="V", help="move by up to V voxels"
     )
     add("--shapes", type=frame.positive_int, default=400, metavar="N", help="shapes to make")
-    add("--batches", type=frame.positive_int, default=1000, metavar="N", help="batches to take")
+    add(
+        "--batches",
+        type=batch_count,
+        default=1000,
+        metavar="N",
+        help="batches to take, of which the first is timed by itself",
+    )
     add(
         "--batch-size",
         type=frame.positive_int,
@@ -260,17 +262,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for what is written",
     )
-    frame.add_report(
-        parser, "feeding.{md,json}, or feeding-R-bN for others than r = 32 and batches of 8,"
-    )
+    frame.add_report(parser, "feeding-DATA-R-bN.{md,json}, or feeding-DATA-R-bN-no-step,")
     return parser
 
 
 workers = frame.number(int, lambda n: n >= 0, "a whole number of at least 0")
+batch_count = frame.number(int, lambda n: n >= 2, "a whole number of at least 2")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("stopped") from None
+    frame.run(main, resumes=False)

@@ -49,8 +49,8 @@ FIXED = (
     *("data", "samples", "resolutions", "layer_resolution", "layers"),
     *("density_bound", "epochs", "learning_rate", "seed"),
 )
-# With fewer points an occupied voxel, more than a seventh of the voxels that a surface meets hold none.
-# Measured on the made shapes: 37% are missed at 1.9 points a voxel, 17% at 3.6, 8% at 9, 5% at 17.
+# With fewer points for each occupied voxel, too many voxels that the surface meets hold none: the count says
+# how many points there are, and no longer how large the surface is.
 ENOUGH_POINTS = 4.0
 UNIFORM: dict[str, Callable[[int], float]] = {
     "uniform, 1/r": lambda resolution: 1 / resolution,
@@ -82,24 +82,30 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser = _parser()
     options = parser.parse_args(arguments)
     options.resolutions = sorted(set(options.resolutions))
-    fixed = {name: getattr(options, name) for name in FIXED}
+    options.figures = options.figures or _all_figures(options.data)
     path = options.out / f"{options.data}.json"
+    now = timing.provenance("fill_in", arguments)
     try:
-        rows = _kept(path, fixed) if options.resume and path.exists() else []
-        sets.check_directory(options.data, options.data_dir)
+        _check_report(options)
+        sets.check_directory(options.data, **sets.where(options))
         shapes = Shapes(options)
-        if set(options.figures) != {"activations"}:
-            shapes.load()
+        fixed = {name: getattr(options, name) for name in FIXED}
+        fixed["fingerprint"] = shapes.fingerprint()
+        goes_on = options.resume and path.exists()
+        record, rows = _kept(path, fixed) if goes_on else (now | {"options": fixed}, [])
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    pictures = {name: options.out / f"{options.data}-{name}.png" for name in options.figures}
-    record = timing.provenance("fill_in", arguments) | {"options": fixed}
+    if not goes_on:
+        _start_anew(path, record)
+    pictures = {name: _picture(path, name) for name in options.figures}
     table = frame.Table(path.with_suffix(".csv"), COLUMNS, rows)
     with frame.Reporter() as reporter:
-        reporter.print(timing.headline(record))
+        reporter.print(timing.headline(now))
         parts = _parts(options, shapes, pictures, reporter)
         done = {(row["figure"], row["data"], row["resolution"]) for row in rows}
         todo = {part: measure for part, measure in parts.items() if part not in done}
+        if goes_on and todo:
+            record["resumed"] = [*record.get("resumed", []), now]
         for number, (part, measure) in enumerate(todo.items()):
             reporter.begin("parts", len(todo), number)
             for found in measure():
@@ -125,14 +131,48 @@ def _report(files: dict[Path, str], options: argparse.Namespace) -> list[Path]:
     return copies
 
 
-def _kept(path: Path, fixed: Row) -> list[Row]:
-    """The rows of an earlier run that a resumed one need not measure again."""
-    before = json.loads(path.read_text())
-    if before["options"] != fixed:
-        raise ValueError(f"--resume: {path} was made with {before['options']}, not with {fixed}")
+def _all_figures(data: str) -> list[str]:
+    """Activations are digits': one data set is enough to show them."""
+    return [name for name in FIGURES if data == "shapes" or name != "activations"]
+
+
+def _check_report(options: argparse.Namespace) -> None:
+    """Raises ValueError where a report would lose figures that it had."""
+    needed = _all_figures(options.data)
+    if options.report and not set(needed) <= set(options.figures):
+        raise ValueError(
+            f"--report replaces the whole report of --data {options.data}, but --figures is only "
+            f"{' '.join(options.figures)}. Give {' '.join(needed)}; --resume keeps what is there."
+        )
+
+
+def _picture(path: Path, figure: str) -> Path:
+    """A figure's picture, beside the record."""
+    return path.with_name(f"{path.stem}-{figure}.png")
+
+
+def _start_anew(path: Path, record: Row) -> None:
+    """Removes what an earlier run measured: this one may be stopped, and go on from its record."""
+    frame.write_json(path, record | {"rows": []})
+    for figure in FIGURES:
+        _picture(path, figure).unlink(missing_ok=True)
+
+
+def _kept(path: Path, fixed: Row) -> tuple[Row, list[Row]]:
+    """The record of an earlier run, without its rows; and those that need not be measured again."""
     # The nets of a picture that is missing are gone.
-    drawn = path.with_name(f"{path.stem}-activations.png").exists()
-    return [row for row in before["rows"] if drawn or row["figure"] != "activations"]
+    drawn = _picture(path, "activations").exists()
+    try:
+        record = json.loads(path.read_text())
+        options, rows = record["options"], record.pop("rows")
+        kept = [row for row in rows if row["figure"] != "activations" or drawn]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--resume: {path} is damaged ({type(error).__name__}: {error}). Start anew without --resume."
+        ) from None
+    if options != fixed:
+        raise ValueError(f"--resume: {path} was made with {options}, not with {fixed}")
+    return record, kept
 
 
 def _parts(
@@ -165,9 +205,9 @@ class Shapes:
     def __init__(self, options: argparse.Namespace):
         self._options = options
 
-    def load(self) -> None:
-        """Loads or makes them, which is else put off until they are needed."""
-        _ = self._test
+    def fingerprint(self) -> str:
+        """What tells this set from another."""
+        return str(self._test.sets.fingerprint())
 
     def at(self, resolution: int, capacity: int) -> Source:
         """All test shapes, in a grid."""
@@ -206,7 +246,8 @@ class Shapes:
         # Made shapes have as many points as the finest grid needs.
         finest = max(*options.resolutions, options.layer_resolution, *EXAMPLE_RESOLUTIONS)
         made = {"train_size": 1, "test_size": max(options.samples, len(CLASSES))}
-        return sets.load_dataset(options.data, options.data_dir, resolution=finest, **made).test
+        folders = sets.where(options)
+        return sets.load_dataset(options.data, **folders, resolution=finest, **made).test
 
 
 def occupancy(shapes: Shapes, resolution: int) -> list[Row]:
@@ -459,7 +500,12 @@ def _spread(densities: np.ndarray) -> Row:
 def _parser() -> argparse.ArgumentParser:
     parser = frame.parser("fill_in", __doc__)
     add = parser.add_argument
-    add("--figures", nargs="+", choices=FIGURES, default=list(FIGURES), help="which to measure")
+    add(
+        "--figures",
+        nargs="+",
+        choices=FIGURES,
+        help="which to measure; by default all, but for activations where --data is not shapes",
+    )
     add("--data", choices=sets.NAMES, default="shapes", help="whose shapes are measured")
     sets.add_directory(parser)
     add(

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from experiments.frame import replacing
+
 Row = Mapping[str, Any]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -84,7 +86,8 @@ def resolution_picture(
             ha="right",
             va="center",
         )
-    figure.savefig(path, dpi=200, facecolor="white")
+    with replacing(path) as fresh:
+        figure.savefig(fresh, format=path.suffix[1:], dpi=200, facecolor="white")
 
 
 def layers_picture(path: Path, panels: Mapping[str, Sequence[Row]]) -> None:
@@ -104,7 +107,8 @@ def layers_picture(path: Path, panels: Mapping[str, Sequence[Row]]) -> None:
     axes[0].set_ylabel(r"density $\rho$", fontsize=9)
     lines = [Line2D([], [], label=label, **style) for label, style in LEGEND.items()]
     figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=8.5, frameon=False)
-    figure.savefig(path, dpi=200, facecolor="white")
+    with replacing(path) as fresh:
+        figure.savefig(fresh, format=path.suffix[1:], dpi=200, facecolor="white")
 
 
 def _against_resolution(

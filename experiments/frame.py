@@ -86,8 +86,8 @@ def run(main: Callable[[], object], *, resumes: bool = True) -> None:
       resumes: whether the experiment has --resume, of which a stopped run then reminds.
 
     Raises:
-      SystemExit: with status 1 and a line for stderr, after Ctrl-C and where a file (a checkpoint too) cannot
-        be read or written.
+      SystemExit: with status 1 and a line for stderr, after Ctrl-C, and where a file cannot be read or
+        written, or a checkpoint not be gone on from (`CheckpointError`).
     """
     try:
         main()
@@ -127,7 +127,7 @@ def replacing(path: Path) -> Iterator[Path]:
       OSError: naming `path`; the temporary file is gone, and an old one at `path` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".tmp")
+    fresh = path.with_name(path.name + ".tmp")
     with _named(path):
         try:
             yield fresh
@@ -142,6 +142,8 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:  # not the system's: it has words of its own
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
@@ -212,8 +214,7 @@ def write_section(path: Path, heading: str, body: str, *, title: str) -> None:
             break
     else:
         sections.append(section)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n## ".join(s.strip() for s in sections) + "\n")
+    write_text(path, "\n\n## ".join(s.strip() for s in sections) + "\n")
 
 
 def markdown_table(cells: Sequence[Sequence[str]]) -> list[str]:
@@ -236,15 +237,28 @@ def add_report(parser: argparse.ArgumentParser, files: str) -> None:
 
 
 def report(folder: Path, stem: str, written: Sequence[Path]) -> list[Path]:
-    """Copies the files of a run that has ended to `folder`, under the name `stem`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    copies = [folder / f"{stem}{path.suffix}" for path in written]
-    for path, copy in zip(written, copies, strict=True):
-        shutil.copyfile(path, copy)
+    """Copies the files of a run that has ended to `folder`, under the name `stem`.
+
+    Returns:
+      The copies; a file that is there already, as where the run wrote to `folder` itself, gets none.
+    """
+    copies = []
+    for path in written:
+        copy = folder / f"{stem}{path.suffix}"
+        if copy.exists() and copy.samefile(path):
+            continue
+        with replacing(copy) as fresh:
+            shutil.copyfile(path, fresh)
+        copies.append(copy)
     return copies
 
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file in one move; an `OSError` names it."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in one move; an `OSError` names it."""
     with replacing(path) as fresh:
-        fresh.write_text(json.dumps(content, indent=1) + "\n")
+        fresh.write_text(text)

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
                 options.report / f"kernel_resources.{suffix}" for suffix in ("json", "md")
             )
             frame.write_json(json_file, record)
-            markdown.write_text(page(record))
+            frame.write_text(markdown, page(record))
             reporter.print(f"wrote {json_file}, {markdown}")
     spilling = [row for row in rows if row["spills"]]
     if spilling:

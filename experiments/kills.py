@@ -5,20 +5,24 @@
 
 Each trial starts `python -m experiments.mnist` on some hundred digits, with pruning and regulariser, kills
 its process group, lets it go on by --resume, and compares its last checkpoint with that of a run that nobody
-stopped: all arrays bit for bit, and the rows but for their times. Every other trial waits for a checkpoint
-to be on its way and kills within milliseconds, the others kill at any moment. Some are killed twice.
+stopped: all arrays bit for bit, and the rows but for their times. It must have gone on from the checkpoint
+that the kill left, as a run that starts anew ends with the same bits too. Every other trial waits for a
+checkpoint to be on its way and kills within milliseconds. The others kill at any moment, most of them behind
+the first checkpoint. Some are killed twice.
 """
 
 import argparse
 import contextlib
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +47,7 @@ SETTING = [
 ]
 WRITING = 0.05  # seconds that a checkpoint of this size is on its way
 TWICE = 1 / 3  # of the trials
+EARLY = 1 / 6  # of the kills at any moment: before the run has left a checkpoint
 TIMES = ("seconds", "seconds_per_step")  # columns that no two runs have in common
 
 
@@ -58,6 +63,13 @@ class Kill(NamedTuple):
         return f"{at}, writing {self.writing}" if self.writing else at
 
 
+class Length(NamedTuple):
+    """Seconds of a run, before it has left a checkpoint and from there on."""
+
+    before: float
+    after: float
+
+
 class Trial(NamedTuple):
     """The kills of a trial, the lines of the resumed run about checkpoints, and what came out differently."""
 
@@ -68,7 +80,7 @@ class Trial(NamedTuple):
     def line(self, number: int) -> Cells:
         return (
             str(number),
-            ", ".join(f"{kill.seconds:.1f} s" for kill in self.kills) or "not killed",
+            ", ".join(f"{kill.seconds:.1f} s" for kill in self.kills),
             "; ".join(map(str, self.kills)),
             "; ".join(self.said) or "starts anew",
             self.difference or SAME,
@@ -76,6 +88,11 @@ class Trial(NamedTuple):
 
 
 SAME = "the same bits"
+# Lines of `Checkpoints.restore_newest` and of `training.train`, with the folder to be put in.
+SAID = {
+    "torn": r"the checkpoint {}/(\d+) cannot be read ",
+    "starts": r"\S+: goes on from {}/(\d+)$",
+}
 HEAD: Cells = ("trial", "killed after", "where", "the run that went on said", "came out")
 
 
@@ -98,14 +115,12 @@ def main(arguments: list[str] | None = None) -> list[Trial]:
         _whole(folder, reference)
         length = None
         if options.trials > 1:
-            began = time.perf_counter()
-            _whole(folder, folder / "again")
-            length = time.perf_counter() - began
+            length = _whole(folder, folder / "again")
             if other := difference(reference, folder / "again"):
                 raise RuntimeError(
                     f"two runs without a kill differ, so nothing can be said: {other}"
                 )
-            reporter.print(f"a second run without a kill: {SAME}; {length:.1f} s")
+            reporter.print(f"a second run without a kill: {SAME}; {sum(length):.1f} s")
         for number in range(1, options.trials + 1):
             out = folder / str(number)
             trial = _trial(folder, out, draw, None if number % 2 else length)
@@ -115,7 +130,8 @@ def main(arguments: list[str] | None = None) -> list[Trial]:
             reporter.print("  ".join(trial.line(number)))
         cells = [HEAD, *(trial.line(number) for number, trial in enumerate(trials, 1))]
         reporter.print(summary_table(cells))
-        different = sum(trial.difference is not None for trial in trials)
+        record["counts"] = _counts(trials)
+        reporter.print(_counted(record))
         record["trials"] = [
             {**trial._asdict(), "kills": [kill._asdict() for kill in trial.kills]}
             for trial in trials
@@ -126,7 +142,7 @@ def main(arguments: list[str] | None = None) -> list[Trial]:
         if options.report:
             written += frame.report(options.report, "kills", written)
         reporter.print("wrote " + ", ".join(map(str, written)))
-    if different:
+    if different := record["counts"]["different"]:
         raise SystemExit(f"error: {different} of {options.trials} trials came out differently")
     return trials
 
@@ -146,20 +162,55 @@ def difference(reference: Path, out: Path) -> str | None:
     return None if notes == want_notes else "the rows differ"
 
 
+def wrong_start(behind: int | None, lines: Sequence[str], checkpoints: Path) -> str | None:
+    """Whether a run did not go on from where it had to: what it did instead, or None.
+
+    Args:
+      behind: the checkpoint that the last kill left, None: there was none.
+      lines: what the run printed.
+      checkpoints: the folder of its checkpoints.
+    """
+    if behind is None:
+        return None
+    found = {
+        kind: re.compile(rule.format(re.escape(str(checkpoints)))) for kind, rule in SAID.items()
+    }
+    torn, starts = (
+        [int(match[1]) for line in lines if (match := found[kind].match(line))]
+        for kind in ("torn", "starts")
+    )
+    # An older one will do where the newest is torn, and only there.
+    if any(start == behind or (start < behind and behind in torn) for start in starts):
+        return None
+    did = f"it went on from {starts[0]}" if starts else "it started anew"
+    return f"{did}, but there was checkpoint {behind}"
+
+
 def _newest(out: Path) -> tuple[int, dict[str, np.ndarray], dict[str, Any]]:
     """Number, arrays and notes of a run's newest checkpoint, without times."""
-    with Checkpoints(_checkpoints(out)) as checkpoints:
+    with Checkpoints(_checkpoints(out), read_only=True) as checkpoints:
         number = checkpoints.numbers()[0]
         notes = checkpoints.notes(number)
         rows = [{k: v for k, v in row.items() if k not in TIMES} for row in notes["rows"]]
         return number, jax.device_get(checkpoints.arrays(number)), notes | {"rows": rows}
 
 
-def _whole(folder: Path, out: Path) -> None:
+def _whole(folder: Path, out: Path) -> Length:
     """A run that nobody stops."""
-    status, lines = _ended(folder, out)
+    began = time.perf_counter()
+    with _running(folder, out, resume=False) as process:
+        _wait(process, lambda: _newest_number(out) is not None)
+        first = time.perf_counter()
+        status = process.wait()
+    _check(status, out)
+    return Length(first - began, time.perf_counter() - first)
+
+
+def _check(status: int, out: Path) -> None:
     if status:
-        raise RuntimeError(f"a run without a kill ended with status {status}:\n" + "\n".join(lines))
+        raise RuntimeError(
+            f"a run without a kill ended with status {status}:\n{(out / 'log').read_text()}"
+        )
 
 
 def _checkpoints(out: Path) -> Path:
@@ -168,39 +219,55 @@ def _checkpoints(out: Path) -> Path:
     return next(folder.iterdir(), folder) if folder.is_dir() else folder
 
 
-def _trial(folder: Path, out: Path, draw: random.Random, length: float | None) -> Trial:
+def _trial(folder: Path, out: Path, draw: random.Random, length: Length | None) -> Trial:
     """Kills a run once or twice, at any moment of its `length`, or else while it writes a checkpoint."""
-    kills: list[Kill] = []
-    for _ in range(1 + (draw.random() < TWICE)):
-        kill = _killed(folder, out, draw, length, resume=bool(kills))
-        if kill is None:
-            break
-        kills.append(kill)
+    count = 1 + (draw.random() < TWICE)
+    while not (kills := _kills(folder, out, draw, length, count)):
+        shutil.rmtree(out)
     status, lines = _ended(folder, out, resume=True)
     checkpoints = _checkpoints(out)
     said = [line.replace(f"{checkpoints}/", "") for line in lines if "goes on from" in line]
     said = [line.removeprefix(f"{checkpoints.name}: ") for line in said]
-    failed = f"status {status}: {lines[-1] if lines else 'no word'}" if status else None
+    if status:
+        failed = f"status {status}: {lines[-1] if lines else 'no word'}"
+    else:
+        failed = wrong_start(kills[-1].behind, lines, checkpoints)
     return Trial(kills, said, failed)
 
 
+def _kills(
+    folder: Path, out: Path, draw: random.Random, length: Length | None, count: int
+) -> list[Kill]:
+    """Kills a run so often, fewer times if the last checkpoint was there; none where a run ended first."""
+    kills: list[Kill] = []
+    while len(kills) < count and (_newest_number(out) or 0) < STEPS:
+        kill = _killed(folder, out, draw, length, resume=bool(kills))
+        if kill is None:
+            return []
+        kills.append(kill)
+    return kills
+
+
 def _killed(
-    folder: Path, out: Path, draw: random.Random, length: float | None, *, resume: bool
+    folder: Path, out: Path, draw: random.Random, length: Length | None, *, resume: bool
 ) -> Kill | None:
     """Starts a run and kills it; None where it ended first."""
     before = _newest_number(out) or 0
     with _running(folder, out, resume=resume) as process:
         began = time.perf_counter()
         if length is None:
-            number = draw.randrange(before + EVERY, max(before + EVERY, STEPS) + 1, EVERY)
+            number = draw.randrange(before + EVERY, STEPS + 1, EVERY)
             name = f"checkpoints/*/{number}{ocp.utils.TMP_DIR_SUFFIX}*"
             _wait(process, lambda: any(out.glob(name)))
             time.sleep(draw.uniform(0, WRITING))
+        elif draw.random() < EARLY:
+            _pause(process, draw.uniform(0, length.before))
         else:
-            moment = began + draw.uniform(0, length)
-            _wait(process, lambda: time.perf_counter() > moment)
-        if process.poll() is not None:
-            return None
+            _wait(process, lambda: (_newest_number(out) or 0) > before)
+            _pause(process, draw.uniform(0, length.after * (1 - before / STEPS)))
+    if process.returncode != -signal.SIGKILL:
+        _check(process.returncode, out)
+        return None
     leftovers = _leftovers(out)
     writing = int(leftovers[0].name.partition(".")[0]) if leftovers else None
     return Kill(time.perf_counter() - began, _newest_number(out), writing)
@@ -245,6 +312,11 @@ def _wait(process: "subprocess.Popen[bytes]", until: Callable[[], bool]) -> None
         time.sleep(0.0005)
 
 
+def _pause(process: "subprocess.Popen[bytes]", seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    _wait(process, lambda: time.perf_counter() > end)
+
+
 def _leftovers(out: Path) -> list[Path]:
     """Checkpoints that are not complete."""
     return list(_checkpoints(out).glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"))
@@ -263,15 +335,33 @@ def _write_digits(folder: Path) -> None:
         write_idx(folder / f"{part}-labels-idx1-ubyte", digits.labels[:count])
 
 
+def _counts(trials: Sequence[Trial]) -> dict[str, int]:
+    kills = [kill for trial in trials for kill in trial.kills]
+    return {
+        "trials": len(trials),
+        "killed": len(kills),
+        "while_writing": sum(kill.writing is not None for kill in kills),
+        "before_first": sum(kill.behind is None for kill in kills),
+        "different": sum(trial.difference is not None for trial in trials),
+    }
+
+
+def _counted(record: dict[str, Any]) -> str:
+    return (
+        "Kills: {killed} in {trials} trials, {while_writing} of them while a checkpoint was being written, "
+        "{before_first} before the first one was whole. Trials that came out differently: {different}."
+    ).format(**record["counts"])
+
+
 def _write(path: Path, record: dict[str, Any], cells: list[Cells]) -> None:
     lines = ["# Kills", "", f"`{record['command']}`", "", f"{headline(record)}."]
     lines += [
         "",
-        f"{STEPS} steps, a checkpoint after every {EVERY}.",
+        f"{STEPS} steps, a checkpoint after every {EVERY}. {_counted(record)}",
         "",
         *frame.markdown_table(cells),
     ]
-    path.write_text("\n".join(lines) + "\n")
+    frame.write_text(path, "\n".join(lines) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -322,7 +322,7 @@ def _write(path: Path, record: dict[str, Any], cells: Sequence[Cells]) -> None:
         "",
         *frame.markdown_table(epochs),
     ]
-    path.write_text("\n".join(lines) + "\n")
+    frame.write_text(path, "\n".join(lines) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,6 +6,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.frame import replacing
+
 SPARSE, DENSE = "#0072b2", "0.35"
 
 
@@ -50,7 +52,8 @@ def grid_picture(path: Path, record: dict[str, Any]) -> None:
         axis.grid(color="0.92")
         axis.spines[["top", "right"]].set_visible(False)
     left.legend(fontsize=8, frameon=False, loc="lower right")
-    figure.savefig(path, dpi=160)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, format=path.suffix[1:], dpi=160)
 
 
 def _across(axis: Axes, level: float, spread: float = 0.0) -> None:

@@ -5,6 +5,7 @@ python -m experiments.octnet3 --resolutions 64
 python -m experiments.octnet3 --report          # writes experiments/results/octnet3.md
 """
 
+import argparse
 from pathlib import Path
 
 from flax import nnx
@@ -20,18 +21,10 @@ CLASSES = {24: 10}  # MNIST; the others ModelNet40
 
 def main(arguments: list[str] | None = None) -> str:
     """Prints the summaries; returns them as markdown."""
-    parser = frame.parser("octnet3", __doc__)
-    parser.add_argument(
-        "--resolutions",
-        type=int,
-        choices=tuple(TABLE_2),
-        nargs="+",
-        default=list(TABLE_2),
-        metavar="R",
-        help=f"of {', '.join(map(str, TABLE_2))}",
-    )
-    frame.add_report(parser, "octnet3.md")
+    parser = _parser()
     options = parser.parse_args(arguments)
+    if options.report and options.resolutions != list(TABLE_2):
+        parser.error("--report writes the page of all networks: leave out --resolutions")
     nets = {resolution: abstract(resolution) for resolution in options.resolutions}
     totals = _totals(nets)
     sections = [
@@ -53,9 +46,8 @@ def main(arguments: list[str] | None = None) -> str:
         console.print(section.replace("```", "").strip(), soft_wrap=True, highlight=False)
     console.print(summary_table(totals))
     if options.report:
-        options.report.mkdir(parents=True, exist_ok=True)
         path: Path = options.report / "octnet3.md"
-        path.write_text(text)
+        frame.write_text(path, text)
         console.print(f"wrote {path}")
     return text
 
@@ -92,6 +84,21 @@ def _totals(nets: dict[int, OctNet3]) -> list[Cells]:
 
 def _grid(resolution: int) -> str:
     return f"{resolution}^{len(TABLE_2[resolution].input_shape)}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = frame.parser("octnet3", __doc__)
+    parser.add_argument(
+        "--resolutions",
+        type=int,
+        choices=tuple(TABLE_2),
+        nargs="+",
+        default=list(TABLE_2),
+        metavar="R",
+        help=f"of {', '.join(map(str, TABLE_2))}",
+    )
+    frame.add_report(parser, "octnet3.md, which needs all resolutions,")
+    return parser
 
 
 if __name__ == "__main__":

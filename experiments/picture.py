@@ -9,6 +9,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.pyplot import get_cmap
 
+from experiments.frame import replacing
+
 # Sites without an entry are white, as paper is; stored ones start at a hue that stands out from it.
 STORED = ListedColormap(get_cmap("magma_r")(np.linspace(0.12, 1.0, 256)))
 
@@ -57,7 +59,8 @@ def activations_picture(
                     axis.set_title(name, fontsize=9, pad=3)
             left += CELL + GAP
         left += GROUP_GAP - GAP
-    figure.savefig(path, dpi=160)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, format=path.suffix[1:], dpi=160)
 
 
 def _draw(axis: Axes, image: np.ndarray) -> None:

@@ -343,7 +343,7 @@ def _write(path: Path, record: Mapping[str, Any]) -> None:
             "",
             *frame.markdown_table(layers),
         ]
-    path.write_text("\n".join(lines) + "\n")
+    frame.write_text(path, "\n".join(lines) + "\n")
 
 
 INK = "0.2"
@@ -389,7 +389,8 @@ def _draw(path: Path, record: Mapping[str, Any]) -> None:
             axis.set_axisbelow(True)
             axis.spines[["top", "right"]].set_visible(False)
             axis.spines[["left", "bottom"]].set_color("0.7")
-    figure.savefig(path, dpi=200, facecolor="white")
+    with frame.replacing(path) as fresh:
+        figure.savefig(fresh, format=path.suffix[1:], dpi=200, facecolor="white")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,19 +2,20 @@
 
     python -m experiments.runtime                                 # r = 16 to 256, some minutes
     python -m experiments.runtime --data shell                    # a thin surface instead of random sites
-    python -m experiments.runtime --data kicad --data-dir ../shared/data/kicad
+    python -m experiments.runtime --data shapes                   # or kicad, modelnet40, with --data-dir
     python -m experiments.runtime --resolutions 16 32 64 --filter-densities 0.1 1
     python -m experiments.runtime --resume                        # goes on after the last whole resolution
     python -m experiments.runtime --report        # writes experiments/results/runtime.{csv,json,png} too
 
-Batch 1, 1 -> 8 channels, rho = rho_up = 1 / r; generated solids, real parts and meshes have the density
-that they have, which is then the bound. Filters have a share rho_f of their weights, once with
+Batch 1, 1 -> 8 channels, rho = rho_up = 1 / r; a shape of a data set has the density that it has, which is
+then the bound. Filters have a share rho_f of their weights, once with
 random signs, so that the selection has to choose, and once such that there is nothing to cut. The dense
 convolutions of XLA and, where it is installed, PyTorch get the same data and compute the same. All of
 one resolution is timed in turn, so that ratios hold.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 from collections.abc import Sequence
@@ -48,27 +49,27 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     """Runs the experiment; returns the rows of the table."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    try:
-        sets.check_directory(options.data, options.data_dir)
-    except ValueError as error:
-        parser.error(str(error))
-    fixed = {name: getattr(options, name) for name in FIXED}
     path = options.out / f"{options.data}.json"
-    rows: list[Row] = []
-    if options.resume and path.exists():
-        before = json.loads(path.read_text())
-        if before["options"] != fixed:
-            parser.error(f"--resume: {path} was made with {before['options']}, not with {fixed}")
-        rows = before["rows"]
+    try:
+        sets.check_directory(options.data, **sets.where(options))
+        source = training_set(options)
+        fixed = {name: getattr(options, name) for name in FIXED}
+        if source is not None:
+            fixed["fingerprint"] = source.sets.fingerprint()
+        rows = _kept(path, fixed) if options.resume and path.exists() else []
+        done = {row["resolution"] for row in rows}
+        # All inputs before the table, which replaces an earlier one.
+        missing = sorted(set(options.resolutions) - done)
+        todo = {r: features(r, options, source) for r in missing}
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     record = timing.provenance("runtime", arguments) | {"options": fixed}
     table = frame.Table(path.with_suffix(".csv"), COLUMNS, rows)
-    done = {row["resolution"] for row in rows}
-    todo = [r for r in sorted(set(options.resolutions)) if r not in done]
     with frame.Reporter() as reporter:
         reporter.print(timing.headline(record))
         reporter.begin("resolutions", len(todo), 0)
-        for resolution in todo:
-            for row in measure(resolution, options):
+        for resolution, x in todo.items():
+            for row in measure(x, options):
                 rows.append(row)
                 table.append(row)
                 reporter.print(line(row))
@@ -87,9 +88,16 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     return rows
 
 
-def measure(resolution: int, options: argparse.Namespace) -> list[Row]:
-    """The rows of one resolution, all timed in one go."""
-    x = features(resolution, options.data, options.seed, options.data_dir)
+def _kept(path: Path, fixed: Row) -> list[Row]:
+    """The rows of an earlier run that a resumed one need not measure again."""
+    before = json.loads(path.read_text())
+    if before["options"] != fixed:
+        raise ValueError(f"--resume: {path} was made with {before['options']}, not with {fixed}")
+    return before["rows"]
+
+
+def measure(x: ilajax.SparseTensor, options: argparse.Namespace) -> list[Row]:
+    """The rows of one input, all timed in one go."""
     # The dense convolutions do not care how many weights are 0, so they compute the first layer only.
     layers: dict[tuple[str, float | None, bool | None], peers.Layer] = {}
     calls = {}
@@ -110,7 +118,7 @@ def measure(resolution: int, options: argparse.Namespace) -> list[Row]:
         seconds = timings.seconds(name)
         row = {
             "data": options.data,
-            "resolution": resolution,
+            "resolution": x.spatial_shape[0],
             **dict(zip(("network", "rho_f", "cut"), name, strict=True)),
             "input_entries": int(x.counts.sum()),
             "median_s": statistics.median(seconds),
@@ -127,28 +135,33 @@ def measure(resolution: int, options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def features(
-    resolution: int, data: str, seed: int, data_dir: Path | None = None
-) -> ilajax.SparseTensor:
+def training_set(options: argparse.Namespace) -> Any:
+    """The source that the sample is of; None for sites drawn at random.
+
+    Made shapes have as many points as the finest grid needs, so that the sample is the same in each.
+    """
+    if options.data not in sets.NAMES:
+        return None
+    finest = max(options.resolutions)
+    return sets.load_dataset(options.data, **sets.where(options), resolution=finest).training
+
+
+def features(resolution: int, options: argparse.Namespace, source: Any) -> ilajax.SparseTensor:
     """One sample of one channel, with hardly more slots than entries."""
-    if data == "shapes":
-        return workloads.solids(resolution, seed=seed)[0]
-    if data == "kicad":
-        return workloads.parts(resolution, data_dir, seed=seed)[0]
-    if data == "modelnet40":
-        return _mesh(resolution, data_dir, seed)
-    slots = ilajax.capacity(1 / resolution, (resolution,) * 3)
-    if data == "uniform":
+    if source is not None:
+        grid = dataclasses.replace(source, resolution=resolution, capacity=resolution**3)
+        return _sample(grid, options.seed)
+    slots, seed = ilajax.capacity(1 / resolution, (resolution,) * 3), options.seed
+    if options.data == "uniform":
         return workloads.random_sites(resolution, capacity=slots, seed=seed)
     radius = workloads.fitting_radius(resolution, slots)
     return workloads.shell(resolution, subset=None, radius=radius, capacity=slots, seed=seed)
 
 
-def _mesh(resolution: int, data_dir: Path | None, seed: int) -> ilajax.SparseTensor:
-    """A random mesh of the training set, with as many slots as it meets voxels."""
-    data = sets.load_dataset("modelnet40", data_dir, resolution=resolution, capacity=resolution**3)
-    chosen = np.random.default_rng(seed).choice(len(data.training), 1)
-    x = data.training.batch(chosen, epoch=0).inputs
+def _sample(source: Any, seed: int) -> ilajax.SparseTensor:
+    """A random sample, with a slot for each voxel."""
+    chosen = np.random.default_rng(seed).choice(len(source), 1)
+    x = source.batch(chosen, epoch=0).inputs
     slots = int(x.counts.max())
     keys, values = jnp.asarray(x.keys[..., :slots]), jnp.asarray(x.values[..., :slots])
     return ilajax.SparseTensor(keys, values, x.spatial_shape)
@@ -213,7 +226,8 @@ def draw(path: Path, rows: Sequence[Row], data: str) -> None:
         axis.grid(which="major", color="0.9")
     axes[0].set_ylabel("time [s]")
     axes[1].legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=160)
+    with frame.replacing(path) as fresh:
+        figure.savefig(fresh, format=path.suffix[1:], dpi=160)
 
 
 def _plot(axis: Any, rows: Sequence[Row], label: str, **style: Any) -> None:
@@ -224,11 +238,7 @@ def _plot(axis: Any, rows: Sequence[Row], label: str, **style: Any) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.runtime",
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = frame.parser("runtime", __doc__)
     add = parser.add_argument
     add(
         "--resolutions",
@@ -250,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         choices=("uniform", "shell", *sets.NAMES),
         default="uniform",
-        help="random sites, a sphere's shell, a generated solid's surface, a real part, or a mesh",
+        help="random sites, a sphere's shell, or a shape of a data set",
     )
     sets.add_directory(parser)
     add(
@@ -271,10 +281,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for table, JSON and picture; a new run replaces an earlier one's",
     )
-    add("--resume", action="store_true", help="keep the resolutions that --out has already")
+    add(
+        "--resume",
+        action="store_true",
+        help="keep the resolutions that --out has already; of shapes, the finest must be the same",
+    )
     frame.add_report(parser, "runtime.{csv,json,png}, or runtime-DATA for other data, too")
     return parser
 
 
 if __name__ == "__main__":
-    main()
+    frame.run(main)

@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 
 import ilajax
-from experiments.checkpoints import Checkpoints
+from experiments.checkpoints import CheckpointError, Checkpoints
 from experiments.data.loader import Batch, Source, feed
 from experiments.frame import Reporter, Table, minutes
 
@@ -162,7 +162,8 @@ def train(
       The rows of all epochs, those before the checkpoint too.
 
     Raises:
-      CheckpointError: if a checkpoint cannot be written, or if there are some and none can be read.
+      CheckpointError: if a checkpoint cannot be written, if there are some and none can be read, if the one
+        to go on from has more epochs, or if another run writes to their folder.
       OSError: naming the table, if it cannot be written.
       ValueError: if the checkpoint was made for another network.
     """
@@ -176,6 +177,12 @@ def train(
         if checkpoints and latest is not None:
             notes = checkpoints.notes(latest)
             rows, so_far = notes["rows"], notes.get("so_far", [])
+            begun = len(rows) + bool(so_far)
+            if begun > epochs:
+                raise CheckpointError(
+                    f"--epochs {epochs}, but the checkpoint {checkpoints.path(latest)} has {begun}. Give at "
+                    f"least that, or start anew without --resume."
+                )
             reporter.print(f"{run.name}: goes on from {checkpoints.path(latest)}")
         table = Table(run.directory / f"{run.name}.csv", columns, rows)
         step, test_step = _bound_steps(run)

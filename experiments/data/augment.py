@@ -8,6 +8,11 @@ import numpy as np
 from ilajax.geometry import check_spatial_shape
 from ilajax.ops.k_select import check_capacity
 
+# Voxels that a point keeps off the grid's upper border. A surface on the border would lie in the voxel behind
+# it. The float next to the border is too near: a test of triangles may round it back. In any grid with keys
+# in int32 this is a thousand times a float's spacing, and no voxel changes by it.
+INWARD = 2.0**-30
+
 
 @dataclasses.dataclass(frozen=True)
 class Pose:
@@ -42,15 +47,15 @@ class Pose:
         centred and moved by the shift. Without a margin that is how `ilajax.data.voxelize` scales a cloud.
         The paper names no normalisation; this one is ours.
 
-        A point on the upper border of the grid belongs to the last voxel. Points that are all in one place
-        come to the middle of the grid.
+        A point on the upper border of the grid belongs to the last voxel, and is moved into it by `INWARD`.
+        Points that are all in one place come to the middle of the grid.
 
         Args:
           points: [N, 3], x, y and z, finite.
           resolution: of each of the three axes, above twice the margin.
 
         Returns:
-          float64[N, 3], all in [0, resolution): `floor` gives the voxel.
+          float64[N, 3], all in [0, resolution - INWARD]: `floor` gives the voxel.
         """
         position = self._turned(points)
         if not position.size:
@@ -61,7 +66,7 @@ class Pose:
         position -= low
         position /= edge
         position += (resolution - box / edge) / 2 + np.array(self.shift)[:, None]
-        return position.clip(0, np.nextafter(resolution, 0), out=position).T
+        return position.clip(0, resolution - INWARD, out=position).T
 
     def _turned(self, points: np.ndarray) -> np.ndarray:
         """A new float64[3, N]: axes first, so that NumPy runs along the points."""
@@ -97,6 +102,8 @@ def pose(seed: int | None, epoch: int, index: int, jitter: float = 0.0) -> Pose:
 
 def check_grid(resolution: int, capacity: int, jitter: float) -> None:
     """Raises TypeError or ValueError unless samples can be placed in a grid, and be packed."""
+    if isinstance(resolution, int) and resolution < 1:
+        raise ValueError(f"resolution must be at least 1 voxel along each axis, got {resolution}.")
     check_spatial_shape((resolution,) * 3)
     check_capacity(capacity)
     if not 0 <= jitter < resolution / 2:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +61,13 @@ class MeshSet:
         vertices = slice(*self.vertex_offsets[index : index + 2])
         faces = slice(*self.face_offsets[index : index + 2])
         return Mesh(self.vertices[vertices], self.faces[faces])
+
+    def fingerprint(self) -> str:
+        """A short hash to tell data sets apart: of names, labels and sizes, not of gigabytes of vertices."""
+        small = [
+            getattr(self, name).tolist() for name in ARRAYS if name not in (*MAPPED, "left_out")
+        ]
+        return hashlib.sha256(json.dumps(small).encode()).hexdigest()[:16]
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.folder is not None:
@@ -151,6 +160,7 @@ def load_mesh(path: str | Path) -> Mesh:
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: naming the file and what is wrong with it.
+      ImportError: if trimesh needs a package for the file that is not installed.
     """
     # Imported where it is used: it takes a while, and only meshes need it.
     import trimesh
@@ -171,7 +181,7 @@ def load_mesh(path: str | Path) -> Mesh:
             loaded = trimesh.load_mesh(path, process=False)
             vertices, faces = np.asarray(loaded.vertices), np.asarray(loaded.faces)
         return _checked(vertices, faces)
-    except (OSError, MemoryError):  # the machine's fault, not the file's
+    except (OSError, MemoryError, ImportError):  # the machine's fault, not the file's
         raise
     except Exception as error:  # of every kind, as parsers of broken files have it
         raise ValueError(f"{path} cannot be read as a mesh: {error}") from error

@@ -1,11 +1,14 @@
 """ModelNet40, and whatever else has its layout: a folder for each class, with meshes to train and to test."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +18,8 @@ from experiments.data.meshes import MeshSet, load_mesh, load_mesh_set, read_mesh
 
 SPLITS = ("train", "test")
 VERSION = 1  # of what a cache holds
+CACHE = "ilajax-cache"
+DAY = 24 * 60 * 60  # seconds; no conversion takes as long
 
 Progress = Callable[[int, int], None]
 
@@ -30,14 +35,16 @@ def load_modelnet40(
     """Loads the meshes `CLASS/train/*.off` and `CLASS/test/*.off`; ModelNet10 has the same layout.
 
     The first use reads the text of all files, which takes minutes, and keeps arrays as files, which later
-    uses map into memory. A file that is new, gone, or has another size or time makes them anew. They appear
-    when they are complete, and replace those that are out of date. What a killed run leaves is called
-    `unfinished-...`; it is never read, and may be deleted.
+    uses map into memory. A file that is new, gone, or has another size or time makes others; those that are
+    out of date stay, as another process may use them, and may be deleted by hand. Arrays appear when they are
+    complete. Where they are damaged all the same, a printed line says so, and they are made anew. What a
+    killed run leaves is called `unfinished-...`; it is never read, and the next conversion removes it after
+    a day.
 
     Args:
       directory: the folder of the classes. Their order is that of their names.
       cache: False reads all meshes into memory and keeps nothing.
-      cache_dir: where the arrays are kept; by default in `directory`, as `ilajax-cache`.
+      cache_dir: where the arrays are kept, in a folder `ilajax-cache`; by default in `directory`.
       skip_broken: leaves out the files that cannot be read; `MeshSet.left_out` names them.
       progress: is told after each file how many are read, and of how many.
 
@@ -47,15 +54,14 @@ def load_modelnet40(
     Raises:
       FileNotFoundError: if the folder is missing or has another layout: what was looked for.
       ValueError: naming the files that cannot be read.
-      OSError: if the cache cannot be written: how to put it elsewhere.
+      OSError: if the cache cannot be written, as on a full disk: how to put it elsewhere.
     """
     directory = Path(directory)
     layout = _layout(directory)
     if cache:
-        kept = Path(cache_dir or directory / "ilajax-cache").absolute() / _cache_name(layout)
-        if not kept.is_dir():
-            _make(kept, layout, progress)
-        training, test = (load_mesh_set(kept / split) for split in SPLITS)
+        # In a folder of its own, so that no part of the cache passes for a class.
+        kept = Path(cache_dir or directory).absolute() / CACHE / _cache_name(layout)
+        training, test = _load(kept) or _make(kept, layout, progress)
     else:
         with tempfile.TemporaryDirectory(prefix="ilajax-") as folder:
             _convert(Path(folder), layout, progress)
@@ -64,13 +70,14 @@ def load_modelnet40(
     if broken and not (skip_broken and len(training) and len(test)):
         raise ValueError(
             f"{len(broken)} of {len(broken) + len(training) + len(test)} files of {directory} cannot be "
-            f"read. Fetch them again, or leave them out by skip_broken=True, which needs sound ones of both "
-            f"{' and '.join(SPLITS)}.\n{_listed(broken)}"
+            f"read. Fetch them again, or leave them out by --skip-broken (skip_broken=True), which needs "
+            f"sound ones of both {' and '.join(SPLITS)}.\n{listed(broken)}"
         )
     return training, test
 
 
-def _listed(broken: list[str], shown: int = 10) -> str:
+def listed(broken: list[str], shown: int = 10) -> str:
+    """The first lines, and how many there are more."""
     more = [f"and {len(broken) - shown} more"] if len(broken) > shown else []
     return "\n".join(broken[:shown] + more)
 
@@ -129,29 +136,59 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _make(kept: Path, layout: _Layout, progress: Progress | None) -> None:
+def _load(kept: Path) -> tuple[MeshSet, MeshSet] | None:
+    """The sets of a cache; None where there is none, or a damaged one, of which a line is printed."""
+    if not kept.is_dir():
+        return None
+    try:
+        training, test = (load_mesh_set(kept / split) for split in SPLITS)
+    except (FileNotFoundError, ValueError, EOFError) as error:
+        print(f"the arrays in {kept} are damaged, and made anew: {error}", flush=True)
+        return None
+    return training, test
+
+
+def _make(kept: Path, layout: _Layout, progress: Progress | None) -> tuple[MeshSet, MeshSet]:
     """Converts into a folder of another name, which gets its own name when it is complete."""
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         unfinished = tempfile.TemporaryDirectory(dir=kept.parent, prefix="unfinished-")
     except OSError as error:
-        raise OSError(
-            f"the arrays cannot be kept in {kept.parent}: {error}. Give another folder by cache_dir, or "
-            f"cache=False."
-        ) from None
+        raise _cannot_be_kept(kept.parent, error) from None
+    _tidy(kept.parent)
     with unfinished as folder:
         complete = Path(folder) / "complete"
-        complete.mkdir()
-        _convert(complete, layout, progress)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(kept, Path(folder) / "damaged")
+            complete.mkdir()
+            _convert(complete, layout, progress)
+        except OSError as error:
+            if not Path(error.filename or "").is_relative_to(folder):  # a mesh
+                raise
+            raise _cannot_be_kept(kept.parent, error) from error
         try:
             os.replace(complete, kept)
         except OSError:
             if not kept.is_dir():  # else another process was faster, with the same arrays
                 raise
-    outdated = kept.name.rpartition("-")[0]
-    for folder in kept.parent.glob(f"{outdated}-*"):
-        if folder != kept:
-            shutil.rmtree(folder)
+    training, test = (load_mesh_set(kept / split) for split in SPLITS)
+    return training, test
+
+
+def _cannot_be_kept(folder: Path, error: OSError) -> OSError:
+    return OSError(
+        f"the arrays cannot be kept in {folder}: {error}. Give another folder by --cache-dir (cache_dir), "
+        f"or cache=False."
+    )
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what runs left that were killed more than a day ago."""
+    for left in folder.glob("unfinished-*"):
+        with contextlib.suppress(OSError):  # another process may be removing it
+            if left.stat().st_mtime < time.time() - DAY:
+                shutil.rmtree(left)
 
 
 def _convert(folder: Path, layout: _Layout, progress: Progress | None) -> None:
@@ -178,16 +215,39 @@ def _convert(folder: Path, layout: _Layout, progress: Progress | None) -> None:
                 done += 1
                 if progress is not None:
                     progress(done, count)
-        np.save(target / "vertex_offsets.npy", np.array(vertices.offsets, np.int64))
-        np.save(target / "face_offsets.npy", np.array(faces.offsets, np.int64))
-        np.save(target / "label.npy", np.array(label, np.int32))
-        np.save(target / "class_names.npy", np.array(layout.class_names, np.str_))
-        np.save(target / "model_names.npy", np.array(model_names, np.str_))
-        np.save(target / "left_out.npy", np.array(left_out, np.str_))
+        for name, array in {
+            "vertex_offsets": np.array(vertices.offsets, np.int64),
+            "face_offsets": np.array(faces.offsets, np.int64),
+            "label": np.array(label, np.int32),
+            "class_names": np.array(layout.class_names, np.str_),
+            "model_names": np.array(model_names, np.str_),
+            "left_out": np.array(left_out, np.str_),
+        }.items():
+            _save(target / f"{name}.npy", array)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """Saves a small array; an `OSError` names the file."""
+    # NumPy writes to a file by a buffer of its own, and says nothing where that does not fit on the disk.
+    content = io.BytesIO()
+    np.save(content, array)
+    with _named(path):
+        path.write_bytes(content.getbuffer())
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Lets an `OSError` name the file that is written: that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class _Rows:
     """An .npy file of rows of 3, which grows: all meshes together need not fit into memory.
+
+    An `OSError` of its methods names the file.
 
     Attributes:
       offsets: rows before each array that was appended, and at last of all.
@@ -195,6 +255,7 @@ class _Rows:
 
     def __init__(self, path: Path, dtype: Any):
         self.offsets = [0]
+        self._path = path
         self._dtype = np.dtype(dtype)
         self._file = path.open("wb")
         self._write_header()
@@ -203,12 +264,13 @@ class _Rows:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.seek(0)
-        self._write_header()
-        self._file.close()
+        with _named(self._path), self._file:
+            self._file.seek(0)
+            self._write_header()
 
     def append(self, rows: np.ndarray) -> None:
-        self._file.write(rows.astype(self._dtype, order="C").tobytes())
+        with _named(self._path):
+            self._file.write(rows.astype(self._dtype, order="C").tobytes())
         self.offsets.append(self.offsets[-1] + len(rows))
 
     def _write_header(self) -> None:

@@ -1,6 +1,7 @@
 """Labelled point clouds: from a file of the kicad set's format, or made on the spot; and as voxels."""
 
 import dataclasses
+import hashlib
 import math
 import zipfile
 import zlib
@@ -25,6 +26,45 @@ FORMAT: dict[str, tuple[Any, str]] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class MadePoints:
+    """The points of clouds on the surfaces of solids, uint16[count, size, 3], as `make_point_sets` has them.
+
+    A cloud is made whenever it is asked for, so that a set takes no memory and no time before its first
+    batch, however fine its grid: 800 clouds for 256^3 would be 7.5 GB, and so much again in each worker.
+
+    Attributes:
+      count: how many clouds.
+      size: points of each.
+      seed: of everything; a cloud depends on it, on its own number and on the size alone.
+    """
+
+    count: int
+    size: int
+    seed: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.count, self.size, 3
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """A cloud, uint16[size, 3]; of several indices the clouds, uint16[M, size, 3]."""
+        if not np.ndim(index):
+            return self._made(range(self.count)[index])
+        clouds = np.empty((len(index), self.size, 3), np.uint16)
+        for cloud, number in zip(clouds, index, strict=True):
+            cloud[:] = self[number]
+        return clouds
+
+    def _made(self, number: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, number])
+        surface = SURFACES[CLASSES[number % len(CLASSES)]](self.size, rng)
+        return _into_the_cube(surface * rng.uniform(STRETCH, 1, 3) @ _leaning(rng))
+
+
+@dataclasses.dataclass(frozen=True)
 class PointSets:
     """Some clouds of equally many points.
 
@@ -35,13 +75,20 @@ class PointSets:
       model_names: str[N].
     """
 
-    points: np.ndarray
+    points: np.ndarray | MadePoints
     label: np.ndarray
     class_names: np.ndarray
     model_names: np.ndarray
 
     def __len__(self) -> int:
         return len(self.label)
+
+    def fingerprint(self) -> str:
+        """A short hash of points and labels, to tell data sets apart; of made points it is of their seed."""
+        made = isinstance(self.points, MadePoints)
+        found = hashlib.sha256(repr(self.points).encode() if made else self.points.tobytes())
+        found.update(self.label.astype(np.int64).tobytes())
+        return found.hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +154,8 @@ def load_point_sets(path: str | Path) -> PointSets:
             f"{path}: label holds {sets.label.min()} to {sets.label.max()}, but class_names has "
             f"{len(sets.class_names)} classes."
         )
+    if not sets.points.shape[1]:
+        raise ValueError(f"{path}: points must hold at least one point a cloud, got none.")
     return sets
 
 
@@ -126,22 +175,19 @@ def _array(path: Path, file: Any, name: str) -> np.ndarray:
     return array
 
 
-def make_point_sets(count: int, points: int, *, seed: int) -> PointSets:
+def make_point_sets(count: int, points: int, *, seed: int, stored: bool = True) -> PointSets:
     """Clouds on the surfaces of solids: stretched, turned and leant over at random; the classes take turns.
 
     Args:
       count: how many clouds.
       points: of each cloud.
       seed: of everything; the first clouds of a longer list are those of a shorter one.
+      stored: False: the points are `MadePoints`, the same ones, made when they are asked for.
     """
-    stored = np.empty((count, points, 3), np.uint16)
     label = np.arange(count, dtype=np.int32) % len(CLASSES)
-    for number, cloud in enumerate(stored):
-        rng = np.random.default_rng([seed, number])
-        surface = SURFACES[CLASSES[label[number]]](points, rng)
-        cloud[:] = _into_the_cube(surface * rng.uniform(STRETCH, 1, 3) @ _leaning(rng))
     names = np.array([f"{CLASSES[at]}-{number}" for number, at in enumerate(label)], dtype=np.str_)
-    return PointSets(stored, label, np.array(CLASSES), names)
+    made = MadePoints(count, points, seed)
+    return PointSets(made[range(count)] if stored else made, label, np.array(CLASSES), names)
 
 
 def _leaning(rng: np.random.Generator) -> np.ndarray:
@@ -157,4 +203,4 @@ def _into_the_cube(cloud: np.ndarray) -> np.ndarray:
     axes = np.ascontiguousarray(cloud.T)  # axes first, so that NumPy runs along the points
     low, high = axes.min(axis=1, keepdims=True), axes.max(axis=1, keepdims=True)
     unit = (axes - (low + high) / 2) / (high - low).max() + 0.5
-    return np.rint(SCALE * unit).T
+    return np.rint(SCALE * unit).T.astype(np.uint16, order="C")

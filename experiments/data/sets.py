@@ -9,9 +9,10 @@ import numpy as np
 
 import ilajax
 from experiments import frame
+from experiments.data.augment import check_grid
 from experiments.data.loader import Source
 from experiments.data.meshes import Meshes
-from experiments.data.modelnet40 import load_modelnet40
+from experiments.data.modelnet40 import listed, load_modelnet40
 from experiments.data.point_sets import Clouds, load_point_sets, make_point_sets
 from experiments.data.solids import POINTS_PER_VOXEL
 
@@ -22,7 +23,7 @@ FOLDERS: dict[str, str | None] = {
     "modelnet40": "a folder with CLASS/train/*.off and CLASS/test/*.off",
 }
 NAMES = tuple(FOLDERS)
-# A surface that fills the grid meets so many r^2 voxels: a made shape in the mean (at most 4.9), and a box.
+# A surface that fills the grid meets so many r^2 voxels: a made shape in the mean (at most 5), and a box.
 SURFACE, BOX = 3, 6
 LEAST_POINTS = 2048
 
@@ -42,7 +43,7 @@ class Dataset(NamedTuple):
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    """Adds --data, --data-dir and --capacity; `load_dataset` checks them together."""
+    """Adds --data, what `add_directory` adds, and --capacity; `load_dataset` checks them together."""
     add = parser.add_argument
     add(
         "--data",
@@ -60,13 +61,42 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def add_directory(parser: argparse.ArgumentParser) -> None:
-    """Adds --data-dir."""
+    """Adds --data-dir, --cache-dir and --skip-broken, which `where` takes to `load_dataset`."""
+    add = parser.add_argument
     needs = "; ".join(f"{name}: {folder}" for name, folder in FOLDERS.items() if folder)
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help=f"of the data, {needs}")
+    add("--data-dir", type=Path, metavar="DIR", help=f"of the data, {needs}")
+    add(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="where modelnet40's meshes are kept as arrays; by default in --data-dir",
+    )
+    add(
+        "--skip-broken",
+        action="store_true",
+        help="leave out those files of modelnet40 that cannot be read",
+    )
 
 
-def check_directory(name: str, directory: str | Path | None) -> None:
-    """Raises ValueError unless there is a folder where the set needs one, and only there."""
+def where(options: argparse.Namespace) -> dict[str, Any]:
+    """What `add_directory` added, as arguments of `load_dataset` and `check_directory`."""
+    return {
+        "directory": options.data_dir,
+        "cache_dir": options.cache_dir,
+        "skip_broken": options.skip_broken,
+    }
+
+
+def check_directory(
+    name: str,
+    directory: str | Path | None,
+    cache_dir: str | Path | None = None,
+    skip_broken: bool = False,
+) -> None:
+    """Raises ValueError unless there is a folder where the set needs one, and only there.
+
+    It does as well where the other options are given for a set that has no use for them.
+    """
     folder = FOLDERS.get(name)
     if folder and directory is None:
         raise ValueError(f"--data {name} needs --data-dir DIR, {folder}.")
@@ -75,6 +105,10 @@ def check_directory(name: str, directory: str | Path | None) -> None:
         raise ValueError(
             f"--data {name} is made on the spot, but --data-dir is {directory}. Leave it out, or give "
             f"--data {needed}."
+        )
+    if name != "modelnet40" and (cache_dir is not None or skip_broken):
+        raise ValueError(
+            f"--cache-dir and --skip-broken are for --data modelnet40, but --data is {name}. Leave them out."
         )
 
 
@@ -88,13 +122,17 @@ def load_dataset(
     jitter: float = 0.0,
     train_size: int = 800,
     test_size: int = 320,
+    cache_dir: str | Path | None = None,
+    skip_broken: bool = False,
 ) -> Dataset:
     """Loads or makes a set; a sample is scaled until the longest edge of its box fills the grid.
 
-    The first use of ModelNet40 reads all its files, and says how far it is; see `load_modelnet40`.
+    The first use of ModelNet40 reads all its files, and says how far it is; see `load_modelnet40`. Files that
+    are left out are named on the terminal.
 
-    Made shapes are clouds of 24 r^2 points, about 8 for each voxel of their surfaces and 2,048 at least.
-    Making one takes 15 ms at 64^3, and its points 0.6 MB.
+    Made shapes are clouds of 24 r^2 points, about 8 for each voxel of their surfaces and 2,048 at least. They
+    are made for each batch, by who makes the batch, and kept nowhere: that takes 15 ms a shape at 64^3, on
+    top of 8 ms for its voxels.
 
     By default kicad's capacity is the number of a cloud's points, or of sites where they are fewer, which
     cuts nothing. For made shapes and meshes it is 6 r^2, the voxels of a box's surface that fills the grid.
@@ -109,6 +147,8 @@ def load_dataset(
       jitter: voxels that a training sample is moved by at most; test samples have the same margin.
       train_size: training samples that are made; a loaded set has its own number.
       test_size: test samples that are made.
+      cache_dir: where the arrays of ModelNet40 are kept; by default in `directory`.
+      skip_broken: leave out the files of ModelNet40 that cannot be read.
 
     Returns:
       Dataset: training, test, class_names.
@@ -123,20 +163,24 @@ def load_dataset(
     """
     if name not in NAMES:
         raise ValueError(f"name must be one of {NAMES}, got {name!r}.")
-    check_directory(name, directory)
+    check_directory(name, directory, cache_dir, skip_broken)
+    check_grid(resolution, 1 if capacity is None else capacity, jitter)
     folder = Path(directory or ".")
     source: Any = Clouds
     slots = ilajax.capacity(min(1.0, BOX / resolution), (resolution,) * 3)
     if name == "modelnet40":
-        training, test = load_modelnet40(folder, progress=_tell)
+        training, test = load_modelnet40(
+            folder, cache_dir=cache_dir, skip_broken=skip_broken, progress=_tell
+        )
+        _tell_left_out([*training.left_out.tolist(), *test.left_out.tolist()])
         source = Meshes
     elif name == "kicad":
         training, test = (load_point_sets(folder / f"{part}.npz") for part in ("train", "test"))
         slots = min(training.points.shape[1], resolution**3)
     else:
         points = max(LEAST_POINTS, POINTS_PER_VOXEL * SURFACE * resolution**2)
-        training = make_point_sets(train_size, points, seed=0)
-        test = make_point_sets(test_size, points, seed=1)
+        training = make_point_sets(train_size, points, seed=0, stored=False)
+        test = make_point_sets(test_size, points, seed=1, stored=False)
     if list(training.class_names) != list(test.class_names):
         raise ValueError(
             f"{directory}: the training set has the classes {list(training.class_names)}, the test set "
@@ -153,6 +197,11 @@ def load_dataset(
 def _tell(done: int, count: int) -> None:
     if done % 1000 == 0:
         print(f"read {done:,} of {count:,} meshes, once for all", flush=True)
+
+
+def _tell_left_out(broken: list[str]) -> None:
+    if broken:
+        print(f"left out {len(broken):,} files:\n{listed(broken, 3)}", flush=True)
 
 
 def whole(source: Source, piece: int = 64) -> tuple[Any, np.ndarray, int]:

@@ -1,21 +1,34 @@
 """Checkpoints give back every variable, refuse another network's, and find what is torn."""
 
 import contextlib
+import errno
 import gc
+import os
 import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
 from experiments.checkpoints import (
+    LOCK,
     CheckpointError,
     Checkpoints,
     check_options,
     remove_checkpoints,
 )
+from experiments.data.loader import Arrays
+from experiments.frame import Reporter
+from experiments.training import Run, train
+
+ROOT = Path(__file__).parents[2]
 
 # Where one array cannot be read or written, tensorstore reports the others to an event loop that Orbax has
 # closed: to nobody, when they are collected.
@@ -40,6 +53,11 @@ class Net(nnx.Module):
 def modules(features=4, seed=0):
     net = Net(features, seed)
     return {"model": net, "optimizer": nnx.Optimizer(net, optax.adagrad(0.1), wrt=nnx.Param)}
+
+
+def names(folder):
+    """All that is in a folder, but for its lock."""
+    return sorted(path.name for path in folder.iterdir() if path.name != LOCK)
 
 
 def leaves(tree):
@@ -67,7 +85,7 @@ def test_the_newest_ones_are_kept(tmp_path):
         for number in (1, 2, 3):
             checkpoints.save(number, modules(), {})
         assert checkpoints.latest() == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+    assert names(tmp_path) == ["2", "3"]
 
 
 def test_another_shape_is_named(tmp_path):
@@ -158,9 +176,66 @@ def test_the_newest_that_can_be_read_is_used_and_newer_ones_are_written_again(tm
         assert [line.partition(" cannot be read (")[0] for line in said] == [
             f"the checkpoint {tmp_path / number}" for number in ("3", "2")
         ]
-        assert all(line.endswith(f"; goes on from {tmp_path / '1'}") for line in said)
+        for line, number in zip(said, (3, 2), strict=True):
+            aside = tmp_path / f"torn-{number}"
+            assert line.endswith(f"; it is now {aside}; goes on from {tmp_path / '1'}")
+            assert (aside / "arrays").is_dir()
         checkpoints.save(2, restored, {"rows": [1]})
         assert checkpoints.numbers() == [2, 1]
+        # Torn once more, it does not take the place of the one before.
+        (tmp_path / "2" / "notes" / "metadata").unlink()
+        assert checkpoints.restore_newest(restored, said.append) == 1
+    assert names(tmp_path) == ["1", "torn-2", "torn-2-2", "torn-3"]
+    remove_checkpoints(tmp_path)
+    assert not tmp_path.exists()
+
+
+def _too_many_open_files(monkeypatch):
+    """For real, under everything that reads."""
+    return limited(resource.RLIMIT_NOFILE, len(os.listdir("/proc/self/fd")) - 1)
+
+
+def _raising(error):
+    def prepare(monkeypatch):
+        def raises(*_, **__):
+            raise error
+
+        monkeypatch.setattr(ocp.CheckpointManager, "restore", raises)
+        return contextlib.nullcontext()
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    ("failing", "kind", "said"),
+    [
+        (_too_many_open_files, OSError, rf"Errno {errno.EMFILE}\] Too many open files: '.*/2'"),
+        (_raising(PermissionError(errno.EACCES, "no")), OSError, "Permission denied: '.*/2'"),
+        (_raising(ValueError("os_error_code='5'")), OSError, "Input/output error: '.*/2'"),
+        (_raising(MemoryError("no room")), MemoryError, "no room"),
+        (
+            _raising(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")),
+            jax.errors.JaxRuntimeError,
+            "RESOURCE_EXHAUSTED",
+        ),
+    ],
+)
+def test_what_the_machine_lacks_is_no_torn_checkpoint(tmp_path, monkeypatch, failing, kind, said):
+    """Catches a good checkpoint that loses its name, and an older one that is taken in its place."""
+    net = modules()
+    with Checkpoints(tmp_path) as checkpoints:
+        for number in (1, 2):
+            checkpoints.save(number, net, {})
+        for use in (lambda: checkpoints.restore_newest(net, print), checkpoints.newest_notes):
+            with (
+                monkeypatch.context() as patched,
+                pytest.raises(kind, match=said) as raised,
+                failing(patched),
+            ):
+                use()
+            assert not isinstance(raised.value, CheckpointError)
+        assert checkpoints.restore_newest(net, print) == 2
+    assert names(tmp_path) == ["1", "2"]
 
 
 def test_where_none_can_be_read_all_are_listed(tmp_path):
@@ -181,29 +256,35 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path):
     (left / "_METADATA").write_text("{")
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest() is None
-    assert list(tmp_path.iterdir()) == []
+    assert names(tmp_path) == []
+
+
+@contextlib.contextmanager
+def limited(kind, value):
+    limits = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, limits)
 
 
 @contextlib.contextmanager
 def files_of_at_most(size):
     """Longer ones cannot be written, which the system reports as it does a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
+    with limited(resource.RLIMIT_FSIZE, size):
         yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_without_room_the_last_checkpoint_is_named_and_nothing_is_left(tmp_path):
-    first, second = modules(4000, seed=1), modules(4000, seed=2)
+    first, second = modules(4000, seed=1), modules(4000, seed=2)  # arrays of up to 48 kB
     with Checkpoints(tmp_path) as checkpoints:
-        with files_of_at_most(50_000), pytest.raises(CheckpointError) as none:
+        with files_of_at_most(20_000), pytest.raises(CheckpointError) as none:
             checkpoints.save(1, first, {})
         checkpoints.save(1, first, {})
-        with files_of_at_most(50_000), pytest.raises(CheckpointError) as one:
+        with files_of_at_most(20_000), pytest.raises(CheckpointError) as one:
             checkpoints.save(2, second, {})
-        assert list(tmp_path.iterdir()) == [tmp_path / "1"]
+        assert names(tmp_path) == ["1"]
         checkpoints.save(2, second, {})
         checkpoints.restore(2, first)
     assert f"{tmp_path / '1'} cannot be written (File too large). There is none before" in str(
@@ -220,3 +301,83 @@ def test_a_number_that_is_not_above_the_newest_is_refused(tmp_path):
         checkpoints.save(5, modules(), {})
         with pytest.raises(ValueError, match="number must be above 5, the newest one's, got 4"):
             checkpoints.save(4, modules(), {})
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from experiments import checkpoints
+lock = checkpoints._locked(Path(sys.argv[1]))
+print("holds", flush=True)
+time.sleep(60)
+"""
+
+
+def test_one_run_at_a_time_writes_to_a_folder(tmp_path):
+    """Another waits for nothing and removes nothing, a reader reads on, and a killed run holds no lock."""
+    folder = tmp_path / "net"
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, modules(), {"options": {"seed": 0}})
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE, cwd=ROOT
+    ) as other:
+        assert other.stdout.readline() == b"holds\n"
+        being_written = folder / "2.orbax-checkpoint-tmp"
+        being_written.mkdir()
+        for write in (Checkpoints, remove_checkpoints):
+            with pytest.raises(CheckpointError, match=f"another run writes to {folder}. Wait"):
+                write(folder)
+        check_options(folder, {"seed": 0})
+        assert names(folder) == ["1", "2.orbax-checkpoint-tmp"]
+        other.send_signal(signal.SIGKILL)
+    with Checkpoints(folder):
+        assert names(folder) == ["1"]
+        with pytest.raises(CheckpointError, match="another run"):
+            Checkpoints(folder)
+    with Checkpoints(folder, read_only=True), Checkpoints(folder):
+        pass
+
+
+def test_what_others_put_into_the_folder_stays(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(10, modules(), {})
+    (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
+    for name in ("notes", "torn-apart", "3rd"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "2024").write_text("of that year")
+    remove_checkpoints(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["2024", "3rd", "notes", "torn-apart"]
+
+
+@pytest.mark.parametrize("so_far", [[], [[0.5, 0.5, 0.1, None]]])
+def test_fewer_epochs_than_the_checkpoint_has_are_refused(tmp_path, so_far):
+    """Catches a report of a run that did not happen; nothing is written."""
+    net = modules()
+    run = Run(
+        name="net",
+        model=net["model"],
+        optimizer=net["optimizer"],
+        to_input=np.asarray,
+        densities=lambda _: {},
+        prunes=False,
+        directory=tmp_path,
+        options={},
+        seed=0,
+    )
+    rows = [{"net": "net", "epoch": epoch} for epoch in range(1, 4 - len(so_far))]
+    with Checkpoints(run.checkpoints) as checkpoints:
+        checkpoints.save(9, net, {"options": {}, "rows": rows, "so_far": so_far})
+    (tmp_path / "net.csv").write_text("of three epochs")
+    images, labels = np.zeros((4, 3), np.float32), np.zeros(4, np.int32)
+    expected = rf"--epochs 2, but the checkpoint {run.checkpoints}/9 has 3\. Give at least that"
+    with pytest.raises(CheckpointError, match=expected), Reporter() as reporter:
+        train(
+            run,
+            Arrays(images, labels),
+            (images, labels),
+            epochs=2,
+            batch_size=2,
+            columns=["net", "epoch"],
+            reporter=reporter,
+        )
+    assert (tmp_path / "net.csv").read_text() == "of three epochs"

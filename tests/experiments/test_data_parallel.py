@@ -67,7 +67,10 @@ def test_processes_and_checkpoints(tmp_path, capsys):
     resumed = rows(finished(start(tmp_path, "--cpu-devices", 2, "--resume")))
     assert list(resumed) == [2]
     # One process with one device, this one.
+    kept = tmp_path / "one" / "kept"
+    kept.mkdir(parents=True)
     data_parallel.main(["--solids", "16", "--out", str(tmp_path / "one")])
+    assert kept.exists()  # a new run removes nothing but checkpoints
     one_device = rows(capsys.readouterr().out)
     for epoch, row in (got | resumed).items():
         np.testing.assert_allclose(row, one_device[epoch], rtol=2e-3, atol=2e-4)

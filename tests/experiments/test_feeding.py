@@ -25,7 +25,7 @@ def test_it_trains_and_says_what_it_saw(tmp_path, capsys):
         assert len(at["workers"]) == 2
         assert min(at["parent"], *at["workers"]) > 50e6
     assert "compilations of the step" in capsys.readouterr().out
-    for stem in (tmp_path / "out" / "feeding", tmp_path / "report" / "feeding-16-b4"):
+    for stem in (tmp_path / "out" / "feeding", tmp_path / "report" / "feeding-shapes-16-b4"):
         stored = json.loads(stem.with_suffix(".json").read_text())
         assert stored["waiting_share"] == record["waiting_share"]
         table = stem.with_suffix(".md").read_text()
@@ -38,11 +38,15 @@ def test_without_a_step(tmp_path):
     for part in ("train", "test"):
         np.savez(tmp_path / f"{part}.npz", **vars(make_point_sets(9, 100, seed=0)))
     more = ["--no-step", "--workers", "0", "--data", "kicad", "--data-dir", str(tmp_path)]
+    more += ["--report", str(tmp_path / "report")]
     record = feeding.main([*SMALL, str(tmp_path), *more, "--capacity", "20"])
     assert (record["samples"], record["capacity"]) == (9, 20)
     assert record["voxels_cut"] > 1000
     assert record["compilations"] is record["waiting_share"] is None
     assert record["memory"][-1]["workers"] == []
+    # Another name than that of the run with a step, or of other data.
+    names = sorted(path.name for path in (tmp_path / "report").iterdir())
+    assert names == [f"feeding-kicad-16-b4-no-step.{suffix}" for suffix in ("json", "md")]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +58,8 @@ def test_without_a_step(tmp_path):
         (["--resolution", "24"], "invalid choice: 24"),
         (["--jitter", "16", "--shapes", "8"], r"jitter must be in \[0, 16\)"),
         (["--workers", "-1"], "at least 0"),
+        (["--batches", "1"], "a whole number of at least 2"),
+        (["--skip-broken"], "--skip-broken are for --data modelnet40, but --data is shapes"),
     ],
 )
 def test_a_wrong_argument_is_named(capsys, arguments, expected):

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -174,9 +175,62 @@ def test_a_resumed_run_keeps_what_is_there(finished, tmp_path, capsys, monkeypat
         0.125,
         *(row["density"] for row in members(rows, figure="resolution", resolution=16)),
     ]
+    written = json.loads((tmp_path / "shapes.json").read_text())
+    assert {name: written[name] for name in record if name != "rows"} == {
+        name: value for name, value in record.items() if name != "rows"
+    }
+    assert ["--resume" in run["command"] for run in written["resumed"]] == [True]
+    fill_in.main(more)  # measures nothing
+    assert json.loads((tmp_path / "shapes.json").read_text()) == written
     with pytest.raises(SystemExit):
         fill_in.main([*more, "--seed", "1"])
     assert "was made with" in capsys.readouterr().err
+    monkeypatch.setattr(fill_in.Shapes, "fingerprint", lambda _: "others")
+    with pytest.raises(SystemExit):
+        fill_in.main(more)
+    assert "not with {'data': 'shapes'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damaged", ['{"options": {', "{}", '{"options": 1, "rows": [2]}', "3"])
+def test_a_damaged_record_is_named(tmp_path, capsys, damaged):
+    path = tmp_path / "shapes.json"
+    path.write_text(damaged)
+    with pytest.raises(SystemExit):
+        fill_in.main([*OPTIONS, "--out", str(tmp_path), "--resume"])
+    assert f"--resume: {path} is damaged (" in capsys.readouterr().err
+
+
+def test_a_new_run_that_is_stopped_leaves_nothing_of_the_old_one(finished, tmp_path, monkeypatch):
+    """Catches --resume with rows and pictures that another run measured."""
+    out = shutil.copytree(finished[1], tmp_path / "out")
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fill_in, "occupancy", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fill_in.main([*OPTIONS, "--out", str(out), "--figures", "resolution"])
+    assert json.loads((out / "shapes.json").read_text())["rows"] == []
+    assert len((out / "shapes.csv").read_text().splitlines()) == 1
+    assert sorted(path.name for path in out.iterdir() if path.is_file()) == [
+        "shapes.csv",
+        "shapes.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "needed"),
+    [("shapes", "resolution layers activations"), ("kicad", "resolution layers")],
+)
+def test_a_report_is_not_replaced_by_a_part(tmp_path, capsys, data, needed):
+    with pytest.raises(SystemExit):
+        fill_in.main(["--data", data, "--figures", "layers", "--report", str(tmp_path)])
+    assert f"only layers. Give {needed}; --resume" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    more = ["--data", "kicad", "--data-dir", str(tmp_path), "--report", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        fill_in.main(more)
+    assert "no file" in capsys.readouterr().err  # all figures of the data are the default
 
 
 def test_parts_need_their_folder(tmp_path, capsys):

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from experiments import frame
+from experiments.checkpoints import CheckpointError
 from experiments.frame import Reporter, Table, minutes, write_json, write_section
 
 
@@ -81,11 +82,43 @@ def test_a_full_disk_is_reported_with_the_name_of_the_file(tmp_path):
 
     path = tmp_path / "record.json"
     write_json(path, {"a": 1})
-    path.with_suffix(".tmp").symlink_to("/dev/full")
+    temporary = tmp_path / "record.json.tmp"
+    temporary.symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device: '.*record\.json'"):
         write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
-    assert not path.with_suffix(".tmp").is_symlink()
+    assert not temporary.is_symlink()
+    path.with_suffix(".md").write_text("# A\n")
+    (tmp_path / "record.md.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*record\.md'"):
+        write_section(path.with_suffix(".md"), "B", "second", title="A")
+    assert path.with_suffix(".md").read_text() == "# A\n"
+
+
+def test_an_error_in_words_keeps_them(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"^the net cannot be drawn$"),
+        frame.replacing(tmp_path / "net.png"),
+    ):
+        raise OSError("the net cannot be drawn")
+
+
+def test_a_users_own_file_stays(tmp_path):
+    (tmp_path / "net.tmp").write_text("mine")
+    Table(tmp_path / "net.csv", ["epoch"])
+    write_json(tmp_path / "net.json", {})
+    assert (tmp_path / "net.tmp").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_report_into_the_folder_of_the_run_leaves_its_files(tmp_path):
+    written = [tmp_path / "net.json", tmp_path / "net.csv"]
+    for path in written:
+        path.write_text(path.name)
+    assert frame.report(tmp_path, "net", written) == []
+    copies = frame.report(tmp_path / "results", "copy", written)
+    assert [copy.name for copy in copies] == ["copy.json", "copy.csv"]
+    assert [path.read_text() for path in (*written, *copies)] == ["net.json", "net.csv"] * 2
 
 
 def test_the_command_line_of_an_experiment():
@@ -110,6 +143,7 @@ def test_the_command_line_of_an_experiment():
     [
         (KeyboardInterrupt(), "stopped; --resume goes on from the last checkpoint"),
         (OSError(errno.ENOSPC, "No space left", "a"), "error: [Errno 28] No space left: 'a'"),
+        (CheckpointError("another run writes to a"), "error: another run writes to a"),
     ],
 )
 def test_what_a_user_can_mend_ends_with_a_line(error, line):

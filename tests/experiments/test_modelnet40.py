@@ -3,12 +3,16 @@
 import itertools
 import os
 import pickle
+import resource
+import shutil
+import sys
 
 import numpy as np
 import pytest
 
 import ilajax
-from experiments.data.meshes import Meshes, load_mesh
+from experiments.data.augment import Pose
+from experiments.data.meshes import Meshes, MeshSet, load_mesh, load_mesh_set
 from experiments.data.modelnet40 import load_modelnet40
 
 SQUARE = "0 0 0\n1 0 0\n1 1 0\n0 1 0\n"
@@ -94,6 +98,14 @@ def test_a_broken_off_file_is_named(tmp_path, text, expected):
         load_mesh(written(tmp_path / "odd.off", text))
 
 
+def test_a_missing_package_is_no_broken_file(tmp_path, monkeypatch):
+    """Catches sound files that are left out as broken, for want of a package."""
+    monkeypatch.setitem(sys.modules, "charset_normalizer", None)
+    (tmp_path / "cafe.obj").write_bytes(b"# caf\xe9\nv 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
+    with pytest.raises(ImportError, match="charset_normalizer"):
+        load_mesh(tmp_path / "cafe.obj")
+
+
 def test_other_formats(tmp_path):
     """Catches a scene of which one mesh is taken, and silence about what trimesh finds nothing in."""
     import trimesh
@@ -155,17 +167,19 @@ def test_the_sets(modelnet, cache):
 
 
 def test_the_cache_follows_the_files(modelnet, tmp_path):
-    """Catches meshes that are out of date, arrays of old files that fill the disk, and half a conversion."""
+    """Catches meshes that are out of date, arrays taken from who maps them, and half a conversion."""
     elsewhere = tmp_path / "elsewhere"
+    kept = elsewhere / "ilajax-cache"
 
     def stopped(done, count):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         load_modelnet40(modelnet, cache_dir=elsewhere, progress=stopped)
-    assert not list(elsewhere.iterdir())
+    assert not list(kept.iterdir())
     training, _ = load_modelnet40(modelnet, cache_dir=elsewhere)
     assert training.vertices.max() == 4
+    sent = pickle.dumps(training)
     bed = modelnet / "bed" / "train" / "bed_0001.off"
     bed.write_text(TRIANGLE.replace("1 1 0", "1 9 0"))
     training, _ = load_modelnet40(modelnet, cache_dir=elsewhere)
@@ -177,10 +191,74 @@ def test_the_cache_follows_the_files(modelnet, tmp_path):
     bed.unlink()
     training, _ = load_modelnet40(modelnet, cache_dir=elsewhere)
     assert len(training) == 4
-    assert len(list(elsewhere.iterdir())) == 1
+    assert len(list(kept.iterdir())) == 4
+    load_mesh_set.cache_clear()  # as in a new worker process of a run that goes on
+    assert pickle.loads(sent).vertices.max() == 4
     assert not (modelnet / "ilajax-cache").exists()
     with pytest.raises(OSError, match=r"cannot be kept in .*bed_0000\.off.*Give another folder"):
         load_modelnet40(modelnet, cache_dir=modelnet / "bed" / "train" / "bed_0000.off")
+
+
+def test_a_damaged_cache_is_made_anew(modelnet, capsys):
+    """Catches a cache that fails for ever, heals without a word, or leaves the damaged arrays behind."""
+    want = load_modelnet40(modelnet)[0].vertices.copy()
+    (cache,) = (modelnet / "ilajax-cache").iterdir()
+    for damage in (
+        lambda: os.truncate(cache / "train" / "vertices.npy", 140),
+        lambda: os.truncate(cache / "train" / "label.npy", 0),
+        lambda: (cache / "test" / "faces.npy").unlink(),
+        lambda: shutil.rmtree(cache / "test"),
+    ):
+        load_mesh_set.cache_clear()
+        damage()
+        assert "damaged" not in capsys.readouterr().out
+        for _ in range(2):
+            np.testing.assert_array_equal(load_modelnet40(modelnet)[0].vertices, want)
+        assert capsys.readouterr().out.count(f"the arrays in {cache} are damaged") == 1
+        assert list(cache.parent.iterdir()) == [cache]
+
+
+def test_a_cache_in_the_folder_of_the_data(modelnet):
+    """Catches a cache that passes for a class."""
+    for _ in range(2):
+        training, _ = load_modelnet40(modelnet, cache_dir=modelnet)
+        assert training.class_names.tolist() == ["bed", "chair"]
+
+
+def test_what_killed_runs_left(modelnet):
+    """Catches half conversions that pile up, and one that is taken from a process that is at it."""
+    old, new = (modelnet / "ilajax-cache" / f"unfinished-{name}" for name in ("old", "new"))
+    for folder in (old, new):
+        written(folder / "complete" / "train" / "vertices.npy", "")
+    os.utime(old, ns=(0, 10**18))
+    load_modelnet40(modelnet)
+    assert not old.exists()
+    assert (new / "complete" / "train" / "vertices.npy").exists()
+
+
+@pytest.mark.parametrize(("limit", "broken"), [(100, "vertices"), (600, "left_out")])
+def test_a_full_disk(modelnet, limit, broken):
+    """Catches an error that does not say which disk, and half of the arrays. No file may be larger."""
+    written(modelnet / "bed" / "train" / "broken.off", "OFF\n")  # a long line in `left_out`
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        expected = rf"cannot be kept in .*ilajax-cache: \[Errno \d+\] .*{broken}\.npy.*--cache-dir"
+        with pytest.raises(OSError, match=expected):
+            load_modelnet40(modelnet)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((modelnet / "ilajax-cache").iterdir())
+
+
+def test_fingerprints_tell_sets_apart(modelnet):
+    """Catches another set that passes for the same, and one that differs by how it is loaded."""
+    training, test = load_modelnet40(modelnet)
+    again, _ = load_modelnet40(modelnet, cache=False)
+    assert training.fingerprint() == again.fingerprint()
+    written(modelnet / "bed" / "test" / "bed_0001.off", PYRAMID)
+    _, other = load_modelnet40(modelnet)
+    assert test.fingerprint() != other.fingerprint()
 
 
 def test_broken_files_are_listed(modelnet):
@@ -248,6 +326,31 @@ def test_batches(modelnet):
     assert cut.overflow.tolist() == [10]
 
 
+CORNERS = np.array(list(itertools.product((0.0, 1.0), repeat=3)))
+SIDES = [(0, 1, 3, 2), (4, 5, 7, 6), (0, 1, 5, 4), (2, 3, 7, 6), (0, 2, 6, 4), (1, 3, 7, 5)]
+
+
+@pytest.mark.parametrize("resolution", [7, 16])
+def test_a_box_keeps_all_its_sides(resolution):
+    """Catches sides on the upper borders that come to lie outside of the grid: no overflow tells of them."""
+    rng = np.random.default_rng(0)
+    edges = np.concatenate([rng.uniform(1, 20, (10, 1)) * np.ones(3), rng.uniform(1, 20, (20, 3))])
+    boxes = (CORNERS * edges[:, None] + rng.uniform(-9, 9, (30, 1, 3))).astype(np.float32)
+    faces = np.array([(face[0], *face[i : i + 2]) for face in SIDES for i in (1, 2)], np.int32)
+    offsets = (np.arange(31) * len(CORNERS), np.arange(31) * len(faces))
+    label, names = np.zeros(30, np.int32), np.array(["box"] * 30)
+    sets = MeshSet(
+        boxes.reshape(-1, 3), np.tile(faces, (30, 1)), *offsets, label, names[:1], names, names[:0]
+    )
+    batch = Meshes(sets, resolution, 6 * resolution**2).batch(np.arange(30), 1)
+    counts = batch.inputs.counts[:, 0]
+    assert counts[:10].tolist() == [resolution**3 - (resolution - 2) ** 3] * 10
+    for box, count in zip(boxes, counts, strict=True):
+        placed = Pose().placed(box, resolution)
+        size = np.floor(placed.max(axis=0)) - np.floor(placed.min(axis=0)) + 1
+        assert count == size.prod() - (size - 2).clip(0).prod()
+
+
 def test_poses(modelnet):
     """Catches a draw that hangs on other samples, a pose that stays, and a mesh that leaves its grid."""
     sets = load_modelnet40(modelnet)[0]
@@ -270,5 +373,5 @@ def test_poses(modelnet):
         still.keys, Meshes(sets, 16, 900).batch(np.array([3]), 2).inputs.keys
     )
     for jitter in (-1, 8, np.nan):
-        with pytest.raises(ValueError, match="jitter must be in .0, 8.,"):
+        with pytest.raises(ValueError, match=r"jitter must be in .0, 8.,"):
             Meshes(sets, 16, 900, jitter=jitter)

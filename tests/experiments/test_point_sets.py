@@ -1,5 +1,8 @@
 """Point clouds with labels: files of the kicad set's format, clouds made on the spot, and both as voxels."""
 
+import dataclasses
+import pickle
+
 import numpy as np
 import pytest
 
@@ -33,6 +36,7 @@ def test_what_is_written_is_loaded(tmp_path):
             r"points must be uint16\[N, P, 3\], got float64\[10, 50, 3\]",
         ),
         ({"points": SETS.points[..., :2]}, r"points must be .* got uint16\[10, 50, 2\]"),
+        ({"points": SETS.points[:, :0]}, "points must hold at least one point a cloud, got none"),
         ({"points": SETS.points[:4]}, "points holds 4 clouds, but label 10"),
         ({"model_names": SETS.model_names[1:]}, "model_names holds 9 clouds, but label 10"),
         ({"label": SETS.label - 1}, "label holds -1 to 6, but class_names has 8 classes"),
@@ -74,6 +78,39 @@ def test_a_seed_makes_the_same_clouds():
     assert np.abs(sizes[0] - sizes[1]).max() > SCALE / 50
     box = again.points.max(axis=1).astype(int) - again.points.min(axis=1)
     np.testing.assert_array_equal(box.max(axis=1), SCALE)
+
+
+def test_points_that_are_not_stored_are_the_same():
+    """Catches a cloud that hangs on others, or on when it is asked for, and one that there is not."""
+    made = make_point_sets(10, 50, seed=0, stored=False)
+    assert made.points.shape == SETS.points.shape
+    for index in (7, 0, 7):
+        np.testing.assert_array_equal(made.points[index], SETS.points[index])
+    np.testing.assert_array_equal(made.points[np.array([3, 1])], SETS.points[[3, 1]])
+    with pytest.raises(IndexError):
+        made.points[10]
+    batches = [Clouds(s, 16, 50, seed=3).batch(np.array([4, 9]), epoch=2) for s in (SETS, made)]
+    np.testing.assert_array_equal(batches[0].inputs.keys, batches[1].inputs.keys)
+    # Six petabytes, were they stored.
+    endless = make_point_sets(1000, 10**9, seed=0, stored=False)
+    assert len(pickle.dumps(endless)) < 100_000
+
+
+def test_fingerprints_tell_sets_apart(tmp_path):
+    """Catches other points or labels that pass for the same data, and a file that does not."""
+    other = SETS.points.copy()
+    other[9, 49, 2] ^= 1
+    made = [make_point_sets(10, 50, seed=seed, stored=False) for seed in (0, 1)]
+    found = [
+        SETS.fingerprint(),
+        dataclasses.replace(SETS, points=other).fingerprint(),
+        dataclasses.replace(SETS, label=SETS.label[::-1]).fingerprint(),
+        *(sets.fingerprint() for sets in made),
+    ]
+    assert len(set(found)) == 5
+    wide = {"label": SETS.label.astype(np.int64)}
+    assert load_point_sets(write(tmp_path / "again.npz", **wide)).fingerprint() == found[0]
+    assert make_point_sets(10, 50, seed=0, stored=False).fingerprint() == found[3]
 
 
 def test_a_batch_has_the_voxels_of_its_clouds():
@@ -133,7 +170,7 @@ def test_a_shape_is_moved_by_its_jitter():
         ({"jitter": -0.5}, "jitter must be .* got -0.5"),
         ({"jitter": float("nan")}, "jitter must be .* got nan"),
         ({"capacity": 0}, "capacity must be at least 1, got 0"),
-        ({"resolution": 0}, "at least one site"),
+        ({"resolution": 0}, "resolution must be at least 1 voxel along each axis, got 0"),
         ({"resolution": 1291}, "keys are int32"),
     ],
 )

@@ -1,15 +1,21 @@
 """The runtime experiment, run for real on small grids."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from experiments import runtime, workloads
+from experiments import runtime
 from experiments.data.point_sets import make_point_sets
+from experiments.data.sets import load_dataset
 
 OPTIONS = ["--filter-densities", "0.2", "1", "--against", "xla", "--budget", "0.01"]
+
+
+def asked(*arguments):
+    return runtime._parser().parse_args(arguments)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,7 @@ def test_a_resumed_run_keeps_what_is_there(finished):
 
 
 def test_a_thin_surface():
-    x = runtime.features(16, "shell", seed=0).validate()
+    x = runtime.features(16, asked("--data", "shell"), None).validate()
     assert x.capacity == 256
     assert 0.75 < x.counts[0, 0] / 256 <= 1
 
@@ -80,14 +86,21 @@ def test_a_folder_where_one_is_needed(tmp_path, capsys, arguments, expected):
     assert expected in capsys.readouterr().err
 
 
-def test_shapes_and_kicad_are_those_of_the_workloads(tmp_path):
-    """Catches names that stand for other data than in earlier runs."""
-    np.savez(tmp_path / "train.npz", **vars(make_point_sets(3, 100, seed=0)))
-    for got, want in (
-        (runtime.features(8, "shapes", seed=2), workloads.solids(8, seed=2)),
-        (runtime.features(8, "kicad", 2, tmp_path), workloads.parts(8, tmp_path, seed=2)),
-    ):
-        np.testing.assert_array_equal(got.validate().keys, want[0].keys)
+@pytest.mark.parametrize("data", ["shapes", "kicad"])
+def test_a_name_is_the_same_data_as_elsewhere(tmp_path, data):
+    """Catches a name that stands for other data than in another experiment."""
+    folder = None if data == "shapes" else tmp_path
+    for part in ("train", "test"):
+        np.savez(tmp_path / f"{part}.npz", **vars(make_point_sets(5, 100, seed=0)))
+    want = load_dataset(data, folder, resolution=16).training
+    named = ["--data", data, "--seed", "2", "--resolutions", "8", "16"]
+    options = asked(*named, *(["--data-dir", str(folder)] if folder else []))
+    number = np.random.default_rng(2).choice(len(want), 1)
+    for resolution in (8, 16):
+        x = runtime.features(resolution, options, runtime.training_set(options)).validate()
+        batch = dataclasses.replace(want, resolution=resolution).batch(number, epoch=0)
+        np.testing.assert_array_equal(x.keys, batch.inputs.keys[..., : x.capacity])
+        assert x.capacity == batch.inputs.counts[0, 0]
 
 
 def test_a_mesh_has_a_slot_for_each_voxel(tmp_path):
@@ -97,11 +110,30 @@ def test_a_mesh_has_a_slot_for_each_voxel(tmp_path):
         folder = tmp_path / "plate" / part
         folder.mkdir(parents=True)
         (folder / "plate_0001.off").write_text("OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n")
-    x = runtime.features(16, "modelnet40", 0, tmp_path).validate()
+    options = asked("--data", "modelnet40", "--data-dir", str(tmp_path))
+    x = runtime.features(16, options, runtime.training_set(options)).validate()
     # The triangle meets the voxels below its diagonal, and on it those that it touches.
     assert x.capacity == x.counts[0, 0]
     assert 16 * 15 / 2 < x.capacity <= 16 * 17 / 2 + 15
     assert float(x.values.min()) == float(x.values.max()) == 1
+
+
+def test_an_earlier_table_outlives_data_that_do_not_fit(tmp_path, capsys):
+    """Catches a table that is emptied before its data are read, and rows of two data sets in one table."""
+    table, out = tmp_path / "kicad.csv", ["--out", str(tmp_path), "--data", "kicad"]
+    table.write_text("measured before")
+    with pytest.raises(SystemExit):
+        runtime.main([*out, "--data-dir", str(tmp_path)])
+    assert "train.npz. Give an .npz file" in capsys.readouterr().err
+    for part in ("train", "test"):
+        np.savez(tmp_path / f"{part}.npz", **vars(make_point_sets(5, 100, seed=0)))
+    options = asked(*out, "--data-dir", str(tmp_path))
+    before = {name: getattr(options, name) for name in runtime.FIXED} | {"fingerprint": "other"}
+    (tmp_path / "kicad.json").write_text(json.dumps({"options": before, "rows": []}))
+    with pytest.raises(SystemExit):
+        runtime.main([*out, "--data-dir", str(tmp_path), "--resume"])
+    assert "was made with" in capsys.readouterr().err
+    assert table.read_text() == "measured before"
 
 
 def test_exponents_are_of_large_grids_only():

@@ -1,7 +1,9 @@
 """One door to the data sets: their poses in the grid, and each set by its name."""
 
 import argparse
+import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import ilajax
 from experiments.data.augment import Pose, pose
 from experiments.data.loader import Arrays
 from experiments.data.point_sets import make_point_sets
-from experiments.data.sets import add_data, load_dataset, whole
+from experiments.data.sets import add_data, load_dataset, where, whole
 
 RNG = np.random.default_rng(0)
 POINTS = RNG.normal(size=(300, 3)) * (3, 2, 1)
@@ -182,6 +184,8 @@ def test_a_whole_set_of_arrays():
         (["--data", "kicad"], "--data kicad needs --data-dir DIR, a folder with train.npz and"),
         (["--data", "modelnet40"], "needs --data-dir DIR, a folder with CLASS/train"),
         (["--data-dir", "there"], "shapes is made on the spot, but --data-dir is there. Leave it"),
+        (["--skip-broken"], "--skip-broken are for --data modelnet40, but --data is shapes"),
+        (["--cache-dir", "there"], "--cache-dir and .* are for --data modelnet40"),
         (["--data", "kicad", "--data-dir", "nowhere"], r"no file .*nowhere.train\.npz"),
     ],
 )
@@ -191,7 +195,39 @@ def test_arguments_that_do_not_fit(arguments, expected):
     add_data(parser)
     options = parser.parse_args(arguments)
     with pytest.raises((OSError, ValueError), match=expected):
-        load_dataset(options.data, options.data_dir, resolution=16)
+        load_dataset(options.data, **where(options), resolution=16)
+
+
+def test_modelnet40_with_a_broken_file_that_cannot_be_written_to(tmp_path, capsys):
+    """Catches options that do not arrive, errors that do not name them, and files left out without a word."""
+    pytest.importorskip("trimesh")
+    data, kept = tmp_path / "data", tmp_path / "kept"
+    for name, part in itertools.product(("bed", "sofa"), ("train", "test")):
+        (data / name / part).mkdir(parents=True)
+        for number in range(3 if part == "train" else 1):
+            (data / name / part / f"{name}_{number}.off").write_text(OFF)
+    for number in range(2):
+        (data / "bed" / "train" / f"bed_{number}.off").write_text("OFF\n")
+    (data / "ilajax-cache").write_text("no folder")
+    parser = argparse.ArgumentParser()
+    add_data(parser)
+
+    def loaded(*more):
+        options = parser.parse_args(["--data", "modelnet40", "--data-dir", str(data), *more])
+        return load_dataset(options.data, **where(options), resolution=8)
+
+    with pytest.raises(OSError, match=r"Give another folder by --cache-dir"):
+        loaded("--skip-broken")
+    with pytest.raises(ValueError, match=r"2 of 8 files .* leave them out by --skip-broken"):
+        loaded("--cache-dir", str(kept))
+    assert len(loaded("--cache-dir", str(kept), "--skip-broken").training) == 4
+    assert re.search(r"left out 2 files:\n.*bed_0\.off .*\n.*bed_1\.off", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("resolution", [0, -3])
+def test_a_grid_without_voxels(resolution):
+    with pytest.raises(ValueError, match=rf"resolution must be at least 1 .* got {resolution}\."):
+        load_dataset("shapes", resolution=resolution)
 
 
 def test_an_unknown_set():
