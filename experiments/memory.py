@@ -3,7 +3,7 @@
     python -m experiments.memory                 # r = 32 to 512, in seconds: nothing runs
     python -m experiments.memory --resolutions 1024 --batch-size 4
     python -m experiments.memory --resolutions 1024 --batch-size 4 --run  # runs it and reports peak memory
-    python -m experiments.memory --report        # writes experiments/results/memory.{csv,json} too
+    python -m experiments.memory --report        # writes experiments/results/memory.{csv,json,md} too
 
 Batch 32, 8 -> 8 channels, float32, rho = rho_up = 1 / r. XLA knows all memory before a program runs:
 outputs are 8 bytes for each of B * C * K slots (a key and a value) and 4 for each of B * C counts of
@@ -17,6 +17,7 @@ import dataclasses
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ COLUMNS = [
 ]
 
 Row = dict[str, Any]
+# The paper's table 1, in GB: at 256^3 and 512^3 its dense tensor did not fit into the GPU.
+PAPER = {
+    32: (0.04, 2e-3, 3e-4),
+    64: (0.27, 8e-3, 0.002),
+    128: (2.15, 0.03, 0.016),
+    256: (17.18, 0.2, 0.13),
+    512: (137.28, 0.8, 1.07),
+}
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
@@ -60,7 +69,8 @@ def main(arguments: list[str] | None = None) -> list[Row]:
                 "took {peak_bytes:,} bytes at most, {before_bytes:,} before".format(**record["run"])
             )
         frame.write_json(path, record | {"rows": rows})
-        written = [path.with_suffix(".csv"), path]
+        written = [path.with_suffix(suffix) for suffix in (".csv", ".json", ".md")]
+        frame.write_text(written[-1], page(record, rows))
         if options.report:
             stem = "memory" if options.batch_size == BATCH else f"memory-b{options.batch_size}"
             written += frame.report(options.report, stem, written)
@@ -167,6 +177,38 @@ def line(row: Row) -> str:
     return COLUMN.format(*named, *sizes, share, holds)
 
 
+def page(record: dict[str, Any], rows: Sequence[Row]) -> str:
+    """Table 1 in the paper's layout, in GB; and the paper's own figures."""
+    resolutions = sorted({row["resolution"] for row in rows})
+    cells: list[tuple[str, ...]] = [("GB", *(f"{r}^3" for r in resolutions))]
+    for backward in (False, True):
+        what = "forward and backward" if backward else "forward"
+        members = [row for row in rows if row["backward"] == backward]
+        for name, column in (
+            ("dense", "dense_bytes"),
+            ("sparse", "output_bytes"),
+            ("sparse, workspace", "workspace_bytes"),
+        ):
+            cells.append((f"{name}, {what}", *(f"{row[column] / 1e9:.3g}" for row in members)))
+    if rows[0]["batch"] == BATCH:
+        for at, name in enumerate(("dense", "sparse, 32 bits", "sparse, temporary")):
+            known = (PAPER.get(resolution, (None,) * 3)[at] for resolution in resolutions)
+            cells.append((f"paper: {name}", *("" if gb is None else f"{gb:.3g}" for gb in known)))
+    lines = [
+        "# Memory of a convolution, the paper's table 1",
+        "",
+        f"`{record['command']}`",
+        "",
+        f"{timing.headline(record)}.",
+        "",
+        f"Batch {rows[0]['batch']}, {CHANNELS} to {CHANNELS} channels, a capacity of 1 / r of the sites. "
+        "What the layer puts out, with gradients where it computes them, and what it needs on the way.",
+        "",
+        *frame.markdown_table(cells),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _peak() -> int:
     """The most memory that this process has taken so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -197,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for table and JSON; a new run replaces an earlier one's",
     )
-    frame.add_report(parser, "memory.{csv,json}, or memory-bN for another batch size, too")
+    frame.add_report(parser, "memory.{csv,json,md}, or memory-bN for another batch size, too")
     return parser
 
 

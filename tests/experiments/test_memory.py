@@ -52,7 +52,10 @@ def test_what_is_written(finished):
     ]
     record = json.loads((out / "memory.json").read_text())
     assert record["rows"] == rows
-    for file in ("memory.csv", "memory.json"):
+    page = (out / "memory.md").read_text()
+    assert f"| dense, forward | {rows[0]['dense_bytes'] / 1e9:.3g} | " in page
+    assert page.count("| sparse, ") == 4
+    for file in ("memory.csv", "memory.json", "memory.md"):
         report = (out / "results" / file.replace(".", "-b3.")).read_text()
         assert report == (out / file).read_text()
     run = record["run"]
