@@ -61,3 +61,11 @@ def test_the_first_figures_are_those_of_the_demo():
     ]
     shown = README[README.index("## What it is for") : README.index("## Start")]
     assert [figure for figure in figures if figure not in shown] == []
+
+
+def test_the_results_are_those_of_mnist():
+    """Catches a table of an earlier `python -m experiments.mnist --report`."""
+    page = (ROOT / "experiments" / "results" / "mnist.md").read_text()
+    nets = [line for line in page.splitlines() if re.match(r"\| (dense|[\d.]+ / [\d.]+) \|", line)]
+    assert len(nets) > 2
+    assert [line for line in nets if line not in README] == []
