@@ -42,7 +42,7 @@ demo: $(VENV)/.experiments
 
 test: $(VENV)/.test
 	$(CHECK)
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 check: $(if $(wildcard $(VENV)/.test),$(VENV)/.test,$(VENV)/.experiments)
 	$(BIN)/python -m ilajax check

@@ -176,7 +176,7 @@ def mnist_step(dense: bool, *, batch: int = 32) -> Candidate:
     """OctNet3-24^2 on digits, as in `experiments.mnist`."""
     digits = load_mnist()[0].threshold(mnist.PIXEL_THRESHOLD)
     to_input = mnist.dense_input if dense else mnist.SparseInput(int(digits.counts().max()))
-    model = mnist.make_net(0.095, dense=dense, seed=0)
+    model = mnist.make_net(None if dense else 0.095, seed=0)
     return training_step(model, digits.images[:batch], digits.labels[:batch], to_input)
 
 

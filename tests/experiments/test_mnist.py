@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import itertools
 import json
 
 import jax
@@ -49,36 +48,6 @@ def bits(trained):
     is_key = [jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
     plain = [jax.random.key_data(v) if key else v for v, key in zip(leaves, is_key, strict=True)]
     return [np.asarray(leaf).tobytes() for leaf in plain]
-
-
-def test_a_run_that_is_stopped_in_an_epoch_goes_on_with_the_next_batch(
-    finished, digits, tmp_path, monkeypatch
-):
-    """Catches a batch that is left out or comes twice, and an epoch's row that misses its first steps."""
-
-    class Stopped(Exception):
-        pass
-
-    steps = itertools.count(1)
-
-    def step(self, status):
-        if next(steps) == 9 + 7:  # behind the checkpoint at the sixth step of the second epoch
-            raise Stopped
-
-    more = ["--nets", "sparse", "--epochs", "2", "--checkpoint-every", "3"]
-    with monkeypatch.context() as patched:
-        patched.setattr(mnist.frame.Reporter, "step", step)
-        with pytest.raises(Stopped):
-            mnist.main(arguments(digits, tmp_path, *more))
-    with monkeypatch.context() as patched:
-        taken = []
-        patched.setattr(mnist.frame.Reporter, "step", lambda self, status: taken.append(status))
-        (resumed,) = mnist.main(arguments(digits, tmp_path, *more, "--resume"))
-    assert len(taken) == 3
-    straight = finished[0][1]
-    assert bits(straight) == bits(resumed)
-    for name in ("train_loss", "train_accuracy", "test_loss", "live_weights"):
-        assert [row[name] for row in straight.rows] == [row[name] for row in resumed.rows]
 
 
 def test_same_seed_same_bits_and_another_seed_other_bits(finished, digits, tmp_path):
