@@ -184,7 +184,7 @@ class Head(nnx.Module):
     """The dense layers of OctNet3-24^2, which the sparse net and its twin share."""
 
     def __init__(self, *, rngs: nnx.Rngs):
-        net = mnist.make_net(0.095, dense=True, seed=0)
+        net = mnist.make_net(None, seed=0)
         self.hidden, self.dropout, self.logits = net.hidden, net.dropout, net.logits
 
     def __call__(self, x: jax.Array) -> jax.Array:
