@@ -115,7 +115,7 @@ class Table:
             writer.writerows(rows)
 
     def append(self, row: dict[str, Any]) -> None:
-        with _named(self.path), self.path.open("a", newline="") as file:
+        with named(self.path), self.path.open("a", newline="") as file:
             csv.DictWriter(file, self._columns, restval="").writerow(row)
 
 
@@ -128,7 +128,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".tmp")
-    with _named(path):
+    with named(path):
         try:
             yield fresh
             os.replace(fresh, path)
@@ -137,7 +137,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
     """Lets an `OSError` name the file: one of a write, as on a full disk, does not."""
     try:
         yield

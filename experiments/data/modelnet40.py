@@ -8,13 +8,14 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.data.meshes import MeshSet, load_mesh, load_mesh_set, read_mesh_set
+from experiments.frame import named
 
 SPLITS = ("train", "test")
 VERSION = 1  # of what a cache holds
@@ -231,17 +232,8 @@ def _save(path: Path, array: np.ndarray) -> None:
     # NumPy writes to a file by a buffer of its own, and says nothing where that does not fit on the disk.
     content = io.BytesIO()
     np.save(content, array)
-    with _named(path):
+    with named(path):
         path.write_bytes(content.getbuffer())
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Lets an `OSError` name the file that is written: that of a full disk does not."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class _Rows:
@@ -264,12 +256,12 @@ class _Rows:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with _named(self._path), self._file:
+        with named(self._path), self._file:
             self._file.seek(0)
             self._write_header()
 
     def append(self, rows: np.ndarray) -> None:
-        with _named(self._path):
+        with named(self._path):
             self._file.write(rows.astype(self._dtype, order="C").tobytes())
         self.offsets.append(self.offsets[-1] + len(rows))
 
