@@ -22,7 +22,7 @@ CXX_FILES = $(shell find xla_kernels tests -name '*.cc' -o -name '*.cu' -o -name
 help:
 	@echo "make demo      train a sparse network on solids, watch it get smaller and quicker, compare it with its dense twin"
 	@echo "make test      the test suite"
-	@echo "make mnist     train a sparse network and its dense twin on the digits that ship with the project"
+	@echo "make mnist     train a network under three density bounds, and its dense twin, on the digits that ship with the project"
 	@echo "make lint      ruff, mypy, clang-format    (make format repairs what can be repaired)"
 	@echo "make check     compare the kernels on this machine's device with the reference"
 	@echo "make wheel     a wheel in dist/, for any Linux with a glibc as new as this one's"
