@@ -5,9 +5,6 @@ import math
 
 import numpy as np
 
-from ilajax.geometry import check_spatial_shape
-from ilajax.ops.k_select import check_capacity
-
 # Voxels that a point keeps off the grid's upper border. A surface on the border would lie in the voxel behind
 # it. The float next to the border is too near: a test of triangles may round it back. In any grid with keys
 # in int32 this is a thousand times a float's spacing, and no voxel changes by it.
@@ -98,16 +95,3 @@ def pose(seed: int | None, epoch: int, index: int, jitter: float = 0.0) -> Pose:
     angle = rng.uniform(0, 2 * math.pi)
     x, y, z = (rng.uniform(-1, 1, 3) * jitter).tolist()
     return Pose(angle, (x, y, z), jitter)
-
-
-def check_grid(resolution: int, capacity: int, jitter: float) -> None:
-    """Raises TypeError or ValueError unless samples can be placed in a grid, and be packed."""
-    if isinstance(resolution, int) and resolution < 1:
-        raise ValueError(f"resolution must be at least 1 voxel along each axis, got {resolution}.")
-    check_spatial_shape((resolution,) * 3)
-    check_capacity(capacity)
-    if not 0 <= jitter < resolution / 2:
-        raise ValueError(
-            f"jitter must be in [0, {resolution / 2:g}), less than half the {resolution} voxels of an axis, "
-            f"got {jitter!r}."
-        )

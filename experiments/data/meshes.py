@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import ilajax
-from experiments.data.augment import check_grid, pose
-from experiments.data.loader import Batch
+from experiments.data.augment import Pose
+from experiments.data.voxels import VoxelSource
 
 
 class Mesh(NamedTuple):
@@ -97,51 +97,13 @@ def _arrays(folder: Path, mode: Any) -> dict[str, np.ndarray]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Meshes:
-    """A source of training batches: the surfaces of a set, each scaled into a grid.
+class Meshes(VoxelSource):
+    """The surfaces of a `MeshSet` as a source of training batches."""
 
-    Attributes:
-      sets: the meshes.
-      resolution: of each of the three axes of the grid.
-      capacity: voxels of a mesh that are kept.
-      seed: each mesh is turned about the vertical and moved, another way in each epoch; None: it stays as it
-        is.
-      jitter: voxels that a mesh is moved by at most, along each axis; as many stay free on each side.
-    """
-
-    sets: MeshSet
-    resolution: int
-    capacity: int
-    seed: int | None = None
-    jitter: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_grid(self.resolution, self.capacity, self.jitter)
-
-    def __len__(self) -> int:
-        return len(self.sets)
-
-    def batch(self, chosen: np.ndarray, epoch: int) -> Batch:
-        voxels = ilajax.data.voxelize(
-            [self._voxels(int(index), epoch) + 0.5 for index in chosen],
-            capacity=self.capacity,
-            **self._grid(),
-        )
-        return Batch(voxels.tensor, self.sets.label[chosen], voxels.overflow)
-
-    def _voxels(self, index: int, epoch: int) -> np.ndarray:
+    def _positions(self, index: int, stands: Pose) -> np.ndarray:
         vertices, faces = self.sets[index]
-        stands = pose(self.seed, epoch, index, self.jitter)
         placed = stands.placed(vertices, self.resolution)
-        return ilajax.data.mesh_voxels(placed, faces, **self._grid())
-
-    def _grid(self) -> dict[str, Any]:
-        return {
-            "spatial_shape": (self.resolution,) * 3,
-            "voxel_size": 1.0,
-            "origin": (0.0, 0.0, 0.0),
-        }
+        return ilajax.data.mesh_voxels(placed, faces, **self._grid()) + 0.5
 
 
 def load_mesh(path: str | Path) -> Mesh:

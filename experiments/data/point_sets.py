@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-import ilajax
-from experiments.data.augment import Pose, check_grid, pose
-from experiments.data.loader import Batch
+from experiments.data.augment import Pose
 from experiments.data.solids import CLASSES, LEAN, STRETCH, SURFACES
+from experiments.data.voxels import VoxelSource
 
 SCALE = 65535  # of a stored coordinate: 1
 # What a file holds, by name: the kind of number, the axes.
@@ -91,43 +90,12 @@ class PointSets:
         return found.hexdigest()[:16]
 
 
-@dataclasses.dataclass(frozen=True)
-class Clouds:
-    """A source of training batches: the clouds of a set, each scaled into a grid, see `Pose.placed`.
+class Clouds(VoxelSource):
+    """The clouds of `PointSets` as a source of training batches; a capacity of their points cuts nothing."""
 
-    Attributes:
-      sets: the clouds.
-      resolution: of each of the three axes of the grid.
-      capacity: voxels of a cloud that are kept; its number of points cuts nothing.
-      seed: each cloud is turned about the vertical, another way in each epoch; None: it stays as it is.
-      jitter: voxels that each cloud is moved by at most, along each axis, where there is a seed.
-    """
-
-    sets: PointSets
-    resolution: int
-    capacity: int
-    seed: int | None = None
-    jitter: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_grid(self.resolution, self.capacity, self.jitter)
-
-    def __len__(self) -> int:
-        return len(self.sets)
-
-    def batch(self, chosen: np.ndarray, epoch: int) -> Batch:
-        voxels = ilajax.data.voxelize(
-            [self._placed(int(index), epoch) for index in chosen],
-            spatial_shape=(self.resolution,) * 3,
-            capacity=self.capacity,
-            voxel_size=1.0,
-            origin=(0.0, 0.0, 0.0),
-        )
-        return Batch(voxels.tensor, self.sets.label[chosen], voxels.overflow)
-
-    def _placed(self, index: int, epoch: int) -> np.ndarray:
+    def _positions(self, index: int, stands: Pose) -> np.ndarray:
         points = (self.sets.points[index].T / SCALE).T  # axes first in memory, as `placed` works
-        return pose(self.seed, epoch, index, self.jitter).placed(points, self.resolution)
+        return stands.placed(points, self.resolution)
 
 
 def load_point_sets(path: str | Path) -> PointSets:

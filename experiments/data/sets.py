@@ -9,12 +9,12 @@ import numpy as np
 
 import ilajax
 from experiments import frame
-from experiments.data.augment import check_grid
 from experiments.data.loader import Source
 from experiments.data.meshes import Meshes
 from experiments.data.modelnet40 import listed, load_modelnet40
 from experiments.data.point_sets import Clouds, load_point_sets, make_point_sets
 from experiments.data.solids import POINTS_PER_VOXEL
+from experiments.data.voxels import check_grid
 
 # What lies in the folder of each set; None: it is made on the spot.
 FOLDERS: dict[str, str | None] = {
