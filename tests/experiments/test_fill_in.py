@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import ilajax
-from experiments import fill_in, mnist, workloads
+from experiments import fill_in, fill_in_measure, mnist, workloads
 from experiments.data.mnist import load_mnist
 from experiments.data.sets import load_dataset
 
@@ -24,7 +24,7 @@ OPTIONS = [
 @pytest.fixture(scope="module", autouse=True)
 def _small_examples():
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(fill_in, "EXAMPLE_RESOLUTIONS", (4, 8, 16))
+        patched.setattr(fill_in_measure, "EXAMPLE_RESOLUTIONS", (4, 8, 16))
         yield
 
 
@@ -99,7 +99,7 @@ def test_fill_in_is_dilation(finished, clouds):
 
 def test_a_bound_holds_what_the_data_have(finished):
     rows = [row for row in members(finished[0], figure="layers") if row["bound"] is not None]
-    assert {row["data"] for row in rows} == {*fill_in.UNIFORM, "shapes", "digits"}
+    assert {row["data"] for row in rows} == {*fill_in_measure.UNIFORM, "shapes", "digits"}
     for row in rows:
         sites = row["resolution"] ** row["rank"]
         free = members(finished[0], figure="layers", data=row["data"], bound=None, layer=0)[0]
@@ -111,7 +111,7 @@ def test_a_bound_holds_what_the_data_have(finished):
 
 def test_expectation_of_a_line_of_three_sites():
     p = 0.3
-    first, second, third = fill_in.expected_density(p, (3,), 2)
+    first, second, third = fill_in_measure.expected_density(p, (3,), 2)
     assert first == pytest.approx(p)
     assert second == pytest.approx((2 * (1 - (1 - p) ** 2) + 1 - (1 - p) ** 3) / 3)
     assert third == pytest.approx(1 - (1 - p) ** 3)
@@ -121,7 +121,7 @@ def test_expectation_is_the_mean_of_draws():
     rng = np.random.default_rng(1)
     draws = [dilated(rng.random((9, 9, 9)) < 0.01, 2) for _ in range(400)]
     error = np.std(draws, axis=0) / np.sqrt(len(draws))
-    expected = fill_in.expected_density(0.01, (9, 9, 9), 2)
+    expected = fill_in_measure.expected_density(0.01, (9, 9, 9), 2)
     assert (np.abs(np.mean(draws, axis=0) - expected) < 4 * error).all()
 
 
@@ -130,7 +130,7 @@ def test_a_site_alone_becomes_27():
     keys = np.full((3, 1, GRID**3), GRID**3, np.int32)
     keys[:, :, 0] = (5 * GRID + 5) * GRID + 5
     x = ilajax.SparseTensor(keys, np.float32(keys < GRID**3), (GRID,) * 3)
-    found = fill_in.fill_in(x, 2, GRID**3) * GRID**3
+    found = fill_in_measure.fill_in(x, 2, GRID**3) * GRID**3
     np.testing.assert_allclose(found, np.repeat([[1], [27], [125]], 3, axis=1))
 
 
@@ -185,7 +185,7 @@ def test_a_resumed_run_keeps_what_is_there(finished, tmp_path, capsys, monkeypat
     with pytest.raises(SystemExit):
         fill_in.main([*more, "--seed", "1"])
     assert "was made with" in capsys.readouterr().err
-    monkeypatch.setattr(fill_in.Shapes, "fingerprint", lambda _: "others")
+    monkeypatch.setattr(fill_in_measure.Shapes, "fingerprint", lambda _: "others")
     with pytest.raises(SystemExit):
         fill_in.main(more)
     assert "not with {'data': 'shapes'" in capsys.readouterr().err
