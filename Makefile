@@ -10,12 +10,12 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard xla_kernels/*.* xla_kernels/common/*.*)
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard xla_kernels/*.* xla_kernels/*/*.*)
 COMMA := ,
 GPU := $(shell nvidia-smi -L 2> /dev/null | grep -o -m 1 GPU)
 CXX_FILES = $(shell find xla_kernels tests -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inc')
 
-.PHONY: help demo test mnist check lint format cuda-on-host gpu-check wheel bazel clean
+.PHONY: help demo test mnist check lint format docs cuda-on-host gpu-check wheel bazel clean
 .PHONY: sanitize sanitize-memory sanitize-threads sanitize-cuda
 .DELETE_ON_ERROR:
 
@@ -24,6 +24,7 @@ help:
 	@echo "make test      the test suite"
 	@echo "make mnist     train a network under three density bounds, and its dense twin, on the digits that ship with the project"
 	@echo "make lint      ruff, mypy, clang-format    (make format repairs what can be repaired)"
+	@echo "make docs      the documentation site, in build/site; a broken link is an error"
 	@echo "make check     compare the kernels on this machine's device with the reference"
 	@echo "make wheel     a wheel in dist/, for any Linux with a glibc as new as this one's"
 	@echo "make sanitize  the kernels, CUDA's on the CPU too, under AddressSanitizer, UBSan and ThreadSanitizer"
@@ -61,13 +62,16 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # Some minutes; make test runs every kernel once.
 cuda-on-host: $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python -m pytest -q tests/test_cuda_on_host.py tests/cuda_on_host/check_ops.py
 
 # With $(PYTHON) and what is installed for it, offline; ARGS=--dry-run: on the CPU, to try the check itself.
 gpu-check:
-	$(PYTHON) -m experiments.gpu_check $(ARGS)
+	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 # With what pip fetches, for all architectures, tagged for the oldest glibc that it runs on.
 wheel: $(VENV)/.build
@@ -121,7 +125,9 @@ sanitize-memory: $(VENV)/.test
 
 # See tests/thread_sanitizer/README.md.
 sanitize-threads: $(VENV)/.test
-	$(MAKE) --silent -C tests/thread_sanitizer -j$(JOBS) PYTHON="$(CURDIR)/$(BIN)/python"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S tests/thread_sanitizer -B build/thread_sanitizer \
+	  -DCMAKE_CXX_COMPILER=$(CXX) -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/thread_sanitizer --parallel $(JOBS)
 	PYTHONPATH=tests $(BIN)/python -m pytest -q tests/thread_sanitizer/check_handlers.py
 
 # See tests/cuda_on_host/README.md.

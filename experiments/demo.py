@@ -10,8 +10,6 @@ steps are timed beside the dense twin's, and each sparse layer with the filters 
 """
 
 import argparse
-import dataclasses
-import functools
 import statistics
 import time
 from collections.abc import Sequence
@@ -22,43 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 import ilajax
-from experiments import demo_measure, frame, peers
-from experiments.activations import feature_maps, sparse_densities
-from experiments.data.loader import Arrays
-from experiments.data.solids import CLASSES, Solids, SparseInput, make_solids
+from benchmarks import peers
+from benchmarks.timing import headline, provenance, show, side_by_side
+from experiments import demo_measure, frame
+from experiments.activations import feature_maps
+from experiments.data.solids import CLASSES, Solids, make_solids
+from experiments.demo_net import BOUNDS, Trained, make_net, net_and_optimizer, train_net
 from experiments.demo_picture import demo_picture
-from experiments.summary import Cells, summary_table
-from experiments.timing import headline, provenance, show, side_by_side
-from experiments.training import Row, Run, live_weights, train
-
-# Of the sparse blocks. A surface's density goes with 1 / resolution.
-BOUNDS = {16: (0.08, 0.24), 32: (0.04, 0.12, 0.28), 64: (0.02, 0.06, 0.14)}
-RECIPE = ("learning_rate", "scale", "offset", "b1", "b2", "threshold")
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A net and how it came about.
-
-    Attributes:
-      run: the net.
-      rows: of its epochs.
-      initial: weights of the sparse layers at the start.
-      weights: those that were left after each epoch.
-    """
-
-    run: Run
-    rows: Sequence[Row]
-    initial: int
-    weights: Sequence[int]
-
-    @property
-    def left(self) -> float:
-        """Share of the sparse layers' weights that is left."""
-        return self.weights[-1] / self.initial
+from experiments.frame import Cells, summary_table
+from experiments.training import as_it_is
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -69,7 +41,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.train_size < options.batch_size:
         parser.error(f"--batch-size {options.batch_size} is more than --train-size.")
     options.out.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = provenance("demo", arguments)
+    record: dict[str, Any] = provenance("experiments.demo", arguments)
     with frame.Reporter() as reporter:
         reporter.print(headline(record))
         training = make_solids(options.train_size, options.resolution, seed=0)
@@ -83,7 +55,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             "densities: share of sites with a response above 0 behind each sparse layer, before the "
             "selection, and its bound"
         )
-        trained = _train(options, options.seed, training, test, reporter, plain=options.plain)
+        trained = train_net(options, options.seed, training, test, reporter, plain=options.plain)
         record["options"] = {k: v for k, v in vars(options).items() if not isinstance(v, Path)}
         record["epochs"] = list(trained.rows)
         record["weights"] = {"initial": trained.initial, "left": list(trained.weights)}
@@ -112,106 +84,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             written += frame.report(options.report, "demo", written)
         reporter.print("wrote " + ", ".join(map(str, written)))
     return record
-
-
-@functools.partial(nnx.jit, static_argnames=("resolution", "dense"))
-def make_net(key: jax.Array, *, resolution: int, dense: bool = False) -> ilajax.models.OctNet3:
-    """The net of `OctNet3(..., rngs=nnx.Rngs(key))`, bit by bit, drawn by one program for all seeds."""
-    return ilajax.models.OctNet3(
-        resolution,
-        num_classes=len(CLASSES),
-        density_bounds=BOUNDS[resolution],
-        rngs=nnx.Rngs(key),
-        dense=dense,
-    )
-
-
-@functools.cache
-def recipe(
-    resolution: int,
-    steps: int,
-    learning_rate: float,
-    scale: float,
-    offset: float,
-    b1: float,
-    b2: float,
-    threshold: float,
-) -> optax.GradientTransformation:
-    """The same arguments give the same object, so that nets of other seeds reuse the compiled step."""
-    structure = nnx.eval_shape(
-        functools.partial(make_net, jax.random.key(0), resolution=resolution)
-    )
-    return ilajax.optim.sparse_training(
-        structure,
-        optax.adam(optax.cosine_decay_schedule(learning_rate, steps)),
-        scale=scale,
-        offset=offset,
-        b1=b1,
-        b2=b2,
-        threshold=threshold,
-    )
-
-
-def _net(
-    options: argparse.Namespace, seed: int, *, plain: bool
-) -> tuple[nnx.Module, nnx.Optimizer]:
-    values = {name: getattr(options, name) for name in RECIPE}
-    if plain:
-        values |= {"scale": 0.0, "threshold": 0.0}
-    model = make_net(jax.random.key(seed), resolution=options.resolution)
-    steps = options.epochs * (options.train_size // options.batch_size)
-    transformation = recipe(options.resolution, steps, **values)
-    return model, nnx.Optimizer(model, transformation, wrt=nnx.Param)
-
-
-def _train(
-    options: argparse.Namespace,
-    seed: int,
-    training: Solids,
-    test: Solids,
-    reporter: frame.Reporter,
-    *,
-    plain: bool,
-) -> Trained:
-    model, optimizer = _net(options, seed, plain=plain)
-    bounds = {
-        f"conv{1 + at}": BOUNDS[options.resolution][at // 3]
-        for at in range(3 * model.num_sparse_blocks)
-    }
-    run = Run(
-        name=f"{'plain' if plain else 'sparse'}-{seed}",
-        model=model,
-        optimizer=optimizer,
-        to_input=SparseInput(options.resolution),
-        densities=sparse_densities,
-        prunes=not plain,
-        directory=options.out,
-        options={},
-        seed=seed,
-        bounds=bounds,
-        resumable=False,
-    )
-    initial = demo_measure.sparse_weights(model)
-    others = live_weights(model) - initial
-    rows = train(
-        run,
-        Arrays(training.keys, training.labels),
-        (test.keys, test.labels),
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        columns=[
-            *("net", "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"),
-            *(
-                "live_weights",
-                *(f"density_{name}" for name in bounds),
-                "seconds_per_step",
-                "seconds",
-            ),
-        ],
-        reporter=reporter,
-        test_batch=2 * options.batch_size,
-    )
-    return Trained(run, rows, initial, [row["live_weights"] - others for row in rows])
 
 
 def _maps(options: argparse.Namespace, trained: Trained, test: Solids) -> dict[str, Any]:
@@ -294,7 +166,7 @@ def _time_steps(
     batch = (test.keys[: options.batch_size], test.labels[: options.batch_size])
     to_input = trained.run.to_input
     nets = {
-        "sparse, initial weights": _net(options, options.seed, plain=options.plain),
+        "sparse, initial weights": net_and_optimizer(options, options.seed, plain=options.plain),
         "sparse, trained": (trained.run.model, trained.run.optimizer),
     }
     steps = demo_measure.steps(nets, *batch, to_input)
@@ -306,7 +178,7 @@ def _time_steps(
             steps[name] = demo_measure.torch_step(dense, grid, batch[1], options.learning_rate)
         optimizer = demo_measure.dense_optimizer(dense, optax.adam(options.learning_rate))
         twin = {"dense, XLA": (dense, optimizer)}
-        steps |= demo_measure.steps(twin, grid, batch[1], dense_input)
+        steps |= demo_measure.steps(twin, grid, batch[1], as_it_is)
     timings = side_by_side({name: step.call for name, step in steps.items()}, budget=options.budget)
     ours = "sparse, trained"
     cells: list[Cells] = [
@@ -326,11 +198,6 @@ def _time_steps(
             "result_bytes": step.results,
         }
     return cells
-
-
-def dense_input(grid: jax.Array) -> jax.Array:
-    """[B, *S, 1], what the dense twin takes, as it is."""
-    return grid
 
 
 def _summary(trained: Trained, record: dict[str, Any]) -> list[Cells]:
@@ -368,8 +235,8 @@ def _seeds(
     for seed in range(options.seed, options.seed + options.seeds):
         ours = trained
         if seed != options.seed or options.plain:
-            ours = _train(options, seed, training, test, reporter, plain=False)
-        plain = _train(options, seed, training, test, reporter, plain=True)
+            ours = train_net(options, seed, training, test, reporter, plain=False)
+        plain = train_net(options, seed, training, test, reporter, plain=True)
         found = {
             "seed": seed,
             "test_accuracy": ours.rows[-1]["test_accuracy"],
@@ -411,64 +278,29 @@ def _write(path: Path, record: dict[str, Any], tables: Sequence[Sequence[Cells]]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.demo",
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
+    parser = frame.parser("experiments.demo", __doc__)
+    add, whole, amount = parser.add_argument, frame.positive_int, frame.not_negative
     add("--resolution", type=int, choices=sorted(BOUNDS), default=64, help="of the grid")
-    add("--epochs", type=frame.positive_int, default=12, metavar="N", help="epochs")
-    add("--train-size", type=frame.positive_int, default=480, metavar="N", help="solids to train")
-    add("--test-size", type=frame.positive_int, default=320, metavar="N", help="solids to test")
-    add("--batch-size", type=frame.positive_int, default=8, metavar="N", help="solids a step")
+    add("--epochs", type=whole, default=12, metavar="N", help="epochs")
+    add("--train-size", type=whole, default=480, metavar="N", help="solids to train")
+    add("--test-size", type=whole, default=320, metavar="N", help="solids to test")
+    add("--batch-size", type=whole, default=8, metavar="N", help="solids a step")
     add("--seed", type=frame.seed, default=0, metavar="N", help="of weights, order and dropout")
-    add(
-        "--learning-rate",
-        type=frame.positive,
-        default=5e-4,
-        metavar="RATE",
-        help="Adam's first rate, which falls to 0 by a cosine",
-    )
-    add(
-        "--scale",
-        type=frame.not_negative,
-        default=0.003,
-        metavar="LAMBDA",
-        help="of the regulariser",
-    )
-    add("--offset", type=frame.not_negative, default=0.1, metavar="O", help="bias above the bound")
-    add("--b1", type=frame.not_negative, default=0.1, metavar="B", help="bias per density above it")
-    add("--b2", type=frame.not_negative, default=0.1, metavar="B", help="bias per density below it")
-    add(
-        "--threshold",
-        type=frame.not_negative,
-        default=0.05,
-        metavar="W",
-        help="filter weights that are below it at two epochs' ends in a row go",
-    )
+    rate = "Adam's first rate, which falls to 0 by a cosine"
+    add("--learning-rate", type=frame.positive, default=5e-4, metavar="RATE", help=rate)
+    add("--scale", type=amount, default=0.003, metavar="LAMBDA", help="of the regulariser")
+    add("--offset", type=amount, default=0.1, metavar="O", help="bias above the bound")
+    add("--b1", type=amount, default=0.1, metavar="B", help="bias per density above it")
+    add("--b2", type=amount, default=0.1, metavar="B", help="bias per density below it")
+    threshold = "filter weights that are below it at two epochs' ends in a row go"
+    add("--threshold", type=amount, default=0.05, metavar="W", help=threshold)
     add("--plain", action="store_true", help="no regulariser and no pruning, for comparison")
     add("--no-dense", action="store_true", help="do not time the dense twin")
-    add(
-        "--budget",
-        type=frame.positive,
-        default=5.0,
-        metavar="S",
-        help="seconds for timing each kind of step; at least two calls are timed",
-    )
-    add(
-        "--seeds",
-        type=frame.positive_int,
-        metavar="N",
-        help="train this many seeds with the recipe and plain, and compare them",
-    )
-    add(
-        "--out",
-        type=Path,
-        default=Path("runs/demo"),
-        metavar="DIR",
-        help="folder for what is written",
-    )
+    budget = "seconds for timing each kind of step; at least two calls are timed"
+    add("--budget", type=frame.positive, default=5.0, metavar="S", help=budget)
+    seeds = "train this many seeds with the recipe and plain, and compare them"
+    add("--seeds", type=whole, metavar="N", help=seeds)
+    frame.add_out(parser, "runs/demo")
     frame.add_report(parser, "demo.md, demo.json and demo.png")
     return parser
 

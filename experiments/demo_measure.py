@@ -11,8 +11,8 @@ import optax
 from flax import nnx
 
 import ilajax
-from experiments import peers
-from experiments.timing import Candidate, cores, side_by_side
+from benchmarks import peers
+from benchmarks.timing import Candidate, cores, side_by_side
 from experiments.training import train_step
 
 Input = Callable[[jax.Array], Any]

@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments import frame, timing
+from benchmarks import timing
+from experiments import frame
 from experiments.data import sets
 from experiments.fill_in_measure import (
     PIXELS,
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     options.resolutions = sorted(set(options.resolutions))
     options.figures = options.figures or _all_figures(options.data)
     path = options.out / f"{options.data}.json"
-    now = timing.provenance("fill_in", arguments)
+    now = timing.provenance("experiments.fill_in", arguments)
     try:
         _check_report(options)
         sets.check_directory(options.data, **sets.where(options))
@@ -243,53 +244,24 @@ def surface_constant(rows: Sequence[Row]) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = frame.parser("fill_in", __doc__)
+    parser = frame.parser("experiments.fill_in", __doc__)
     add = parser.add_argument
-    add(
-        "--figures",
-        nargs="+",
-        choices=FIGURES,
-        help="which to measure; by default all, but for activations where --data is not shapes",
-    )
+    whole = frame.positive_int
+    figures = "which to measure; by default all, but for activations where --data is not shapes"
+    add("--figures", nargs="+", choices=FIGURES, help=figures)
     add("--data", choices=sets.NAMES, default="shapes", help="whose shapes are measured")
     sets.add_directory(parser)
-    add(
-        "--samples",
-        type=frame.positive_int,
-        default=48,
-        metavar="N",
-        help="shapes of the test set that are measured, chosen at random, and digits",
-    )
-    add(
-        "--resolutions",
-        type=frame.positive_int,
-        nargs="+",
-        default=[16, 32, 64, 128, 256],
-        metavar="R",
-        help="of each of the three axes, for the first figure",
-    )
-    add(
-        "--layer-resolution",
-        type=frame.positive_int,
-        default=64,
-        metavar="R",
-        help="of each of the three axes, for the figure of the layers",
-    )
-    add("--layers", type=frame.positive_int, default=6, metavar="N", help="convolutions in a row")
-    add(
-        "--density-bound",
-        type=frame.density_bound,
-        default=0.095,
-        metavar="RHO",
-        help="bound of the layers whose activations are shown",
-    )
-    add(
-        "--epochs",
-        type=frame.number(int, lambda n: n >= 0, "a whole number of at least 0"),
-        default=2,
-        metavar="N",
-        help="how long both nets are trained, 250 steps each; 0: they stay as they start",
-    )
+    samples = "shapes of the test set that are measured, chosen at random, and digits"
+    add("--samples", type=whole, default=48, metavar="N", help=samples)
+    frame.add_resolutions(parser, (16, 32, 64, 128, 256))
+    grid = "of each of the three axes, for the figure of the layers"
+    add("--layer-resolution", type=whole, default=64, metavar="R", help=grid)
+    add("--layers", type=whole, default=6, metavar="N", help="convolutions in a row")
+    bound = "bound of the layers whose activations are shown"
+    add("--density-bound", type=frame.density_bound, default=0.095, metavar="RHO", help=bound)
+    epochs = "how long both nets are trained, 250 steps each; 0: they stay as they start"
+    from_zero = frame.number(int, lambda n: n >= 0, "a whole number of at least 0")
+    add("--epochs", type=from_zero, default=2, metavar="N", help=epochs)
     add("--learning-rate", type=frame.positive, default=0.01, metavar="RATE", help="Adagrad's rate")
     add("--seed", type=frame.seed, default=0, metavar="N", help="of choice, sites and weights")
     frame.add_out(parser, "runs/fill_in")

@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 
 import ilajax
-from experiments import frame, mnist, workloads
+from benchmarks import workloads
+from experiments import frame, mnist
 from experiments.activations import feature_maps, paired_channels
 from experiments.data import sets
 from experiments.data.loader import Arrays, Source

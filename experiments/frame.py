@@ -1,4 +1,4 @@
-"""What the experiments share: command lines, a CSV table, and progress on a terminal or in a log."""
+"""What experiments and benchmarks share: command lines, tables, and progress on a terminal or in a log."""
 
 import argparse
 import contextlib
@@ -13,10 +13,14 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Table as RichTable
 from rich.text import Text
 
 # Files of figures that the documentation quotes.
 RESULTS = Path("experiments/results")
+
+# A line of a table; the first one is its head.
+Cells = tuple[str, ...]
 
 
 def number(
@@ -43,10 +47,10 @@ not_negative = number(float, lambda v: v >= 0, "a number of at least 0")
 density_bound = number(float, lambda v: 0 < v <= 1, "a share of the sites in (0, 1]")
 
 
-def parser(name: str, doc: str) -> argparse.ArgumentParser:
-    """The parser of `python -m experiments.<name>`, described by the first line of its docstring."""
+def parser(module: str, doc: str) -> argparse.ArgumentParser:
+    """The parser of `python -m <module>`, described by the first line of its docstring."""
     return argparse.ArgumentParser(
-        prog=f"python -m experiments.{name}",
+        prog=f"python -m {module}",
         description=doc.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -60,6 +64,18 @@ def add_out(parser: argparse.ArgumentParser, default: Path | str) -> None:
         default=Path(default),
         metavar="DIR",
         help="folder for all that is written; a new run replaces an earlier one's",
+    )
+
+
+def add_resolutions(parser: argparse.ArgumentParser, default: Sequence[int]) -> None:
+    """Adds --resolutions R..."""
+    parser.add_argument(
+        "--resolutions",
+        type=positive_int,
+        nargs="+",
+        default=list(default),
+        metavar="R",
+        help="of each of the three axes",
     )
 
 
@@ -224,15 +240,25 @@ def markdown_table(cells: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in (head, rule, *body)]
 
 
-def add_report(parser: argparse.ArgumentParser, files: str) -> None:
-    """Adds --report [DIR]; without a folder it is `RESULTS`."""
+def summary_table(cells: Sequence[Cells]) -> RichTable:
+    """A head and its lines for the terminal."""
+    table = RichTable()
+    for at, name in enumerate(cells[0]):
+        table.add_column(name, justify="right" if at else "left")
+    for line in cells[1:]:
+        table.add_row(*line)
+    return table
+
+
+def add_report(parser: argparse.ArgumentParser, files: str, folder: Path = RESULTS) -> None:
+    """Adds --report [DIR], by default `folder`."""
     parser.add_argument(
         "--report",
         type=Path,
         nargs="?",
-        const=RESULTS,
+        const=folder,
         metavar="DIR",
-        help=f"write {files} to this folder, {RESULTS} where none is named",
+        help=f"write {files} to this folder, {folder} where none is named",
     )
 
 

@@ -30,12 +30,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from benchmarks.timing import headline, provenance
 from experiments import frame
 from experiments.checkpoints import Checkpoints
 from experiments.data.idx import write_idx
 from experiments.data.mnist import load_mnist
-from experiments.summary import Cells, summary_table
-from experiments.timing import headline, provenance
+from experiments.frame import Cells, summary_table
 
 ROOT = Path(__file__).parents[1]
 DIGITS, BATCH, EPOCHS, EVERY = 320, 8, 2, 5
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> list[Trial]:
       SystemExit: with status 1 if any came out differently.
     """
     options = _parser().parse_args(arguments)
-    record: dict[str, Any] = provenance("kills", arguments)
+    record: dict[str, Any] = provenance("experiments.kills", arguments)
     draw = random.Random(options.seed)
     trials: list[Trial] = []
     with frame.Reporter() as reporter, tempfile.TemporaryDirectory() as temporary:
@@ -365,7 +365,7 @@ def _write(path: Path, record: dict[str, Any], cells: list[Cells]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = frame.parser("kills", __doc__)
+    parser = frame.parser("experiments.kills", __doc__)
     parser.add_argument(
         "--trials", type=frame.positive_int, default=20, metavar="N", help="runs to be killed"
     )

@@ -18,14 +18,14 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import ilajax
-from experiments import frame, timing, workloads
+from benchmarks import timing, workloads
+from experiments import frame
 
 BATCH = 32
 CHANNELS = 8
@@ -49,7 +49,7 @@ PAPER = {
 def main(arguments: list[str] | None = None) -> list[Row]:
     """Runs the experiment; returns the rows of the table."""
     options = _parser().parse_args(arguments)
-    record = timing.provenance("memory", arguments)
+    record = timing.provenance("experiments.memory", arguments)
     rows: list[Row] = []
     path = options.out / "memory.json"
     table = frame.Table(path.with_suffix(".csv"), COLUMNS)
@@ -216,29 +216,12 @@ def _peak() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.memory",
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = frame.parser("experiments.memory", __doc__)
     add = parser.add_argument
-    add(
-        "--resolutions",
-        type=frame.positive_int,
-        nargs="+",
-        default=[32, 64, 128, 256, 512],
-        metavar="R",
-        help="of each of the three axes",
-    )
+    frame.add_resolutions(parser, (32, 64, 128, 256, 512))
     add("--batch-size", type=frame.positive_int, default=BATCH, metavar="N", help="samples")
     add("--run", action="store_true", help="run the largest one too, and report peak memory")
-    add(
-        "--out",
-        type=Path,
-        default=Path("runs/memory"),
-        metavar="DIR",
-        help="folder for table and JSON; a new run replaces an earlier one's",
-    )
+    frame.add_out(parser, "runs/memory")
     frame.add_report(parser, "memory.{csv,json,md}, or memory-bN for another batch size, too")
     return parser
 

@@ -27,13 +27,14 @@ import optax
 from flax import nnx
 
 import ilajax
-from experiments import frame, timing
+from benchmarks import timing
+from experiments import frame
 from experiments.activations import activation_bytes, dense_densities, sparse_densities
 from experiments.checkpoints import check_options, remove_checkpoints
 from experiments.data.loader import Arrays
 from experiments.data.mnist import CLASSES, Digits, load_mnist
+from experiments.frame import Cells, summary_table
 from experiments.mnist_picture import grid_picture
-from experiments.summary import Cells, summary_table
 from experiments.training import Row, Run, checkpoint_directory, train, train_step
 
 RESOLUTION = 24  # the paper's name of the network for 28 x 28 pixels
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None) -> list[Trained]:
     """Runs the experiment; returns what became of each setting."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    record = timing.provenance("mnist", arguments)
+    record = timing.provenance("experiments.mnist", arguments)
     try:
         settings = _settings(options)
         training, test = (d.threshold(PIXEL_THRESHOLD) for d in load_mnist(options.data_dir))
@@ -326,8 +327,8 @@ def _write(path: Path, record: dict[str, Any], cells: Sequence[Cells]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = frame.parser("mnist", __doc__)
-    add = parser.add_argument
+    parser = frame.parser("experiments.mnist", __doc__)
+    add, amount = parser.add_argument, frame.not_negative
     add("--nets", choices=("sparse", "dense", "both"), default="both", help="which nets to train")
     add(
         "--density-bounds",
@@ -337,44 +338,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RHO",
         help="bounds of the first block, in (0, 1]; the second block has twice as much, at most 1",
     )
-    add(
-        "--regularisation",
-        type=frame.not_negative,
-        default=0.0,
-        metavar="LAMBDA",
-        help="scale of the density-biased L2 of the sparse nets, with b1 = b2 = offset = 0.1; 0: none",
-    )
-    add(
-        "--pruning-threshold",
-        type=frame.not_negative,
-        default=0.0,
-        metavar="W",
-        help="filter weights of the sparse nets that stay below it for two epochs go; 0: none",
-    )
+    scale = "of the density-biased L2 of the sparse nets, with b1 = b2 = offset = 0.1; 0: none"
+    add("--regularisation", type=amount, default=0.0, metavar="LAMBDA", help=scale)
+    threshold = "filter weights of the sparse nets that stay below it for two epochs go; 0: none"
+    add("--pruning-threshold", type=amount, default=0.0, metavar="W", help=threshold)
     add("--learning-rate", type=frame.positive, default=0.01, metavar="RATE", help="Adagrad's rate")
     add("--epochs", type=frame.positive_int, default=10, metavar="N", help="epochs")
     add("--batch-size", type=frame.positive_int, default=32, metavar="N", help="digits a step")
     add("--seed", type=frame.seed, default=0, metavar="N", help="of weights, order and dropout")
-    add(
-        "--seeds",
-        type=frame.positive_int,
-        default=1,
-        metavar="N",
-        help="train every net so often, with seeds from --seed on",
-    )
-    add(
-        "--data-dir",
-        type=Path,
-        metavar="DIR",
-        help="folder with MNIST's four IDX files, plain or .gz; by default the shipped digits",
-    )
-    add(
-        "--budget",
-        type=frame.positive,
-        default=2.0,
-        metavar="S",
-        help="seconds for timing each net",
-    )
+    seeds = "train every net so often, with seeds from --seed on"
+    add("--seeds", type=frame.positive_int, default=1, metavar="N", help=seeds)
+    digits = "folder with MNIST's four IDX files, plain or .gz; by default the shipped digits"
+    add("--data-dir", type=Path, metavar="DIR", help=digits)
+    budget = "seconds for timing each net"
+    add("--budget", type=frame.positive, default=2.0, metavar="S", help=budget)
     frame.add_out(parser, "runs/mnist")
     frame.add_resume(parser)
     frame.add_report(parser, "mnist.{csv,json,md,png}")

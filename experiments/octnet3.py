@@ -12,7 +12,7 @@ from flax import nnx
 from rich.console import Console
 
 from experiments import frame
-from experiments.summary import Cells, summary_table
+from experiments.frame import Cells, summary_table
 from ilajax.models import OctNet3
 from ilajax.models.octnet3 import TABLE_2
 
@@ -87,7 +87,7 @@ def _grid(resolution: int) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = frame.parser("octnet3", __doc__)
+    parser = frame.parser("experiments.octnet3", __doc__)
     parser.add_argument(
         "--resolutions",
         type=int,

@@ -27,12 +27,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import ilajax
-from experiments import demo, frame
+from benchmarks.timing import headline, provenance
+from experiments import frame
 from experiments.activations import sparse_densities
 from experiments.data.loader import Arrays
 from experiments.data.solids import CLASSES, Solids, SparseInput, make_solids
-from experiments.summary import Cells, summary_table
-from experiments.timing import headline, provenance
+from experiments.demo_net import BOUNDS, make_net
+from experiments.frame import Cells, summary_table
 from experiments.training import Row, Run, train
 
 Numbers = dict[str, float]
@@ -88,10 +89,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Trains a net for each value of each sweep; returns what was measured, as in the JSON file."""
     began = time.perf_counter()
     options = _parser().parse_args(arguments)
-    record: dict[str, Any] = provenance("recipe", arguments)
+    record: dict[str, Any] = provenance("experiments.recipe", arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     record["options"] = {k: v for k, v in vars(options).items() if not isinstance(v, Path)}
-    record["bounds"] = demo.BOUNDS[options.resolution]
+    record["bounds"] = BOUNDS[options.resolution]
     record["base"] = BASE
     training = make_solids(options.train_size, options.resolution, seed=0)
     test = make_solids(options.test_size, options.resolution, seed=1)
@@ -134,7 +135,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 def _recipe(resolution: int, optimizer: str) -> optax.GradientTransformationExtraArgs:
     """The recipe with its numbers in its state; the same object for all nets, so that none compiles anew."""
     structure = nnx.eval_shape(
-        functools.partial(demo.make_net, jax.random.key(0), resolution=resolution)
+        functools.partial(make_net, jax.random.key(0), resolution=resolution)
     )
 
     def injected(
@@ -165,7 +166,7 @@ def _train(
     reporter: frame.Reporter,
 ) -> dict[str, Any]:
     """Trains a net; returns its epochs, and the weights of each sparse layer at the start and after each."""
-    model = demo.make_net(jax.random.key(seed), resolution=options.resolution)
+    model = make_net(jax.random.key(seed), resolution=options.resolution)
     recipe = _recipe(options.resolution, optimizer_name)
     optimizer = nnx.Optimizer(model, recipe, wrt=nnx.Param)
     for number, value in numbers.items():
@@ -394,20 +395,16 @@ def _draw(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.recipe",
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = frame.parser("experiments.recipe", __doc__)
     add = parser.add_argument
     add("--sweep", action="append", choices=list(SWEEPS), help="what to vary; may be repeated")
-    add("--resolution", type=int, choices=sorted(demo.BOUNDS), default=32, help="of the grid")
+    add("--resolution", type=int, choices=sorted(BOUNDS), default=32, help="of the grid")
     add("--epochs", type=frame.positive_int, default=6, metavar="N", help="epochs")
     add("--train-size", type=frame.positive_int, default=200, metavar="N", help="solids to train")
     add("--test-size", type=frame.positive_int, default=160, metavar="N", help="solids to test")
     add("--batch-size", type=frame.positive_int, default=8, metavar="N", help="solids a step")
     add("--seed", type=frame.seed, default=0, metavar="N", help="of weights, order and dropout")
-    add("--out", type=Path, default=Path("runs/recipe"), metavar="DIR", help="folder of the run")
+    frame.add_out(parser, "runs/recipe")
     frame.add_report(parser, "recipe.md, recipe.json and recipe.png")
     return parser
 

@@ -28,7 +28,8 @@ from matplotlib.figure import Figure
 from matplotlib.pyplot import get_cmap
 
 import ilajax
-from experiments import frame, peers, timing, workloads
+from benchmarks import peers, timing, workloads
+from experiments import frame
 from experiments.data import sets
 
 OUT_CHANNELS = 8
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         todo = {r: features(r, options, source) for r in missing}
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    record = timing.provenance("runtime", arguments) | {"options": fixed}
+    record = timing.provenance("experiments.runtime", arguments) | {"options": fixed}
     table = frame.Table(path.with_suffix(".csv"), COLUMNS, rows)
     with frame.Reporter() as reporter:
         reporter.print(timing.headline(record))
@@ -108,7 +109,7 @@ def measure(x: ilajax.SparseTensor, options: argparse.Namespace) -> list[Row]:
             )
             layer = peers.Layer(x, kernel, jnp.zeros(OUT_CHANNELS), x.capacity)
             against = [] if calls else [PEERS[name] for name in options.against]
-            candidates, _ = peers.contest(layer, against)
+            candidates, _ = peers.comparison(layer, against)
             name = ("ilajax", density, cut)
             layers[name], calls[name] = layer, candidates.pop("ilajax")
             calls |= {(other, None, None): call for other, call in candidates.items()}
@@ -238,16 +239,9 @@ def _plot(axis: Any, rows: Sequence[Row], label: str, **style: Any) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = frame.parser("runtime", __doc__)
+    parser = frame.parser("experiments.runtime", __doc__)
     add = parser.add_argument
-    add(
-        "--resolutions",
-        type=frame.positive_int,
-        nargs="+",
-        default=[16, 32, 64, 128, 256],
-        metavar="R",
-        help="of each of the three axes",
-    )
+    frame.add_resolutions(parser, (16, 32, 64, 128, 256))
     add(
         "--filter-densities",
         type=frame.density_bound,
@@ -256,36 +250,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RHO_F",
         help="shares of live weights, in (0, 1]",
     )
-    add(
-        "--data",
-        choices=("uniform", "shell", *sets.NAMES),
-        default="uniform",
-        help="random sites, a sphere's shell, or a shape of a data set",
-    )
+    data = "random sites, a sphere's shell, or a shape of a data set"
+    add("--data", choices=("uniform", "shell", *sets.NAMES), default="uniform", help=data)
     sets.add_directory(parser)
-    add(
-        "--against",
-        nargs="*",
-        choices=tuple(PEERS),
-        default=list(PEERS),
-        help="dense convolutions to compare with, where they are installed",
-    )
-    add(
-        "--budget", type=frame.positive, default=2.0, metavar="S", help="seconds for each candidate"
-    )
+    dense = "dense convolutions to compare with, where they are installed"
+    add("--against", nargs="*", choices=tuple(PEERS), default=list(PEERS), help=dense)
+    budget = "seconds for each candidate"
+    add("--budget", type=frame.positive, default=2.0, metavar="S", help=budget)
     add("--seed", type=frame.seed, default=0, metavar="N", help="of data and filters")
-    add(
-        "--out",
-        type=Path,
-        default=Path("runs/runtime"),
-        metavar="DIR",
-        help="folder for table, JSON and picture; a new run replaces an earlier one's",
-    )
-    add(
-        "--resume",
-        action="store_true",
-        help="keep the resolutions that --out has already; of shapes, the finest must be the same",
-    )
+    frame.add_out(parser, "runs/runtime")
+    resume = "keep the resolutions that --out has already; of shapes, the finest must be the same"
+    add("--resume", action="store_true", help=resume)
     frame.add_report(parser, "runtime.{csv,json,png}, or runtime-DATA for other data, too")
     return parser
 

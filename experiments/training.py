@@ -62,6 +62,11 @@ class Run:
         return checkpoint_directory(self.directory, self.name)
 
 
+def as_it_is(x: Any) -> Any:
+    """A `ToInput` for batches that are inputs already."""
+    return x
+
+
 def checkpoint_directory(directory: Path, name: str) -> Path:
     return directory / "checkpoints" / name
 
@@ -171,19 +176,7 @@ def train(
     steps = len(training) // batch_size
     with contextlib.ExitStack() as stack:  # closes the checkpoints, and the worker processes
         checkpoints = stack.enter_context(Checkpoints(run.checkpoints)) if run.resumable else None
-        rows: list[Row] = []
-        so_far: list[Step] = []
-        latest = checkpoints.restore_newest(modules, reporter.print) if checkpoints else None
-        if checkpoints and latest is not None:
-            notes = checkpoints.notes(latest)
-            rows, so_far = notes["rows"], notes.get("so_far", [])
-            begun = len(rows) + bool(so_far)
-            if begun > epochs:
-                raise CheckpointError(
-                    f"--epochs {epochs}, but the checkpoint {checkpoints.path(latest)} has {begun}. Give at "
-                    f"least that, or start anew without --resume."
-                )
-            reporter.print(f"{run.name}: goes on from {checkpoints.path(latest)}")
+        rows, so_far = _restored(run, checkpoints, modules, epochs, reporter)
         table = Table(run.directory / f"{run.name}.csv", columns, rows)
         step, test_step = _bound_steps(run)
         done = len(rows) * steps + len(so_far)
@@ -207,11 +200,7 @@ def train(
                 reporter.step(f"epoch {epoch}  loss {recent[0]:.3f}  accuracy {recent[1]:.1%}")
                 if checkpoint_every and number % checkpoint_every == 0 and number < steps:
                     save()
-            row |= _summed(so_far)
-            row |= {f"density_{layer}": d for layer, d in run.densities(run.model).items()}
-            if run.prunes:
-                ilajax.optim.compact(run.model, run.optimizer)
-            row["live_weights"] = live_weights(run.model)
+            row |= _summed(so_far) | _compacted(run)
             row["test_loss"], row["test_accuracy"] = evaluate(test_step, *test, test_batch)
             row["seconds"] = time.perf_counter() - start
             rows.append(row)
@@ -221,6 +210,37 @@ def train(
             left = (epochs - epoch + epochs_after) * row["seconds"]
             reporter.print(_line(row, epochs, left, run.bounds))
     return rows
+
+
+def _restored(
+    run: Run,
+    checkpoints: Checkpoints | None,
+    modules: Mapping[str, Any],
+    epochs: int,
+    reporter: Reporter,
+) -> tuple[list[Row], list[Step]]:
+    """The rows of the newest checkpoint, whose weights are put back, and the steps of a begun epoch."""
+    latest = checkpoints.restore_newest(modules, reporter.print) if checkpoints else None
+    if checkpoints is None or latest is None:
+        return [], []
+    notes = checkpoints.notes(latest)
+    rows, so_far = notes["rows"], notes.get("so_far", [])
+    begun = len(rows) + bool(so_far)
+    if begun > epochs:
+        raise CheckpointError(
+            f"--epochs {epochs}, but the checkpoint {checkpoints.path(latest)} has {begun}. Give at "
+            f"least that, or start anew without --resume."
+        )
+    reporter.print(f"{run.name}: goes on from {checkpoints.path(latest)}")
+    return rows, so_far
+
+
+def _compacted(run: Run) -> Row:
+    """Densities and live weights; what was pruned is removed."""
+    row: Row = {f"density_{layer}": d for layer, d in run.densities(run.model).items()}
+    if run.prunes:
+        ilajax.optim.compact(run.model, run.optimizer)
+    return row | {"live_weights": live_weights(run.model)}
 
 
 def _bound_steps(run: Run) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -24,9 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ilajax.ffi import routes, stamp
+from ilajax.ffi import plans, routes, stamp
 from ilajax.geometry import sites
-from ilajax.ops import _plans_cuda, _plans_cuda_ops
 from ilajax.ops.conv import conv
 from ilajax.ops.convert import from_dense, to_dense
 from ilajax.ops.k_select import k_select
@@ -317,15 +316,6 @@ def _backend(choice: str) -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-@contextlib.contextmanager
-def _workspace(size: int | None) -> Iterator[None]:
+def _workspace(size: int | None) -> contextlib.AbstractContextManager[None]:
     """Cuts a GPU's work to a workspace of so many bytes, as that of a large problem is cut."""
-    before = {plans: vars(plans)["budget"] for plans in (_plans_cuda, _plans_cuda_ops)}
-    try:
-        for plans in before:
-            if size is not None:
-                vars(plans)["budget"] = lambda window: size
-        yield
-    finally:
-        for plans, budget in before.items():
-            vars(plans)["budget"] = budget
+    return plans.tuned("cuda", workspace=size or 0)

@@ -28,11 +28,13 @@ def build(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(ROOT / "xla_kernels", source / "xla_kernels")
     shutil.copy(ROOT / "CMakeLists.txt", source)
-    others = {"sources.bzl": r' +"(?!to_dense)', "targets.def": r"TARGET\((?!ilajax_to_dense)"}
-    for name, other in others.items():
-        file = source / "xla_kernels" / name
-        lines = file.read_text().splitlines(keepends=True)
-        file.write_text("".join(line for line in lines if not re.match(other, line)))
+    for folder in (source / "xla_kernels").iterdir():
+        if folder.is_dir() and folder.name not in ("common", "to_dense"):
+            shutil.rmtree(folder)
+    listed = source / "xla_kernels" / "targets.def"
+    lines = listed.read_text().splitlines(keepends=True)
+    other = r"TARGET\((?!ilajax_to_dense)"
+    listed.write_text("".join(line for line in lines if not re.match(other, line)))
 
     def run(*, nvcc=None, compiler=None, **settings):
         binary = tmp_path / "build"

@@ -30,18 +30,24 @@ PLANTED = {
 }
 
 
+@pytest.fixture(scope="module")
+def programs():
+    """The folder of the sanitized programs."""
+    build.SANITIZED.make("launches", "planted_bugs")
+    return build.SANITIZED.folder
+
+
 @pytest.mark.parametrize("bug", PLANTED)
-def test_planted_bugs(bug):
+def test_planted_bugs(programs, bug):
     """Catches a harness that has gone blind."""
-    command = [str(build.SANITIZED.make_program("planted_bugs.cu")), bug]
+    command = [str(programs / "planted_bugs"), bug]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert PLANTED[bug] in done.stdout + done.stderr
 
 
-def test_launches():
+def test_launches(programs):
     """Catches an opt-in to shared memory that another thread lowers, and blocks that are left out."""
-    program = str(build.SANITIZED.make_program("launches.cu"))
-    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(programs / "launches")], capture_output=True, text=True, check=False)
     assert done.stdout + done.stderr == "nothing wrong\n"
 
 
@@ -52,7 +58,7 @@ def test_every_kernel_runs(tmp_path):
     """
     chosen = build.BUILDS[os.environ.get("CUDA_ON_HOST_BUILD", "plain")]
     log = tmp_path / "executed"
-    run.run(chosen, [build.HERE / "check_kernels.py"], log)
+    run.run(chosen, [build.HERE / "check_kernels.py", run.TESTS / "ops" / "test_workspace.py"], log)
 
     lines = log.read_text().splitlines()
     log.write_text("\n".join(line for line in lines if int(line, 16) != int(lines[0], 16)))

@@ -30,7 +30,7 @@ def test_the_names_of_the_library_resolve():
 
 
 def test_modules_of_the_experiments_exist():
-    names = set(re.findall(r"`(experiments(?:\.\w+)+)`", PAGE))
+    names = set(re.findall(r"`((?:benchmarks|experiments)(?:\.\w+)+)`", PAGE))
     assert len(names) > 4
     assert [name for name in names if not importlib.util.find_spec(name)] == []
 

@@ -13,12 +13,10 @@ from flax import nnx
 import ilajax
 import oracles
 import samples
-from ilajax.ffi import registry
-from ilajax.geometry import conv_window, pool_window
-from ilajax.ops import _plans, _plans_cuda, _plans_cuda_ops
+from ilajax.ffi import plans, registry
 
 # Beyond what a plan for an open batch reckons with, and below.
-BATCHES = (1, _plans.planned(None) + 2)
+BATCHES = (1, plans.OPEN_BATCH + 2)
 KERNEL = samples.kernel(0, (3, 3), 2, 3)
 BIAS = jnp.array([1.0, 0.0, -1.0])
 
@@ -208,32 +206,3 @@ def test_disabled_checks_list_every_kernel():
     """Catches a kernel that programs are refused for."""
     listed = {check.is_custom_call() for check in ilajax.export.disabled_checks()}
     assert listed == set().union(*(e.targets for e in registry.extensions.values()))
-
-
-WINDOW = conv_window((64, 64), (3, 3), strides=1, padding="SAME", dilation=1)
-CELLS = pool_window((64, 64), 2)
-CUDA_PLANS = {
-    "conv": lambda b: _plans_cuda.conv_forward(WINDOW, b, 2, 500, 8, 400),
-    "conv-gradient": lambda b: _plans_cuda.conv_backward(WINDOW, b, 1, 2, 500, 8, 400),
-    "submanifold-gradient": lambda b: _plans_cuda_ops.submanifold_backward(WINDOW, b, 1, 2, 8, 500),
-    "select": lambda b: _plans_cuda_ops.select(b * 2, 500),
-    "select-long": lambda b: _plans_cuda_ops.select(b, 50000),
-    "pool": lambda b: _plans_cuda_ops.pool_forward(CELLS, b, 2, 500, 500, 4),
-    "pool-cut": lambda b: _plans_cuda_ops.pool_forward(CELLS, b, 2, 500, 40, 4),
-}
-
-
-@pytest.mark.parametrize("name", CUDA_PLANS)
-def test_cuda_plans_of_an_open_batch(name, monkeypatch):
-    """Catches an attribute that is no number, and a workspace of another size than that of the batch."""
-    plan = CUDA_PLANS[name]
-    (batch,) = jax.export.symbolic_shape("batch")
-    attributes = plan(batch).attributes
-    assert all(isinstance(value, int) for value in attributes.values())
-    # A plan for a batch of the size that open ones are planned for, which a kernel is known to like.
-    known = plan(_plans.planned(None))
-    assert known.attributes == attributes or name == "select"
-    for module in (_plans, _plans_cuda, _plans_cuda_ops):
-        monkeypatch.setattr(module, "is_known", lambda size: size == 1)  # one group
-    assert plan(_plans.planned(None)).workspace == known.workspace
-    assert plan(2).workspace <= known.workspace <= plan(500).workspace

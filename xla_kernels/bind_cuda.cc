@@ -1,19 +1,15 @@
-// The Python module ilajax._cuda: registrations() maps each FFI target to its CUDA handler. The
-// other functions tell what was compiled and what is here, so that Python can compare them before
-// it registers anything; none of them fails, and only devices() starts CUDA.
+// The Python module ilajax._cuda: the CUDA handlers, and their plans. The other functions tell what
+// was compiled and what is here, so that Python can compare them before it registers anything; none
+// of them fails, and only devices() starts CUDA.
 
 #include <cuda_runtime.h>
-#include <nanobind/nanobind.h>
 
 #include <algorithm>
 #include <string_view>
 
-#include "xla/ffi/api/ffi.h"
+#include "xla_kernels/bind.h"
 
 namespace nb = nanobind;
-
-#define TARGET(target, Handler) XLA_FFI_DECLARE_HANDLER_SYMBOL(Handler);
-#include "xla_kernels/targets.def"
 
 // CMake's list, "80-real;90-real".
 #ifndef ILAJAX_CUDA_ARCHITECTURES
@@ -62,15 +58,7 @@ nb::list Devices() {
 
 NB_MODULE(_cuda, m) {
   m.doc() = "ilajax's CUDA handlers for XLA's FFI.";
-  m.def(
-      "registrations",
-      [] {
-        nb::dict targets;
-#define TARGET(target, Handler) targets[#target] = nb::capsule(reinterpret_cast<void*>(Handler));
-#include "xla_kernels/targets.def"
-        return targets;
-      },
-      "FFI target name -> capsule of its handler, as jax.ffi.register_ffi_target takes it.");
+  ilajax::Bind(m);
   m.def("driver_version", &DriverVersion,
         "The newest CUDA that the driver runs, such as 13000; 0 without a driver.");
   m.def(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ilajax
-from experiments import workloads
+from benchmarks import workloads
 
 Surface = Callable[[int, np.random.Generator], np.ndarray]
 

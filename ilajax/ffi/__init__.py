@@ -1,6 +1,6 @@
 """The one door to native code: what is installed, what runs where, and how calls are mapped and sharded."""
 
-from ilajax.ffi.calls import call, dispatch, window_attributes
+from ilajax.ffi.calls import dispatch, result
 from ilajax.ffi.meshes import Outputs, place, split_by_type, vary_together
 from ilajax.ffi.routes import Backend, Route, backend
 
@@ -9,10 +9,9 @@ __all__ = [
     "Outputs",
     "Route",
     "backend",
-    "call",
     "dispatch",
     "place",
+    "result",
     "split_by_type",
     "vary_together",
-    "window_attributes",
 ]

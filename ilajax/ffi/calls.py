@@ -1,9 +1,9 @@
 """Calls of kernels, mapped and sharded as JAX maps and shards its own operations.
 
-An op hands over two forms of the same function, `native(platform, groups, *operands)`, which calls a
-target by `call`, and `reference(*operands)`, plain jax.numpy. `dispatch` then sees to it that
+An op names a target, whose kernel each platform has, and hands over the same function in plain jax.numpy, its
+reference. `dispatch` then sees to it that
 
-- each platform gets its kernel, and a platform without one gets the reference;
+- each platform gets its kernel, with a plan and a workspace, and a platform without one gets the reference;
 - `vmap` folds the mapped axis into the batch, so that the workspace does not multiply;
 - under `shard_map` results vary over the devices that the operands vary over, so that gradients are
   summed and a false `out_specs` raises;
@@ -11,59 +11,49 @@ target by `call`, and `reference(*operands)`, plain jax.numpy. `dispatch` then s
 - profiles and errors know it by its name.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
 
-from ilajax.ffi import meshes, routes
+from ilajax.ffi import meshes, plans, routes
 from ilajax.ffi.meshes import Outputs
 from ilajax.geometry import Window
 
 
-def call(
-    target: str, outputs: Sequence[jax.ShapeDtypeStruct], *operands: jax.Array, **attributes: Any
-) -> Outputs:
-    """Calls an FFI target; the results vary over the manual mesh axes that the operands vary over."""
-    results = jax.ffi.ffi_call(target, outputs)(*operands, **attributes)
-    axes = meshes.varying_axes(operands)
-    return tuple(meshes.vary(result, axes) for result in results)
-
-
-def window_attributes(window: Window) -> dict[str, np.ndarray]:
-    """A window as attributes of a custom call."""
-    return {
-        field.name: np.array(getattr(window, field.name), np.int64)
-        for field in dataclasses.fields(window)
-    }
+def result(shape: Sequence[Any], dtype: Any) -> jax.ShapeDtypeStruct:
+    """What an op returns for one sample, or as a sum over samples."""
+    return jax.ShapeDtypeStruct(tuple(shape), dtype)
 
 
 def dispatch(
     target: str,
-    native: Callable[..., Outputs],
     reference: Callable[..., Outputs],
     operands: Sequence[jax.Array],
     batched: Sequence[bool],
-    sums: int = 0,
-    limit: Callable[[str], str] = lambda platform: "",
+    each: Sequence[jax.ShapeDtypeStruct],
+    sums: Sequence[jax.ShapeDtypeStruct] = (),
+    *,
+    window: Window | None = None,
+    **attributes: Any,
 ) -> Outputs:
-    """Calls `native` where the target has a kernel for the platform, else `reference`.
+    """Calls a target where it has a kernel for the platform, else the reference.
 
     Args:
       target: the FFI target's name, the same on every platform.
-      native: a function of (platform, groups, *operands), where the batch holds `groups` independent calls,
-        one behind the other.
-      reference: a function of the operands, with one group.
+      reference: a function of the operands.
       operands: arrays.
       batched: which operands lead with the batch axis.
-      sums: how many results, the last ones, lead with groups instead of the batch: sums over each.
-      limit: a function of the platform: why its kernel cannot do this, such as a window that is too large for
-        the device; "" if it can.
+      each: the results, for one sample.
+      sums: further results, which are sums over the batch. All results lead with one more axis: the batch, or
+        of sums the groups, independent calls that stand in the batch one behind the other, of which the
+        reference has one.
+      window: the window, if the target goes by one.
+      attributes: what else the target takes.
 
     Returns:
       The results.
@@ -71,12 +61,15 @@ def dispatch(
     operation = target.removeprefix("ilajax_").removesuffix("_fwd").removesuffix("_bwd")
     here = routes.platforms()
     batched = tuple(batched)
+    kernel = _Kernel(target, batched, tuple(each), tuple(sums), window, attributes)
     reference = _mapped_by_type(reference)
     branches = {
-        platform: _fold(functools.partial(native, platform), batched, sums, 1)
+        platform: _fold(functools.partial(kernel.call, platform), batched, len(sums), 1)
         # An empty batch is no work to plan or to launch, and the reference's sums over it are 0.
         for platform in (here if _batch_size(operands, batched) != 0 else ())
-        if routes.kernel_runs(operation, platform, functools.partial(limit, platform))
+        if routes.kernel_runs(
+            operation, platform, functools.partial(kernel.limit, platform, operands)
+        )
     }
     if not branches:
         chosen = reference
@@ -87,10 +80,54 @@ def dispatch(
     else:
         chosen = functools.partial(jax.lax.platform_dependent, **branches)
     with jax.named_scope(f"ilajax.{operation}"):
-        results = meshes.split_by_type(chosen, meshes.vary_together(*operands), batched, sums)
+        results = meshes.split_by_type(chosen, meshes.vary_together(*operands), batched, len(sums))
     gradient = "the gradient of " if target.endswith("_bwd") else ""
     _raise_nans(f"{gradient}ilajax.{operation}", results)
     return results
+
+
+class _Kernel(NamedTuple):
+    """A target, and what `dispatch` was told of it."""
+
+    target: str
+    batched: tuple[bool, ...]
+    each: tuple[jax.ShapeDtypeStruct, ...]
+    sums: tuple[jax.ShapeDtypeStruct, ...]
+    window: Window | None
+    attributes: dict[str, Any]
+
+    def call(self, platform: str, groups: Any, *operands: jax.Array) -> Outputs:
+        """Calls the kernel; the results vary over the manual mesh axes that the operands vary over."""
+        outputs, plan = self._plan(platform, groups, operands)
+        attributes = dict(self.attributes)
+        if self.window is not None:
+            attributes["window"] = plans.window_attribute(self.window)
+        if plan is not None:
+            attributes["plan"] = plan.numbers
+            outputs.append(jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8))
+        results = jax.ffi.ffi_call(self.target, outputs)(*operands, **attributes)
+        axes = meshes.varying_axes(operands)
+        return tuple(meshes.vary(r, axes) for r in results[: len(self.each) + len(self.sums)])
+
+    def limit(self, platform: str, operands: Sequence[jax.Array]) -> str:
+        """Why the kernel cannot do it, such as a window too large for a GPU's memory; "" if it can."""
+        _, plan = self._plan(platform, 1, operands)
+        if plan is None or not plan.limit:
+            return ""
+        gradient = " of its gradient" if self.target.endswith("_bwd") else ""
+        return f"The CUDA kernel{gradient} cannot do it: {plan.limit}."
+
+    def _plan(
+        self, platform: str, groups: Any, operands: Sequence[jax.Array]
+    ) -> tuple[list[jax.ShapeDtypeStruct], plans.Plan | None]:
+        batch = _batch_size(operands, self.batched)
+        outputs = [result((batch, *r.shape), r.dtype) for r in self.each]
+        outputs += [result((groups, *r.shape), r.dtype) for r in self.sums]
+        # That of the values: weights, which are float32, come behind them.
+        dtype = next(o.dtype for o in operands if jnp.issubdtype(o.dtype, jnp.floating))
+        arrays = (*operands, *outputs)
+        plan = plans.plan(platform, self.target, arrays, dtype, batch, groups, self.window)
+        return outputs, plan
 
 
 def _batch_size(operands: Sequence[jax.Array], batched: Sequence[bool]) -> int:

@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ilajax import ffi
-from ilajax.ffi import gpus
 from ilajax.geometry import Padding, Window, conv_window
-from ilajax.ops import _plans, _plans_cuda
 from ilajax.ops.k_select import check_capacity, check_select, select_reference
 from ilajax.ops.submanifold import submanifold_conv
 from ilajax.ops.weights import BATCHED, at_live_weights, dense_weights, sum_products
@@ -196,12 +194,22 @@ def _conv(config: _Config, *operands: jax.Array) -> _Outputs:
     return _forward(config, *operands)
 
 
-def _forward(config: _Config, *operands: jax.Array) -> _Outputs:
-    target = "ilajax_conv_fwd"
-    native = functools.partial(_forward_native, config)
-    reference = functools.partial(_forward_reference, config)
-    limit = functools.partial(_forward_limit, config, operands)
-    return _Outputs(*ffi.dispatch(target, native, reference, operands, BATCHED, limit=limit))
+def _forward(config, keys, values, kernel_keys, weights, bias):
+    return _Outputs(
+        *ffi.dispatch(
+            "ilajax_conv_fwd",
+            functools.partial(_forward_reference, config),
+            (keys, values, kernel_keys, weights, bias),
+            BATCHED,
+            (
+                ffi.result((bias.size, config.capacity), jnp.int32),
+                ffi.result((bias.size, config.capacity), values.dtype),
+                ffi.result((bias.size,), jnp.int32),
+            ),
+            window=config.window,
+            select=config.select,
+        )
+    )
 
 
 def _vjp_forward(config, keys, values, kernel_keys, weights, bias):
@@ -210,16 +218,30 @@ def _vjp_forward(config, keys, values, kernel_keys, weights, bias):
 
 
 def _vjp_backward(config, residuals, cotangents):
-    target = "ilajax_conv_bwd"
-    native = functools.partial(_backward_native, config)
-    reference = functools.partial(_backward_reference, config)
-    operands = (*residuals, cotangents.values)
-    batched = (True, True, False, False, True, True)
-    limit = functools.partial(_backward_limit, config, operands)
-    gradients = ffi.dispatch(target, native, reference, operands, batched, 2, limit)
-    values, weights, bias = gradients
+    """The paper's equation 3, with g[b, o, c] the cotangents of the kept outputs, 0 elsewhere:
+
+    x_bar[b, p, i] = sum over live w[t, i, c] of w[t, i, c] * g[b, o, c]
+    w_bar[t, i, c] = sum over stored x[b, p, i] of x[b, p, i] * g[b, o, c]
+    bias_bar[c] = sum over b, o of g[b, o, c]
+
+    where tap t of output site o reads p = o * stride + t * dilation - low; x_bar at stored inputs alone,
+    w_bar at live weights alone.
+    """
+    keys, values, kernel_keys, weights, out_keys = residuals
+    values_bar, weights_bar, bias_bar = ffi.dispatch(
+        "ilajax_conv_bwd",
+        functools.partial(_backward_reference, config),
+        (keys, values, kernel_keys, weights, out_keys, cotangents.values),
+        (True, True, False, False, True, True),
+        (ffi.result(values.shape[1:], values.dtype),),
+        (
+            ffi.result(weights.shape, jnp.float32),
+            ffi.result(out_keys.shape[1:2], jnp.float32),
+        ),
+        window=config.window,
+    )
     # One group: the sum over the whole batch.
-    return None, values, None, weights[0], bias[0]
+    return None, values_bar, None, weights_bar[0], bias_bar[0]
 
 
 _conv.defvjp(_vjp_forward, _vjp_backward)
@@ -230,7 +252,7 @@ _conv.defvjp(_vjp_forward, _vjp_backward)
 
 def _forward_reference(config, keys, values, kernel_keys, weights, bias):
     window = config.window
-    x = _dense_planes(keys, values.astype(jnp.float32), window.input_sites)
+    x = _on_grid(keys, values.astype(jnp.float32), window.input_sites)
     x = jnp.pad(x, [(0, 0), (0, 0), (0, 1)])  # what a tap reads outside the grid
     w = dense_weights(kernel_keys, weights, window.taps, x.shape[1], bias.size)
 
@@ -260,7 +282,7 @@ def _backward_reference(config, keys, values, kernel_keys, weights, output_keys,
     keys = jnp.broadcast_to(keys, x.shape)
     out_channels = cotangent.shape[1]
     w = dense_weights(kernel_keys, weights, window.taps, x.shape[1], out_channels)
-    g = _dense_planes(output_keys, cotangent.astype(jnp.float32), window.output_sites)
+    g = _on_grid(output_keys, cotangent.astype(jnp.float32), window.output_sites)
     bias = jnp.sum(g, axis=(0, 2))
     g = jnp.pad(g, [(0, 0), (0, 0), (0, 1)])  # what an entry sends outside the grid
     stored = (keys >= 0) & (keys < window.input_sites)
@@ -278,88 +300,8 @@ def _backward_reference(config, keys, values, kernel_keys, weights, output_keys,
     return x_bar, at_live_weights(kernel_keys, w_bar)[None], bias[None]
 
 
-def _dense_planes(keys: jax.Array, values: jax.Array, sites: int) -> jax.Array:
+def _on_grid(keys: jax.Array, values: jax.Array, sites: int) -> jax.Array:
     """Stored values on the grid, [B, C, sites]; keys outside it are dropped."""
     keys = jnp.broadcast_to(jnp.where(keys < 0, sites, keys), values.shape)
     scatter = jax.vmap(jax.vmap(lambda k, v: jnp.zeros(sites, v.dtype).at[k].set(v, mode="drop")))
     return scatter(keys, values)
-
-
-# --- The kernels: xla_kernels/conv.{cc,cu} -----------------------------------------------------------------
-
-
-def _forward_limit(config, operands, platform):
-    """What a GPU's kernel cannot do, such as a window whose taps exceed its shared memory; "" if nothing."""
-    if platform != "cuda":
-        return ""
-    batch, in_channels, slots = operands[1].shape
-    sizes = (batch, in_channels, slots, operands[-1].size, config.capacity)
-    reason = _plans_cuda.conv_forward_limit(config.window, *sizes, gpus.shared_memory())
-    return f"The CUDA kernel cannot do it: {reason}." if reason else ""
-
-
-def _backward_limit(config, operands, platform):
-    if platform != "cuda":
-        return ""
-    values, cotangent = operands[1], operands[-1]
-    batch, in_channels, slots = values.shape
-    sizes = (batch, 1, in_channels, slots, cotangent.shape[1], config.capacity)
-    reason = _plans_cuda.conv_backward_limit(config.window, *sizes, gpus.shared_memory())
-    return f"The CUDA kernel of its gradient cannot do it: {reason}." if reason else ""
-
-
-def _forward_native(config, platform, groups, keys, values, kernel_keys, weights, bias):
-    batch, in_channels, slots = values.shape
-    window, out_channels, capacity = config.window, bias.size, config.capacity
-    if platform == "cuda":
-        plan = _plans_cuda.conv_forward(window, batch, in_channels, slots, out_channels, capacity)
-    else:
-        itemsize = values.dtype.itemsize
-        plan = _plans.conv_forward(
-            window, batch, in_channels, out_channels, slots, capacity, itemsize, kernel_keys.size
-        )
-    shape = (batch, out_channels, capacity)
-    outputs = (
-        jax.ShapeDtypeStruct(shape, jnp.int32),
-        jax.ShapeDtypeStruct(shape, values.dtype),
-        jax.ShapeDtypeStruct(shape[:2], jnp.int32),
-        jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8),
-    )
-    results = ffi.call(
-        "ilajax_conv_fwd",
-        outputs,
-        *(keys, values, kernel_keys, weights, bias),
-        select=config.select,
-        **ffi.window_attributes(config.window),
-        **plan.attributes,
-    )
-    return results[:3]
-
-
-def _backward_native(
-    config, platform, groups, keys, values, kernel_keys, weights, output_keys, cotangent
-):
-    batch, in_channels, slots = values.shape
-    out_channels = cotangent.shape[1]
-    if platform == "cuda":
-        plan = _plans_cuda.conv_backward(
-            config.window, batch, groups, in_channels, slots, out_channels, config.capacity
-        )
-    else:
-        plan = _plans.conv_backward(
-            config.window, batch, groups, in_channels, out_channels, slots, kernel_keys.size
-        )
-    outputs = (
-        jax.ShapeDtypeStruct(values.shape, values.dtype),
-        jax.ShapeDtypeStruct((groups, kernel_keys.size), jnp.float32),
-        jax.ShapeDtypeStruct((groups, out_channels), jnp.float32),
-        jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8),
-    )
-    results = ffi.call(
-        "ilajax_conv_bwd",
-        outputs,
-        *(keys, values, kernel_keys, weights, output_keys, cotangent),
-        **ffi.window_attributes(config.window),
-        **plan.attributes,
-    )
-    return results[:3]

@@ -9,7 +9,6 @@ import numpy as np
 
 from ilajax import ffi
 from ilajax.geometry import check_spatial_shape, sites
-from ilajax.ops import _plans, _plans_cuda_ops
 from ilajax.ops.k_select import Selected, check_capacity, check_select, select_reference
 from ilajax.sparse_tensor import VALUE_DTYPES, SparseTensor, check_sparse
 
@@ -37,30 +36,23 @@ def _to_dense(sites: int, keys: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def _scatter(sites: int, keys: jax.Array, values: jax.Array) -> jax.Array:
-    def native(platform, groups, keys, values):
-        outputs = (jax.ShapeDtypeStruct((*values.shape[:2], sites), values.dtype),)
-        return ffi.call("ilajax_to_dense_fwd", outputs, keys, values)
-
     def reference(keys, values):
         keys = jnp.broadcast_to(_drop_outside(keys, sites), values.shape)
         # Mapped over segments, not indexed by them: a sharded batch stays where it is.
         segment = lambda k, v: jnp.zeros(sites, v.dtype).at[k].set(v, mode="drop")  # noqa: E731
         return (jax.vmap(jax.vmap(segment))(keys, values),)
 
-    return ffi.dispatch("ilajax_to_dense_fwd", native, reference, (keys, values), (True, True))[0]
+    each = (ffi.result((values.shape[1], sites), values.dtype),)
+    return ffi.dispatch("ilajax_to_dense_fwd", reference, (keys, values), (True, True), each)[0]
 
 
 def _gather(sites: int, keys: jax.Array, planes: jax.Array) -> jax.Array:
-    def native(platform, groups, keys, planes):
-        shape = (*planes.shape[:2], keys.shape[2])
-        outputs = (jax.ShapeDtypeStruct(shape, planes.dtype),)
-        return ffi.call("ilajax_to_dense_bwd", outputs, keys, planes)
-
     def reference(keys, planes):
         keys = jnp.broadcast_to(_drop_outside(keys, sites), (*planes.shape[:2], keys.shape[2]))
         return (jnp.take_along_axis(planes, keys, axis=2, mode="fill", fill_value=0),)
 
-    return ffi.dispatch("ilajax_to_dense_bwd", native, reference, (keys, planes), (True, True))[0]
+    each = (ffi.result((planes.shape[1], keys.shape[2]), planes.dtype),)
+    return ffi.dispatch("ilajax_to_dense_bwd", reference, (keys, planes), (True, True), each)[0]
 
 
 def _drop_outside(keys: jax.Array, sites: int) -> jax.Array:
@@ -150,20 +142,6 @@ class _Config:
 def _from_dense(config: _Config, x: jax.Array) -> Selected:
     """From [B, sites, C]."""
 
-    def native(platform, groups, x):
-        shape = (x.shape[0], x.shape[2], config.capacity)
-        if platform == "cuda":
-            plan = _plans_cuda_ops.select(x.shape[0] * x.shape[2], x.shape[1])
-        else:
-            plan = _plans.from_dense(x.shape[0], x.shape[2], config.capacity, x.dtype.itemsize)
-        outputs = (
-            jax.ShapeDtypeStruct(shape, jnp.int32),
-            jax.ShapeDtypeStruct(shape, x.dtype),
-            jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8),
-        )
-        attributes = {"select": config.select, **plan.attributes}
-        return ffi.call("ilajax_from_dense_fwd", outputs, x, **attributes)[:2]
-
     def reference(x):
         values = jnp.moveaxis(x, 2, 1)
         keys = jnp.broadcast_to(jnp.arange(config.sites, dtype=jnp.int32), values.shape)
@@ -173,7 +151,10 @@ def _from_dense(config: _Config, x: jax.Array) -> Selected:
             )
         )
 
-    return Selected(*ffi.dispatch("ilajax_from_dense_fwd", native, reference, (x,), (True,)))
+    shape = (x.shape[2], config.capacity)
+    each = (ffi.result(shape, jnp.int32), ffi.result(shape, x.dtype))
+    target = "ilajax_from_dense_fwd"
+    return Selected(*ffi.dispatch(target, reference, (x,), (True,), each, select=config.select))
 
 
 def _from_dense_forward(config, x):

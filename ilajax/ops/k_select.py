@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from ilajax import ffi
-from ilajax.ops import _plans_cuda_ops
 from ilajax.ops._supports import place_alike
 from ilajax.sparse_tensor import SparseTensor, check_sparse
 
@@ -140,28 +139,23 @@ def _k_select(config: _Config, keys: jax.Array, values: jax.Array) -> Selected:
 
 
 def _forward(config: _Config, keys: jax.Array, values: jax.Array) -> Selected:
-    def native(platform, groups, keys, values):
-        batch, channels, slots = values.shape
-        shape = (batch, channels, config.capacity)
-        outputs = [
-            jax.ShapeDtypeStruct(shape, jnp.int32),
-            jax.ShapeDtypeStruct(shape, values.dtype),
-        ]
-        attributes = {"sites": config.sites, "select": config.select}
-        if platform == "cuda":
-            plan = _plans_cuda_ops.select(batch * channels, slots)
-            outputs.append(jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8))
-            attributes |= plan.attributes
-        return ffi.call("ilajax_k_select_fwd", outputs, keys, values, **attributes)[:2]
-
     def reference(keys, values):
         stored = (keys >= 0) & (keys < config.sites)
         return tuple(
             select_reference(keys, values, stored, config.sites, config.capacity, config.select)
         )
 
+    shape = (values.shape[1], config.capacity)
     return Selected(
-        *ffi.dispatch("ilajax_k_select_fwd", native, reference, (keys, values), (True, True))
+        *ffi.dispatch(
+            "ilajax_k_select_fwd",
+            reference,
+            (keys, values),
+            (True, True),
+            (ffi.result(shape, jnp.int32), ffi.result(shape, values.dtype)),
+            sites=config.sites,
+            select=config.select,
+        )
     )
 
 
@@ -171,6 +165,7 @@ def _vjp_forward(config, keys, values):
 
 
 def _vjp_backward(config, residuals, cotangents):
+    """x_bar[e] is the cotangent of entry e where it was kept, else 0."""
     keys, selected_keys = residuals
     return None, match(config.sites, keys, selected_keys, cotangents.values)
 
@@ -181,12 +176,14 @@ _k_select.defvjp(_vjp_forward, _vjp_backward)
 def match(sites: int, keys: jax.Array, kept_keys: jax.Array, cotangent: jax.Array) -> jax.Array:
     """Takes the cotangent of kept entries back to all entries [B, C, K]: 0 where an entry was not kept."""
 
-    def native(platform, groups, keys, kept_keys, cotangent):
-        outputs = (jax.ShapeDtypeStruct(keys.shape, cotangent.dtype),)
-        return ffi.call("ilajax_k_select_bwd", outputs, keys, kept_keys, cotangent, sites=sites)
-
     def reference(keys, kept_keys, cotangent):
         return (lookup_reference(keys, kept_keys, cotangent, sites),)
 
-    operands = (keys, kept_keys, cotangent)
-    return ffi.dispatch("ilajax_k_select_bwd", native, reference, operands, (True,) * 3)[0]
+    return ffi.dispatch(
+        "ilajax_k_select_bwd",
+        reference,
+        (keys, kept_keys, cotangent),
+        (True,) * 3,
+        (ffi.result(keys.shape[1:], cotangent.dtype),),
+        sites=sites,
+    )[0]

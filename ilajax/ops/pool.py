@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from ilajax import ffi
 from ilajax.geometry import Window, pool_window, ravel, unravel
-from ilajax.ops import _plans, _plans_cuda_ops
 from ilajax.ops._supports import place_alike
 from ilajax.ops.k_select import check_capacity, lookup_reference, select_reference
 from ilajax.sparse_tensor import SparseTensor, check_sparse
@@ -163,10 +162,19 @@ def _pool(config: _Config, keys: jax.Array, values: jax.Array) -> ffi.Outputs:
     return _forward(config, keys, values)
 
 
-def _forward(config: _Config, *operands: jax.Array) -> ffi.Outputs:
-    native = functools.partial(_forward_native, config)
-    reference = functools.partial(_forward_reference, config)
-    return ffi.dispatch("ilajax_pool_fwd", native, reference, operands, (True, True))
+def _forward(config, keys, values):
+    return ffi.dispatch(
+        "ilajax_pool_fwd",
+        functools.partial(_forward_reference, config),
+        (keys, values),
+        (True, True),
+        (
+            ffi.result((keys.shape[1], config.capacity), jnp.int32),
+            ffi.result((values.shape[1], config.capacity), values.dtype),
+        ),
+        window=config.cells,
+        mode=config.mode,
+    )
 
 
 def _vjp_forward(config, keys, values):
@@ -175,11 +183,22 @@ def _vjp_forward(config, keys, values):
 
 
 def _vjp_backward(config, residuals, cotangents):
-    native = functools.partial(_backward_native, config)
-    reference = functools.partial(_backward_reference, config)
-    operands = (*residuals, cotangents[1])
-    (gradient,) = ffi.dispatch("ilajax_pool_bwd", native, reference, operands, (True,) * 4)
-    return None, gradient
+    """With g the cotangent of the cell that holds entry e, 0 where it was not kept:
+
+    "max": x_bar[e] = g if e is its cell's maximum, else 0; ties: the lower key
+    "avg": x_bar[e] = g / (sites of the cell inside the grid)
+    """
+    keys, values, pooled_keys = residuals
+    (values_bar,) = ffi.dispatch(
+        "ilajax_pool_bwd",
+        functools.partial(_backward_reference, config),
+        (keys, values, pooled_keys, cotangents[1]),
+        (True,) * 4,
+        (ffi.result(values.shape[1:], values.dtype),),
+        window=config.cells,
+        mode=config.mode,
+    )
+    return None, values_bar
 
 
 _pool.defvjp(_vjp_forward, _vjp_backward)
@@ -270,34 +289,3 @@ def _sites_of(cells: Window, cell: jax.Array) -> jax.Array:
     for p, size, width in zip(position, cells.input_shape, cells.strides, strict=True):
         count *= jnp.clip(size - p * width, 1, width)
     return count
-
-
-def _forward_native(config, platform, groups, keys, values):
-    batch, channels, slots = values.shape
-    itemsize = values.dtype.itemsize
-    if platform == "cuda":
-        plan = _plans_cuda_ops.pool_forward(
-            config.cells, batch, channels, slots, config.capacity, itemsize
-        )
-    else:
-        plan = _plans.pool(config.cells, batch * channels, config.capacity, itemsize)
-    outputs = (
-        jax.ShapeDtypeStruct((batch, keys.shape[1], config.capacity), jnp.int32),
-        jax.ShapeDtypeStruct((batch, channels, config.capacity), values.dtype),
-        jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8),
-    )
-    window = ffi.window_attributes(config.cells)
-    attributes = {"mode": config.mode, **window, **plan.attributes}
-    return ffi.call("ilajax_pool_fwd", outputs, keys, values, **attributes)[:2]
-
-
-def _backward_native(config, platform, groups, keys, values, pooled_keys, cotangent):
-    batch, channels, _ = values.shape
-    outputs = [jax.ShapeDtypeStruct(values.shape, values.dtype)]
-    attributes = {"mode": config.mode, **ffi.window_attributes(config.cells)}
-    if platform == "cpu":
-        plan = _plans.pool(config.cells, batch * channels, config.capacity, values.dtype.itemsize)
-        outputs.append(jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8))
-        attributes |= plan.attributes
-    operands = (keys, values, pooled_keys, cotangent)
-    return ffi.call("ilajax_pool_bwd", outputs, *operands, **attributes)[:1]

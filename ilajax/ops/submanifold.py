@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from ilajax import ffi
 from ilajax.geometry import Window
-from ilajax.ops import _plans, _plans_cuda_ops
 from ilajax.ops.weights import BATCHED, at_live_weights, dense_weights, sum_products
 
 
@@ -18,7 +17,7 @@ def submanifold_conv(
     kernel_keys: jax.Array,
     weights: jax.Array,
     bias: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> ffi.Outputs:
     """Responses [B, Cout, K] of shared keys [B, 1, K], and how many are not zero, int32[B, Cout].
 
     See `ilajax.conv` for the semantics. The source is Graham et al., "Submanifold sparse convolutional
@@ -29,15 +28,22 @@ def submanifold_conv(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _submanifold(window, keys, values, kernel_keys, weights, bias):
-    return _forward(window, keys, values, kernel_keys, weights, bias)
+def _submanifold(window: Window, *operands: jax.Array) -> ffi.Outputs:
+    return _forward(window, *operands)
 
 
-def _forward(window: Window, *operands: jax.Array) -> ffi.Outputs:
-    target = "ilajax_submanifold_fwd"
-    native = functools.partial(_forward_native, window)
-    reference = functools.partial(_forward_reference, window)
-    return ffi.dispatch(target, native, reference, operands, BATCHED)
+def _forward(window, keys, values, kernel_keys, weights, bias):
+    return ffi.dispatch(
+        "ilajax_submanifold_fwd",
+        functools.partial(_forward_reference, window),
+        (keys, values, kernel_keys, weights, bias),
+        BATCHED,
+        (
+            ffi.result((bias.size, values.shape[2]), values.dtype),
+            ffi.result((bias.size,), jnp.int32),
+        ),
+        window=window,
+    )
 
 
 def _vjp_forward(window, keys, values, kernel_keys, weights, bias):
@@ -46,13 +52,21 @@ def _vjp_forward(window, keys, values, kernel_keys, weights, bias):
 
 
 def _vjp_backward(window, residuals, cotangents):
-    target = "ilajax_submanifold_bwd"
-    native = functools.partial(_backward_native, window)
-    reference = functools.partial(_backward_reference, window)
-    operands = (*residuals, cotangents[0])
-    batched = (True, True, False, False, True)
-    values, weights, bias = ffi.dispatch(target, native, reference, operands, batched, 2)
-    return None, values, None, weights[0], bias[0]
+    """That of `conv`, where the kept outputs are the input's own sites."""
+    keys, values, kernel_keys, weights = residuals
+    values_bar, weights_bar, bias_bar = ffi.dispatch(
+        "ilajax_submanifold_bwd",
+        functools.partial(_backward_reference, window),
+        (keys, values, kernel_keys, weights, cotangents[0]),
+        (True, True, False, False, True),
+        (ffi.result(values.shape[1:], values.dtype),),
+        (
+            ffi.result(weights.shape, jnp.float32),
+            ffi.result(cotangents[0].shape[1:2], jnp.float32),
+        ),
+        window=window,
+    )
+    return None, values_bar, None, weights_bar[0], bias_bar[0]
 
 
 _submanifold.defvjp(_vjp_forward, _vjp_backward)
@@ -108,43 +122,3 @@ def _at_sites(keys: jax.Array, values: jax.Array, sites: jax.Array) -> jax.Array
     slot = jnp.minimum(slot, keys.shape[2] - 1)
     found = jnp.take_along_axis(keys, slot, axis=2) == sites
     return jnp.where(found, jnp.take_along_axis(values, slot, axis=2), 0)
-
-
-def _forward_native(window, platform, groups, keys, values, kernel_keys, weights, bias):
-    batch, in_channels, slots = values.shape
-    if platform == "cuda":
-        plan = _plans_cuda_ops.submanifold_forward(window, in_channels, bias.size)
-    else:
-        plan = _plans.submanifold_forward(
-            window, batch, in_channels, bias.size, slots, kernel_keys.size
-        )
-    outputs = (
-        jax.ShapeDtypeStruct((batch, bias.size, slots), values.dtype),
-        jax.ShapeDtypeStruct((batch, bias.size), jnp.int32),
-        jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8),
-    )
-    operands = (keys, values, kernel_keys, weights, bias)
-    attributes = {**ffi.window_attributes(window), **plan.attributes}
-    return ffi.call("ilajax_submanifold_fwd", outputs, *operands, **attributes)[:2]
-
-
-def _backward_native(window, platform, groups, keys, values, kernel_keys, weights, cotangent):
-    batch, in_channels, slots = values.shape
-    out_channels = cotangent.shape[1]
-    if platform == "cuda":
-        plan = _plans_cuda_ops.submanifold_backward(
-            window, batch, groups, in_channels, out_channels, slots
-        )
-    else:
-        plan = _plans.submanifold_backward(
-            window, batch, groups, in_channels, out_channels, slots, kernel_keys.size
-        )
-    outputs = (
-        jax.ShapeDtypeStruct(values.shape, values.dtype),
-        jax.ShapeDtypeStruct((groups, kernel_keys.size), jnp.float32),
-        jax.ShapeDtypeStruct((groups, out_channels), jnp.float32),
-        jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8),
-    )
-    operands = (keys, values, kernel_keys, weights, cotangent)
-    attributes = {**ffi.window_attributes(window), **plan.attributes}
-    return ffi.call("ilajax_submanifold_bwd", outputs, *operands, **attributes)[:3]

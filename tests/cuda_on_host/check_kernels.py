@@ -5,7 +5,7 @@ those of tests/ops, of sizes and types that between them reach every instantiati
 """
 
 import bisect
-import functools
+import contextlib
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,8 @@ import pytest
 
 import oracles
 import samples
-from ilajax import ffi
+from ilajax.ffi import calls, gpus, plans
 from ilajax.geometry import conv_window
-from ilajax.ops import _plans_cuda, _plans_cuda_ops
-from ilajax.ops import conv as conv_op
 from ops import (
     test_conv,
     test_convert,
@@ -33,17 +31,13 @@ SELECTS = dict(zip(samples.DTYPES, test_conv.SELECTS, strict=True))
 
 
 @pytest.fixture
-def workspace(monkeypatch):
+def workspace():
     """A function that sets the bytes of a workspace to which work is cut."""
-
-    def set_budget(size):
-        for plans in (_plans_cuda, _plans_cuda_ops):
-            monkeypatch.setattr(plans, "budget", lambda window: size)
-
     # A program that has been compiled under one plan keeps it.
     for programs in (test_conv, test_pool, test_submanifold):
         programs.program.cache_clear()
-    yield set_budget
+    with contextlib.ExitStack() as tuned:
+        yield lambda size: tuned.enter_context(plans.tuned("cuda", workspace=size))
     for programs in (test_conv, test_pool, test_submanifold):
         programs.program.cache_clear()
 
@@ -151,21 +145,14 @@ def test_capacity_zero(backend, program):
 
 def test_responses_without_input_channels(backend):
     """Catches results that nobody writes where a filter has no rows."""
-    window = window_of(3, 1)
-    plan = _plans_cuda_ops.submanifold_forward(window, 0, 2)
-    outputs = (
-        jax.ShapeDtypeStruct((1, 2, 4), jnp.float32),
-        jax.ShapeDtypeStruct((1, 2), jnp.int32),
-        jax.ShapeDtypeStruct((max(1, plan.workspace),), jnp.uint8),
-    )
-    features, responses, _ = ffi.call(
+    kernel = kernel_of(
         "ilajax_submanifold_fwd",
-        outputs,
-        *(jnp.arange(4)[None, None], jnp.zeros((1, 0, 4)), jnp.zeros(0, int), jnp.zeros(0)),
-        jnp.ones(2),
-        **ffi.window_attributes(window),
-        **plan.attributes,
+        window_of(3, 1),
+        (calls.result((2, 4), jnp.float32), calls.result((2,), jnp.int32)),
+        (True, True, False, False, False),
     )
+    operands = (jnp.arange(4)[None, None], jnp.zeros((1, 0, 4)), jnp.zeros(0, int), jnp.zeros(0))
+    features, responses = kernel.call("cuda", 1, *operands, jnp.ones(2))
     np.testing.assert_array_equal(features, 0)
     np.testing.assert_array_equal(responses, 0)
 
@@ -177,47 +164,77 @@ def window_of(taps, axes):
     return conv_window((*(1,) * (axes - 1), 8), (*(1,) * (axes - 1), taps))
 
 
-def run_conv(window, backward):
+def kernel_of(target, window, each, batched, sums=(), **attributes):
+    """A kernel that is called past the limits by which `dispatch` goes to the reference."""
+    return calls._Kernel(target, batched, each, sums, window, attributes)
+
+
+def forward(window):
+    """A kernel and its operands, the least that a convolution can have."""
+    kernel = kernel_of(
+        "ilajax_conv_fwd",
+        window,
+        (
+            calls.result((1, 4), jnp.int32),
+            calls.result((1, 4), jnp.float32),
+            calls.result((1,), jnp.int32),
+        ),
+        (True, True, False, False, False),
+        select="value",
+    )
+    return kernel, (*operands_of(window), jnp.ones(1))
+
+
+def backward(window):
+    x, *rest = operands_of(window)
+    kernel = kernel_of(
+        "ilajax_conv_bwd",
+        window,
+        (calls.result((1, 4), jnp.float32),),
+        (True, True, False, False, True, True),
+        (calls.result(rest[-1].shape, jnp.float32), calls.result((1,), jnp.float32)),
+    )
+    return kernel, (x, *rest, x, rest[0])
+
+
+def operands_of(window):
     x = samples.tensor(0, 1, 1, window.input_shape, capacity=4)
     keys = jnp.arange(0, window.taps, 97)  # a few of the taps are live
-    config, operands = (
-        conv_op._Config(window, 4, "value"),
-        (x.keys, x.values, keys, jnp.ones(keys.size)),
-    )
-    if backward:
-        return conv_op._backward_native(config, "cuda", 1, *operands, x.keys, x.values)
-    return conv_op._forward_native(config, "cuda", 1, *operands, jnp.ones(1))
+    return x.keys, x.values, keys, jnp.ones(keys.size)
 
 
-run_forward = functools.partial(run_conv, backward=False)
-run_backward = functools.partial(run_conv, backward=True)
+def run(make, window):
+    kernel, operands = make(window)
+    return jax.block_until_ready(kernel.call("cuda", 1, *operands))
 
 
 @pytest.mark.parametrize("axes", [1, 4])
-@pytest.mark.parametrize(
-    ("run", "limit", "shape"),
-    [
-        (run_forward, _plans_cuda.conv_forward_limit, (1, 1, 4, 1, 4)),
-        (run_backward, _plans_cuda.conv_backward_limit, (1, 1, 1, 4, 1, 4)),
-    ],
-    ids=["forward", "backward"],
-)
-def test_windows_beyond_shared_memory(backend, run, limit, shape, axes, monkeypatch):
+@pytest.mark.parametrize("make", [forward, backward])
+def test_windows_beyond_shared_memory(backend, make, axes, monkeypatch):
     """Catches a plan that takes a tap more than the handler does, or leaves one to the reference."""
     monkeypatch.setenv("CUDA_ON_HOST_SHARED", str(LEAST))
-    refused = range(1, 1 << 14)
-    most = bisect.bisect_left(
-        refused, True, key=lambda taps: limit(window_of(taps, axes), *shape, LEAST) is not None
-    )
-    jax.block_until_ready(run(window_of(most, axes)))
+    monkeypatch.setattr(gpus, "shared_memory", lambda: LEAST)
+
+    def is_refused(taps):
+        kernel, operands = make(window_of(taps, axes))
+        return bool(kernel.limit("cuda", operands))
+
+    most = bisect.bisect_left(range(1, 1 << 14), True, key=is_refused)
+    run(make, window_of(most, axes))
     with pytest.raises(jax.errors.JaxRuntimeError, match="bytes of shared memory, the device has"):
-        jax.block_until_ready(run(window_of(most + 1, axes)))
+        run(make, window_of(most + 1, axes))
 
 
-@pytest.mark.parametrize("more", [0, 1])
-def test_sums_in_shared_memory_or_not(backend, more):
+def test_sums_in_shared_memory_or_not(backend):
     """Catches a plan whose workspace is not for the sums that the handler puts there."""
-    most = bisect.bisect_left(
-        range(1, 1 << 14), True, key=lambda t: not _plans_cuda._sums_in_shared(window_of(t, 1), 1)
-    )
-    jax.block_until_ready(run_backward(window_of(most + more, 1)))
+
+    def workspace(taps):
+        kernel, operands = backward(window_of(taps, 1))
+        return kernel._plan("cuda", 1, operands)[1].workspace
+
+    # Four copies of the sums in the place of one.
+    sizes = [workspace(taps) for taps in range(1, 1 << 10)]
+    jumps = [t for t in range(1, len(sizes)) if sizes[t] - sizes[t - 1] > 4096]
+    assert len(jumps) == 1
+    for taps in (jumps[0], jumps[0] + 1):
+        run(backward, window_of(taps, 1))

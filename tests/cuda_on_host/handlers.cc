@@ -1,4 +1,4 @@
-// The CUDA handlers as CPU handlers, under the names of their targets: what XLA calls copies every
+// The CUDA handlers as CPU handlers, in a Python module: what XLA calls copies every
 // buffer into memory of just its size, so that AddressSanitizer sees an index beyond it, runs the
 // handler in all orders of threads, and copies the results back. An argument that a kernel writes
 // to is an error, too.
@@ -11,6 +11,7 @@
 
 #include "block.h"
 #include "xla/ffi/api/ffi.h"
+#include "xla_kernels/bind.h"
 
 namespace cuda_on_host {
 namespace {
@@ -88,9 +89,24 @@ XLA_FFI_Error* Checked(const char* target, XLA_FFI_Handler* handler, XLA_FFI_Cal
 }  // namespace
 }  // namespace cuda_on_host
 
-#define TARGET(target, Handler)                                                \
-  extern "C" __attribute__((weak)) XLA_FFI_Error* Handler(XLA_FFI_CallFrame*); \
-  extern "C" XLA_FFI_Error* target(XLA_FFI_CallFrame* frame) {                 \
-    return cuda_on_host::Checked(#target, Handler, frame);                     \
+namespace {
+
+#define TARGET(target, Name)                            \
+  XLA_FFI_Error* target(XLA_FFI_CallFrame* frame) {     \
+    return cuda_on_host::Checked(#target, Name, frame); \
   }
 #include "xla_kernels/targets.def"
+
+nanobind::dict Registrations() {
+  nanobind::dict targets;
+#define TARGET(target, Name) targets[#target] = nanobind::capsule(reinterpret_cast<void*>(&target));
+#include "xla_kernels/targets.def"
+  return targets;
+}
+
+}  // namespace
+
+NB_MODULE(_cuda_on_host, m) {
+  m.doc() = "The CUDA handlers as CPU handlers, and their plans.";
+  ilajax::Bind(m, &Registrations);
+}

@@ -13,13 +13,13 @@ _NAMESPACES = r"\(anonymous namespace\)::|\bilajax::|\bselect_kernels::|^void "
 
 def names() -> set[str]:
     """The __global__ functions in the sources."""
-    files = [*build.cuda_sources(), *build.KERNELS.glob("common/*.cuh")]
+    files = [*build.KERNELS.glob("*/*.cu"), *build.KERNELS.glob("*/*.cuh")]
     return set().union(*(re.findall(_GLOBAL, path.read_text()) for path in files))
 
 
 def compiled(of: build.Build) -> dict[int, str]:
     """Offset in the library -> name, for every instantiation."""
-    command = ["nm", "--demangle", str(of.library)]
+    command = ["nm", "--demangle", str(of.module)]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     expected = names()
     found = {}
@@ -28,7 +28,7 @@ def compiled(of: build.Build) -> dict[int, str]:
         if kernel and kernel[1] in expected:
             found[int(offset, 16)] = kernel[0].removesuffix("(")
     missing = expected - {name.partition("<")[0] for name in found.values()}
-    assert not missing, f"not in {of.library}: {missing}"
+    assert not missing, f"not in {of.module}: {missing}"
     return found
 
 

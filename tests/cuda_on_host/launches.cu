@@ -10,7 +10,7 @@
 namespace {
 
 __global__ void Touch(int words, int* out) {
-  extern __shared__ int dynamic[];
+  int* const dynamic = static_cast<int*>(cuda_on_host::DynamicShared());
   dynamic[words - 1] = words;
   *out = dynamic[words - 1];
 }

@@ -45,7 +45,7 @@ const struct {
 // out[i] = in[kThreads - 1 - i], through shared memory, plus what a warp and a block agree on.
 __global__ void __launch_bounds__(kThreads) Reverse(Bug bug, const int* in, int* out) {
   __shared__ int shared[kThreads];
-  extern __shared__ int dynamic[];
+  int* const dynamic = static_cast<int*>(cuda_on_host::DynamicShared());
   const int i = threadIdx.x, lane = i % 32;
   const int beyond = i == 5 ? kThreads : i;
   if (bug == Bug::kMissingThread && i == 7) return;

@@ -2,14 +2,13 @@
 
     pytest -p cuda_on_host.plugin tests/ops
 
-JAX then sees the handlers of build/cuda_on_host/*/kernels.so as those of its CPU platform, and the ops plan
+JAX then sees the handlers of the module in build/cuda_on_host/ as those of its CPU platform, and the ops plan
 for them as for "cuda". CUDA_ON_HOST_BUILD says which build: "plain", or "sanitized" with libasan preloaded.
 """
 
 import collections
-import ctypes
+import importlib.util
 import os
-import re
 import sys
 
 import jax
@@ -20,34 +19,28 @@ from cuda_on_host import build
 # Its handlers would take the names that the CUDA handlers get here.
 sys.modules["ilajax._cpu"] = None
 
-from ilajax.ffi import gpus, registry, routes, stamp
-from ilajax.ops import _plans_cuda, _plans_cuda_ops
+from ilajax.ffi import gpus, plans, registry, routes, stamp
 
-
-def registrations() -> dict[str, object]:
-    """FFI target name -> capsule of its handler, for all targets that have a CUDA kernel."""
-    library = ctypes.CDLL(str(build.BUILDS[os.environ.get("CUDA_ON_HOST_BUILD", "plain")].library))
-    listed = (build.KERNELS / "targets.def").read_text()
-    return {
-        target: jax.ffi.pycapsule(getattr(library, target))
-        for target, handler in re.findall(r"^TARGET\((\w+), (\w+)\)", listed, re.M)
-        if hasattr(library, handler)
-    }
+# Such that small problems are cut, too.
+SMALL = {"select_whole": 8, "select_chunk": 4, "min_tile": 32}
 
 
 def pytest_configure(config):
-    handlers = registrations()
+    path = build.BUILDS[os.environ.get("CUDA_ON_HOST_BUILD", "plain")].module
+    spec = importlib.util.spec_from_file_location("_cuda_on_host", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    handlers = module.registrations()
     for target, handler in handlers.items():
         jax.ffi.register_ffi_target(target, handler, platform="cpu")
-    registry.extensions["cuda"] = registry.Extension(frozenset(handlers), None, "")
+    registry.extensions["cuda"] = registry.Extension(frozenset(handlers), module, "")
     routes.platforms = lambda: ("cuda",)
     routes.default_platform = lambda: "cuda"
     gpus.unfit = stamp.unchecked = lambda: ""
     gpus.shared_memory = lambda: 99 << 10  # the least of all that the kernels are built for
-    # Such that small problems are cut, too.
-    _plans_cuda_ops._SELECT_WHOLE = 8
-    _plans_cuda_ops._SELECT_CHUNK = 4
-    _plans_cuda._MIN_TILE = 32
+    tuned = plans.tuned("cuda", **SMALL)
+    tuned.__enter__()
+    config.add_cleanup(lambda: tuned.__exit__(None, None, None))
 
 
 @pytest.hookimpl(trylast=True)

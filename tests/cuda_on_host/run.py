@@ -23,7 +23,7 @@ def run(
       every: n; of the harness' own cases, all run.
       processes: to run them in, beside the first.
     """
-    of.make_library()
+    of.make("_cuda_on_host")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)]),
         "JAX_PLATFORMS": "cpu",

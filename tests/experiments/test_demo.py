@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import ilajax
-from experiments import demo, demo_measure
+from experiments import demo, demo_measure, demo_net
 from experiments.data.solids import CLASSES
 
 SMALL = ["--resolution", "16", "--train-size", "16", "--test-size", "8", "--budget", "0.05"]
@@ -72,9 +72,9 @@ def test_plain_keeps_all_weights(tmp_path):
 
 def test_a_compiled_construction_draws_the_same_weights():
     """It would catch a draw that differs under jit, so that a seed would mean another net."""
-    drawn = demo.make_net(jax.random.key(5), resolution=16)
+    drawn = demo_net.make_net(jax.random.key(5), resolution=16)
     plain = ilajax.models.OctNet3(
-        16, num_classes=len(CLASSES), density_bounds=demo.BOUNDS[16], rngs=nnx.Rngs(5)
+        16, num_classes=len(CLASSES), density_bounds=demo_net.BOUNDS[16], rngs=nnx.Rngs(5)
     )
     for a, b in zip(
         *(jax.tree.leaves(nnx.state(net, nnx.Param)) for net in (drawn, plain)), strict=True
@@ -85,7 +85,7 @@ def test_a_compiled_construction_draws_the_same_weights():
 def test_the_network_in_pytorch_is_the_same():
     """It would catch weights in another order, and a layer that is missing."""
     torch = pytest.importorskip("torch")
-    dense = demo.make_net(jax.random.key(0), resolution=16, dense=True)
+    dense = demo_net.make_net(jax.random.key(0), resolution=16, dense=True)
     dense.eval()
     grid = np.random.default_rng(0).normal(size=(2, 16, 16, 16, 1)).astype(np.float32)
     twin = demo_measure.torch_twin(dense).eval()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import ilajax
-from experiments import fill_in, fill_in_measure, mnist, workloads
+from benchmarks import workloads
+from experiments import fill_in, fill_in_measure, mnist
 from experiments.data.mnist import load_mnist
 from experiments.data.sets import load_dataset
 

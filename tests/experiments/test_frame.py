@@ -122,7 +122,7 @@ def test_a_report_into_the_folder_of_the_run_leaves_its_files(tmp_path):
 
 
 def test_the_command_line_of_an_experiment():
-    parser = frame.parser("some", "What it does.\n\nMore.")
+    parser = frame.parser("experiments.some", "What it does.\n\nMore.")
     frame.add_out(parser, "runs/some")
     frame.add_resume(parser)
     options = parser.parse_args([])

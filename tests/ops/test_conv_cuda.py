@@ -10,8 +10,7 @@ import pytest
 
 import ilajax
 import samples
-from ilajax.ffi import routes
-from ilajax.ops import _plans_cuda
+from ilajax.ffi import plans, routes
 
 pytestmark = [
     pytest.mark.skipif(
@@ -136,8 +135,8 @@ def test_against_the_reference(name, monkeypatch):
 def test_chunks_slabs_and_a_small_pool(name, budget, monkeypatch):
     """Catches a result that depends on how much workspace there is."""
     want = compute("native", name, monkeypatch)
-    monkeypatch.setattr(_plans_cuda, "budget", lambda window: budget)
-    equal(compute("native", name, monkeypatch), want)
+    with plans.tuned("cuda", workspace=budget):
+        equal(compute("native", name, monkeypatch), want)
 
 
 @pytest.mark.parametrize("name", ["r64", "r33-odd", "shared", "wide"])

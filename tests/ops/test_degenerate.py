@@ -8,8 +8,10 @@ What the CPU kernels do only where a problem is large (entries that have no room
 overflows, a sample cut into many parts) they do here on small ones, by a plan that leaves less room.
 """
 
+import contextlib
 import math
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +21,7 @@ import pytest
 import ilajax
 import oracles
 import samples
-from ilajax.ffi import routes
-from ilajax.ops import _plans
+from ilajax.ffi import plans, routes
 from ops import test_conv, test_convert, test_k_select, test_pool, test_submanifold
 
 SELECTS = ("value", "positive", "magnitude")
@@ -38,28 +39,57 @@ def native(monkeypatch):
 
 @pytest.fixture
 def squeeze(native, monkeypatch):
-    """A function that changes names of _plans; it returns the plans that conv's kernels get from then on."""
+    """A function that plans with other numbers; it returns the plans made from then on, by target."""
     if samples.platform() != "cpu":
         pytest.skip("only the CPU's kernels are planned so")
+    made = {}
 
-    def change(**names):
-        made = []
-        for direction in ("conv_forward", "conv_backward"):
+    def record(platform, target, *problem, make=plans.plan):
+        made[target] = make(platform, target, *problem)
+        return made[target]
 
-            def record(*problem, make=getattr(_plans, direction)):
-                plan = make(*problem)
-                made.append(plan.attributes)
-                return plan
-
-            monkeypatch.setattr(_plans, direction, record)
-        for name, value in names.items():
-            monkeypatch.setattr(_plans, name, value)
+    def change(**numbers):
+        tuned.enter_context(plans.tuned("cpu", **numbers))
         return made
 
     # A program that has been compiled under one plan keeps it.
     test_conv.program.cache_clear()
-    yield change
+    monkeypatch.setattr(plans, "plan", record)
+    with contextlib.ExitStack() as tuned:
+        yield change
     test_conv.program.cache_clear()
+
+
+class ForwardPlan(NamedTuple):
+    """The numbers of xla_kernels/conv/cpu_forward.h's."""
+
+    block: int
+    line_sites: int
+    max_planes: int
+    dense_planes: int
+    dense_percent: int
+    max_entries: int
+    stage: int
+    parts: int
+    workers: int
+
+
+class GradientPlan(NamedTuple):
+    """The numbers of xla_kernels/lines/gradient.h's."""
+
+    block: int
+    line_sites: int
+    slab_planes: int
+    dense_planes: int
+    dense_percent: int
+    max_entries: int
+    parts: int
+    workers: int
+
+
+def plans_of_conv(made):
+    forward, backward = (made[f"ilajax_conv_{direction}"] for direction in ("fwd", "bwd"))
+    return ForwardPlan(*forward.numbers), GradientPlan(*backward.numbers)
 
 
 # --- Entries in few places, and capacities of any size ---------------------------------------------
@@ -193,24 +223,19 @@ def test_other_operations_on_a_huge_grid(native, grid):
         test_pool.check(native, kind, x, 2, 2)
 
 
-# --- Plans that leave little room ------------------------------------------------------------------
+# --- Plans that leave little space ------------------------------------------------------------------
 
 PLANS = {
     # Entries are read as they lie where not even a row of them is sorted at once.
-    "little-room": {"_entries_room": lambda *_: 8, "_CPU_DENSE_SHARE": 0},
-    # Rows of the grid, each selected from on its own.
-    "many-parts": {"_CPU_TASKS": 64},
+    "few-entries": {"entries": 8, "dense_share": 0},
+    # Planes of the grid, each selected from on its own.
+    "many-parts": {"tasks": 64},
     # Twice a line and one more: what a stage must take in.
-    "small-stage": {"_stage": lambda entries: 24, "_CPU_TASKS": 1},
-    "all": {
-        "_entries_room": lambda *_: 8,
-        "_CPU_DENSE_SHARE": 0,
-        "_CPU_TASKS": 64,
-        "_stage": lambda entries: 24,
-    },
-    # The dense form, a few rows at once; whatever it costs, also where most lines are empty.
-    "small-slabs": {"_CPU_DENSE": 2048, "_CPU_TASKS": 2},
-    "dense-lines": {"_CPU_DENSE_PERCENT": 10**9, "_CPU_DENSE_SHARE": 10**9},
+    "small-stage": {"stage": 24, "tasks": 1},
+    "all": {"entries": 8, "dense_share": 0, "tasks": 64, "stage": 24},
+    # The dense form, a few planes at once; whatever it costs, also where most lines are empty.
+    "small-slabs": {"dense_bytes": 2048, "tasks": 2},
+    "dense-lines": {"dense_percent": 10**9, "dense_share": 10**9},
 }
 
 
@@ -228,16 +253,17 @@ def test_plans(squeeze, name, plan):
     made = squeeze(**PLANS[plan])
     number = list(test_conv.GEOMETRIES).index(name) + 1000 * list(PLANS).index(plan)
     test_conv.cross("native", name, test_conv.draw(number))
-    forward, backward = made
-    if "_entries_room" in PLANS[plan]:
-        assert forward["room"] == backward["room"] == PLANS[plan]["_entries_room"]()
-    if "_stage" in PLANS[plan]:
-        assert forward["stage"] == 24
+    forward, backward = plans_of_conv(made)
+    if "entries" in PLANS[plan]:
+        assert forward.max_entries == backward.max_entries == PLANS[plan]["entries"]
+    if "stage" in PLANS[plan]:
+        assert forward.stage == PLANS[plan]["stage"]
     grid, *_ = test_conv.GEOMETRIES[name]
-    if PLANS[plan].get("_CPU_TASKS") == 64 and len(grid) > 1 and name != "2d-one-output":
-        assert forward["parts"] > 1
+    if PLANS[plan].get("tasks") == 64 and len(grid) > 1 and name != "2d-one-output":
+        assert forward.parts > 1
 
 
+LINE_BYTES = 256 << 10
 # grid, window, strides, padding, dilation, cin, cout
 LONG_LINES = {
     "1d": ((70_000,), (5,), 1, "SAME", 1, 2, 3),
@@ -284,20 +310,21 @@ def around_pieces(grid, stride, channels, piece):
     )
 
 
-@pytest.mark.parametrize("room", ["room", "no-room"])
+@pytest.mark.parametrize("plan", ["few-entries", None])
 @pytest.mark.parametrize("name", LONG_LINES)
-def test_long_lines(squeeze, name, room):
+def test_long_lines(squeeze, name, plan):
     """Catches a response, or a gradient, lost or counted twice where one piece of a line meets the next."""
     grid, window, strides, padding, dilation, cin, cout = LONG_LINES[name]
-    made = squeeze(**PLANS["little-room"] if room == "no-room" else {})
+    made = squeeze(line_bytes=LINE_BYTES, **PLANS.get(plan, {}))
     geometry = oracles.Geometry(grid, window, strides, padding, dilation)
-    piece = _plans._CPU_LINE // (4 * _plans._blocks(cout)[0])
+    block = math.ceil(cout / math.ceil(cout / 32) / 8) * 8
+    piece = LINE_BYTES // (4 * block)
     x = around_pieces(grid, geometry.strides[-1], cin, piece)
     select = SELECTS[len(name) % 3]
     run = test_conv.program("native", 300, select, (padding, strides, dilation))
     kernel, bias = samples.kernel(4, window, cin, cout), samples.integers(4, (cout,))
     test_conv.check(run, x, kernel, bias, geometry, 300, select)
-    assert [plan["line_sites"] for plan in made] == [piece] * 2
+    assert [made.line_sites for made in plans_of_conv(made)] == [piece] * 2
     assert geometry.shape[-1] > piece
 
 
@@ -346,13 +373,14 @@ def identity(window, centre, channels):
 @pytest.mark.parametrize("select", SELECTS)
 def test_stages_that_overflow(squeeze, select, dtype, capacity, tasks):
     """Catches an entry lost, or a tie broken otherwise, where a stage is emptied again and again."""
-    made = squeeze(_CPU_TASKS=tasks, _stage=lambda entries: 102)
+    made = squeeze(tasks=tasks, stage=102)
     x, bias = patterns(dtype), jnp.zeros(len(PATTERNS))
     window, centre = CENTRES[(capacity + tasks) % 2]
     kernel = identity(window, centre, x.channels)
     run = test_conv.program("native", capacity, select)
     test_conv.check(run, x, kernel, bias, GEOMETRY[window], capacity, select)
-    assert (made[0]["stage"], made[0]["parts"]) == (102, {1: 1, 7: 7, 64: 40}[tasks])
+    forward, _ = plans_of_conv(made)
+    assert (forward.stage, forward.parts) == (102, {1: 1, 7: 7, 64: 40}[tasks])
 
 
 @pytest.mark.crossed(9)
@@ -401,7 +429,7 @@ def test_all_nan(backend, select, dtype):
 @pytest.mark.parametrize("select", SELECTS)
 def test_stages_full_of_nan(squeeze, select, tasks):
     """Catches the same where a stage overflows, and NaN among numbers that must rank behind it."""
-    squeeze(_CPU_TASKS=tasks, _stage=lambda entries: 102)
+    squeeze(tasks=tasks, stage=102)
     values = np.stack([np.full(2000, NAN), np.where(SITE % 40, 250 - SITE // 8, NAN)])
     run = test_conv.program("native", 60, select)
     kernel, bias = identity((3, 3), 4, 2), jnp.zeros(2)

@@ -56,26 +56,19 @@ EVERY = {
 }
 
 
-def registrations() -> dict[str, object]:
-    """FFI target name -> capsule of its recording handler, in the place of ilajax._cpu.registrations()."""
+def pytest_configure(config):
     library = ctypes.CDLL(str(BUILD / "record.so"))
     library.RecordInto(os.fsencode(os.environ["THREAD_SANITIZER_CALLS"]))
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    recording = {}
     cpu = importlib.util.module_from_spec(_CPU)
     _CPU.loader.exec_module(cpu)
-    for target, handler in cpu.registrations().items():
-        ctypes.c_void_p.in_dll(library, f"{target}_handler").value = pointer(handler, None)
-        recording[target] = jax.ffi.pycapsule(getattr(library, target))
-    return recording
-
-
-def pytest_configure(config):
-    handlers = registrations()
+    handlers = cpu.registrations()
     for target, handler in handlers.items():
-        jax.ffi.register_ffi_target(target, handler, platform="cpu")
-    registry.extensions["cpu"] = registry.Extension(frozenset(handlers), None, "")
+        ctypes.c_void_p.in_dll(library, f"{target}_handler").value = pointer(handler, None)
+        recording = jax.ffi.pycapsule(getattr(library, target))
+        jax.ffi.register_ffi_target(target, recording, platform="cpu")
+    registry.extensions["cpu"] = registry.Extension(frozenset(handlers), cpu, "")
 
 
 @pytest.hookimpl(trylast=True)

@@ -45,6 +45,14 @@ struct Axes {
     }
     position[0] = static_cast<int32_t>(key);
   }
+
+  // The key of a position in the input; it wraps where that is outside.
+  __device__ __forceinline__ uint32_t InputKey(const int32_t (&position)[R]) const {
+    uint32_t key = position[R - 1];
+#pragma unroll
+    for (int a = R - 2; a >= 0; --a) key += static_cast<uint32_t>(position[a]) * input_step[a];
+    return key;
+  }
 };
 
 // The taps that have any live weight, in ascending order, in shared memory: offsets along the axes,
@@ -111,31 +119,33 @@ struct TapList {
   }
 };
 
-// The filters as dense blocks f32[blocks][Cin][taps][block] with flags u8[blocks][Cin][taps] that
-// tell the taps with a live weight. One call fills one (block, input channel); a block of threads
-// calls it. Of weights with one key, which breaks their contract, any one wins, by the order of
-// threads.
+// The filters as dense vectors over a block of output channels, one for each input channel and tap:
+// f32[blocks][Cin][taps][block], with flags u8[blocks][Cin][taps] that tell which have a live
+// weight.
 struct DenseFilters {
   int block = 0, in_channels = 0, out_channels = 0, taps = 0;
   float* weights = nullptr;
   uint8_t* live = nullptr;
 
   ILAJAX_HOST_DEVICE int blocks() const { return (out_channels + block - 1) / block; }
-  ILAJAX_HOST_DEVICE int64_t Row(int b, int ic) const {
+  // The number of the first vector of an input channel.
+  ILAJAX_HOST_DEVICE int64_t Vectors(int b, int ic) const {
     return (int64_t{b} * in_channels + ic) * taps;
   }
 
   template <typename Carver>
   void Carve(Carver& carver) {
-    weights = carver.template Take<float>(Row(blocks(), 0) * block);
-    live = carver.template Take<uint8_t>(Row(blocks(), 0));
+    weights = carver.template Take<float>(Vectors(blocks(), 0) * block);
+    live = carver.template Take<uint8_t>(Vectors(blocks(), 0));
   }
 
+  // Fills the vectors of one (block, input channel); a block of threads calls it. Of weights with
+  // one key, which breaks their contract, any one wins, by the order of threads.
   __device__ void Fill(int b, int ic, const int32_t* keys, const float* values, int count) const {
-    float* row = weights + Row(b, ic) * block;
-    uint8_t* flag = live + Row(b, ic);
-    for (int i = threadIdx.x; i < taps * block; i += blockDim.x) row[i] = 0.0f;
-    for (int i = threadIdx.x; i < taps; i += blockDim.x) flag[i] = 0;
+    float* vectors = weights + Vectors(b, ic) * block;
+    uint8_t* flags = live + Vectors(b, ic);
+    for (int i = threadIdx.x; i < taps * block; i += blockDim.x) vectors[i] = 0.0f;
+    for (int i = threadIdx.x; i < taps; i += blockDim.x) flags[i] = 0;
     __syncthreads();
     const int lane = threadIdx.x & 31;
     for (int j = threadIdx.x >> 5; j < min(block, out_channels - b * block); j += blockDim.x >> 5) {
@@ -145,8 +155,8 @@ struct DenseFilters {
       for (int n = first + lane; n < last; n += 32) {
         const int64_t tap = keys[n] - begin;
         if (tap < 0 || tap >= taps) continue;
-        row[tap * block + j] = values[n];
-        flag[tap] = 1;
+        vectors[tap * block + j] = values[n];
+        flags[tap] = 1;
       }
     }
   }

@@ -27,8 +27,7 @@ inline ffi::Error CudaError(const char* what, cudaError_t status) {
   return ffi::Error::Internal(message.str());
 }
 
-// Shared memory that is static in any kernel which asks for dynamic shared memory, at most; as in
-// ilajax/ops/_plans_cuda.py.
+// Shared memory that is static in any kernel which asks for dynamic shared memory, at most.
 constexpr int64_t kStaticShared = 2048;
 // What a block has, static and dynamic, without opting in; and may have on every device: 8.6, 8.9
 // and 12.0 have the least.

@@ -6,14 +6,12 @@
 // one are counted, which says where it goes. No sort, and nothing depends on the order of threads:
 // atomics only count.
 //
-//   LaunchSelect                one launch where a block takes a whole segment: at most 4 passes
-//   over the values
-//                               for the cut, which stay in the L2 cache, and one that emits.
-//                               Long segments are split into chunks over several blocks: a launch
-//                               for each pass (they find nothing to do where the candidates fit),
-//                               one that counts, one that emits, and 4 KiB of histograms for a
-//                               segment.
-//   FindCut, EmitKept, ...      the same for one block, for other kernels.
+//   LaunchSelect           one launch where a block takes a whole segment: at most 4 passes over the
+//                          values for the cut, which stay in the L2 cache, and one that emits. Long
+//                          segments are split into chunks over several blocks: a launch for each
+//                          pass (they find nothing to do where the candidates fit), one that counts,
+//                          one that emits, and 4 KiB of histograms for a segment.
+//   FindCut, EmitKept, ... the same for one block, for other kernels.
 //
 // Memory traffic: keys and values once for each pass; kept keys and values are written once, in
 // order.
@@ -21,10 +19,12 @@
 #ifndef ILAJAX_XLA_KERNELS_COMMON_CUDA_SELECT_CUH_
 #define ILAJAX_XLA_KERNELS_COMMON_CUDA_SELECT_CUH_
 
+#include <algorithm>
 #include <cstdint>
 
 #include "xla_kernels/common/cuda.h"
 #include "xla_kernels/common/selection.h"
+#include "xla_kernels/common/tuning.h"
 #include "xla_kernels/common/workspace.h"
 
 namespace ilajax {
@@ -32,7 +32,7 @@ namespace ilajax {
 constexpr int kMaxThreads = 1024;
 constexpr int kSelectBins = 256;
 constexpr int kSelectPasses = 4;
-constexpr int kSelectRows = 4;  // entries of a thread between two barriers
+constexpr int kSelectEntries = 4;  // of a thread between two barriers
 
 // The first of `count` ascending keys that is not below `bound`.
 __device__ inline int64_t LowerBound(const int32_t* keys, int64_t count, int64_t bound) {
@@ -182,18 +182,18 @@ __device__ void EmitKept(const SegmentEntries<T>& entries, int64_t begin, int64_
   const uint32_t lower = (1u << lane) - 1;
   int buffer = 0;
   for (int64_t first = begin; first < end;
-       first += int64_t{blockDim.x} * kSelectRows, buffer ^= 1) {
-    const int64_t start = first + warp * 32 * kSelectRows + lane;
-    uint32_t above[kSelectRows], ties[kSelectRows];  // of the warp, a bit for each lane
+       first += int64_t{blockDim.x} * kSelectEntries, buffer ^= 1) {
+    const int64_t start = first + warp * 32 * kSelectEntries + lane;
+    uint32_t above[kSelectEntries], ties[kSelectEntries];  // of the warp, a bit for each lane
     Tally own = {0, 0};
 #pragma unroll
-    for (int row = 0; row < kSelectRows; ++row) {
-      const int64_t i = start + row * 32;
+    for (int e = 0; e < kSelectEntries; ++e) {
+      const int64_t i = start + e * 32;
       const uint32_t rank = i < end ? entries.Rank(i) : 0;
-      above[row] = __ballot_sync(~0u, rank > cut.threshold);
-      ties[row] = __ballot_sync(~0u, rank != 0 && rank == cut.threshold);
-      own.above += __popc(above[row]);
-      own.ties += __popc(ties[row]);
+      above[e] = __ballot_sync(~0u, rank > cut.threshold);
+      ties[e] = __ballot_sync(~0u, rank != 0 && rank == cut.threshold);
+      own.above += __popc(above[e]);
+      own.ties += __popc(ties[e]);
     }
     // Two buffers, so that one barrier is enough: nobody is more than one step ahead.
     if (lane == 0) shared.warps[buffer][warp] = own;
@@ -209,13 +209,13 @@ __device__ void EmitKept(const SegmentEntries<T>& entries, int64_t begin, int64_
       }
     }
 #pragma unroll
-    for (int row = 0; row < kSelectRows; ++row) {
-      const int64_t tie = here.ties + __popc(ties[row] & lower);
-      const int64_t position = here.above + __popc(above[row] & lower) + min(tie, cut.ties);
-      const bool is_above = above[row] >> lane & 1, is_tie = ties[row] >> lane & 1;
-      if (is_above || (is_tie && tie < cut.ties)) put(position, start + row * 32);
-      here.above += __popc(above[row]);
-      here.ties += __popc(ties[row]);
+    for (int e = 0; e < kSelectEntries; ++e) {
+      const int64_t tie = here.ties + __popc(ties[e] & lower);
+      const int64_t position = here.above + __popc(above[e] & lower) + min(tie, cut.ties);
+      const bool is_above = above[e] >> lane & 1, is_tie = ties[e] >> lane & 1;
+      if (is_above || (is_tie && tie < cut.ties)) put(position, start + e * 32);
+      here.above += __popc(above[e]);
+      here.ties += __popc(ties[e]);
     }
   }
   __syncthreads();
@@ -381,32 +381,42 @@ __global__ void __launch_bounds__(kMaxThreads)
 }  // namespace
 }  // namespace select_kernels
 
-// Bytes of workspace that LaunchSelect needs.
-inline int64_t SelectWorkspace(int64_t segments, int64_t count, int64_t chunk) {
-  if (chunk >= count) return 0;
-  Carver carver(nullptr);
-  carver.Take<int32_t>(kSelectPasses * segments * kSelectBins);
-  carver.Take<Tally>(segments * CeilDiv(count, chunk));
-  return carver.used();
+// How many entries of a segment a block takes: all of them where blocks are enough, or entries few.
+inline int64_t SelectChunk(int64_t segments, int64_t count, const Tuning& tuning) {
+  constexpr int64_t kBlocks = 1024;  // fill the largest GPUs several times over
+  if (segments * 2 >= kBlocks || count <= tuning.select_whole) return count;
+  const int64_t blocks = CeilDiv(kBlocks, std::max<int64_t>(segments, 1));
+  return CeilDiv(count, std::min(CeilDiv(count, tuning.select_chunk), blocks));
 }
+
+// The workspace of LaunchSelect.
+struct SelectWorkspace {
+  int32_t* histograms = nullptr;  // [pass][segment][bin]
+  Tally* tallies = nullptr;       // [segment][chunk]
+
+  SelectWorkspace() = default;
+  SelectWorkspace(Carver& carver, int64_t segments, int64_t count, int64_t chunk) {
+    if (chunk >= count) return;
+    histograms = carver.Take<int32_t>(kSelectPasses * segments * kSelectBins);
+    tallies = carver.Take<Tally>(segments * CeilDiv(count, chunk));
+  }
+};
 
 // Selects the `capacity` strongest of each segment. A block takes `chunk` entries; all of a
 // segment's where chunk >= count.
 template <typename T>
 ffi::Error LaunchSelect(cudaStream_t stream, const Entries<T>& entries, int64_t chunk,
-                        void* workspace, int32_t* kept_keys, T* kept_values, int64_t capacity) {
+                        const SelectWorkspace& workspace, int32_t* kept_keys, T* kept_values,
+                        int64_t capacity) {
   namespace k = select_kernels;
-  if (capacity < 1) return InvalidArgument("k-selection: the capacity is ", capacity);
   const k::Output<T> out = {kept_keys, kept_values, capacity};
   const int64_t work = chunk < entries.count ? chunk : entries.count;
   const int threads = work > 8192 ? 1024 : work > 256 ? 256 : 64;
   if (chunk >= entries.count) {
     return Launch<k::WholeSegments<T>>(GridFor(entries.segments), threads, 0, stream, entries, out);
   }
-  Carver carver(workspace);
-  k::Chunks c = {chunk, CeilDiv(entries.count, chunk), nullptr, nullptr};
-  c.histograms = carver.Take<int32_t>(kSelectPasses * entries.segments * kSelectBins);
-  c.tallies = carver.Take<Tally>(entries.segments * c.chunks);
+  const k::Chunks c = {chunk, CeilDiv(entries.count, chunk), workspace.histograms,
+                       workspace.tallies};
   const dim3 grid = GridFor(entries.segments * c.chunks);
   if (entries.count > capacity) {
     ILAJAX_RETURN_IF_ERROR(Launch<k::ZeroHistograms<T>>(GridFor(entries.segments), kMaxThreads, 0,

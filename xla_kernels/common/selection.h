@@ -126,9 +126,9 @@ inline uint64_t StagedEntry(int64_t key, float value) {
 // Entries are staged. When the stage is full they are counted by the first digit of their rank,
 // which tells below which digit nothing can be among the best; what is weaker goes, from the stage,
 // from the output, and from then on before it is staged. The rest moves to the output as far as
-// that has room. Where more than half of the stage stays behind, output and stage are cut exactly,
+// that has stage_size. Where more than half of the stage stays behind, output and stage are cut exactly,
 // and from then on what does not beat the cut's rank is dropped (a tie has the higher key, and
-// loses). So an entry costs O(1 + capacity / room), in a space that the stream's length has no say
+// loses). So an entry costs O(1 + capacity / stage_size), in a space that the stream's length has no say
 // in.
 //
 // Selections of several parts of one stream may share the counts: a bound on one holds for all.
@@ -138,17 +138,17 @@ template <typename T>
 class RunningTopK {
  public:
   RunningTopK() = default;
-  // `room` entries fit on the stage, `counts` has kDigits of them. With `shared` they are zero and
+  // `stage_size` entries fit on the stage, `counts` has kDigits of them. With `shared` they are zero and
   // used by other threads too, and the best `wanted` of all parts are sought, `capacity` at most
   // here.
-  RunningTopK(Select select, int64_t capacity, int32_t* keys, T* values, int64_t room,
+  RunningTopK(Select select, int64_t capacity, int32_t* keys, T* values, int64_t stage_size,
               uint64_t* stage, int32_t* counts, bool shared = false, int64_t wanted = 0)
       : select_(select),
         shared_(shared),
         counting_(shared),
         capacity_(capacity),
         wanted_(shared ? wanted : capacity),
-        room_(room),
+        stage_size_(stage_size),
         keys_(keys),
         values_(values),
         stage_(stage),
@@ -157,7 +157,7 @@ class RunningTopK {
   void Push(int64_t key, T value) {
     const float v = static_cast<float>(value);
     if (RankBits(v, select_) < least_) return;
-    if (staged_ == room_) {
+    if (staged_ == stage_size_) {
       staged_ = Flush(staged_);
       if (RankBits(v, select_) < least_) return;
     }
@@ -165,7 +165,7 @@ class RunningTopK {
   }
 
   // Takes entries off the stage, which has the first `staged`; returns how many stay, in front and
-  // half of the room at most. Others may fill the stage as well.
+  // half of the stage_size at most. Others may fill the stage as well.
   int64_t Flush(int64_t staged) {
     staged = Sift(staged);
     if (stored_ + staged > capacity_) DropStored();
@@ -174,7 +174,7 @@ class RunningTopK {
     stored_ += moved;
     staged -= moved;
     if (moved > 0) std::memmove(stage_, stage_ + moved, staged * sizeof(uint64_t));
-    if (staged > room_ / 2) staged = Cut(staged);
+    if (staged > stage_size_ / 2) staged = Cut(staged);
     counted_ = staged;
     return staged;
   }
@@ -325,7 +325,7 @@ class RunningTopK {
       values_[kept] = values_[i];
       kept += keep;
     }
-    // Written before it is known whether to keep it: there is room until all are.
+    // Written before it is known whether to keep it: there is stage_size until all are.
     ForStaged(0, staged, [&](int64_t i, uint32_t rank) {
       if (kept == capacity_) return;
       Put(kept, stage_[i]);
@@ -338,7 +338,7 @@ class RunningTopK {
 
   Select select_ = Select::kValue;
   bool shared_ = false, counting_ = false;
-  int64_t capacity_ = 0, wanted_ = 0, room_ = 0;
+  int64_t capacity_ = 0, wanted_ = 0, stage_size_ = 0;
   int32_t* keys_ = nullptr;
   T* values_ = nullptr;
   uint64_t* stage_ = nullptr;
@@ -351,6 +351,11 @@ class RunningTopK {
 
 // What ilajax/ops/_plans.py counts for each.
 static_assert(sizeof(RunningTopK<float>) <= 96);
+
+// A stage for one segment by itself.
+inline int64_t StageOfSegment(int64_t capacity) {
+  return std::clamp<int64_t>(capacity, 64, 1 << 14);
+}
 
 }  // namespace ilajax
 

@@ -1,6 +1,6 @@
 // Vectors of eight floats, and code compiled for more than one instruction set.
 //
-// A file of inner loops, marked ILAJAX_TARGET, is included by simd_targets.h once for each
+// A file of inner loops, marked ILAJAX_SIMD, is included by simd_targets.h once for each
 // instruction set, into a namespace of its own; `HasAvx2` tells at run time which to call.
 // Everything else is compiled for the baseline, so that no function of an unsupported instruction
 // set can be linked in the place of another.

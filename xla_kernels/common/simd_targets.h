@@ -2,18 +2,18 @@
 // namespace baseline and, where the compiler's own target is not already as wide, as namespace
 // avx2. No include guard: each .cc with loops of its own includes this once.
 
-#define ILAJAX_TARGET
+#define ILAJAX_SIMD
 namespace ilajax::baseline {
 #include ILAJAX_SIMD_FILE
 }  // namespace ilajax::baseline
-#undef ILAJAX_TARGET
+#undef ILAJAX_SIMD
 
 #if ILAJAX_HAS_AVX2_TARGET
-#define ILAJAX_TARGET __attribute__((target("avx2,fma,bmi,bmi2,popcnt")))
+#define ILAJAX_SIMD __attribute__((target("avx2,fma,bmi,bmi2,popcnt")))
 namespace ilajax::avx2 {
 #include ILAJAX_SIMD_FILE
 }  // namespace ilajax::avx2
-#undef ILAJAX_TARGET
+#undef ILAJAX_SIMD
 #else
 namespace ilajax::avx2 {
 using baseline::Loops;

@@ -1,10 +1,10 @@
 // The stored entries of a sample in site-major form, for look-ups by key.
 //
-//   words   {bits, first}    for each 32 sites: which of them any channel stores, and the first
-//   one's row rows    {mask, offset}   for each such site: which channels store it, and where their
-//   values begin;
-//                            the highest bit tells that one of them is inf or NaN
-//   values  f32              for each row its channels' values, one behind the other
+//   words    {bits, first}    for each 32 sites: which of them any channel stores, and the number of
+//                             the first one's record
+//   records  {mask, offset}   for each stored site: which channels store it, and where their values
+//                             begin; the highest bit of the offset tells that one is inf or NaN
+//   values   f32              for each record its channels' values, one behind the other
 //
 // So a look-up costs one load where nothing is stored, whatever the number of channels, and a hit
 // finds the values of all channels side by side. Channels go in groups of 32, the width of a mask.
@@ -12,8 +12,8 @@
 //
 // The map covers the sites [begin, begin + sites) of the grid, a slab of it where memory is short.
 // Built in one pass: a block takes kMapChunk sites, finds each channel's entries by search, and
-// knows where its rows and values begin from the searches alone: before them stand at most as many
-// as the channels have entries below. Whatever the keys, everything stays inside its buffers. Of a
+// knows where its records and values begin from the searches alone: before them stand at most as
+// many as the channels have entries below. Whatever the keys, everything stays inside its buffers. Of a
 // channel's entries with one key, which breaks its contract, any one wins, by the order of threads.
 
 #ifndef ILAJAX_XLA_KERNELS_COMMON_SITE_MAP_CUH_
@@ -29,7 +29,7 @@
 namespace ilajax {
 
 constexpr int kMapGroup = 32;    // channels of a mask
-constexpr int kMapChunk = 8192;  // sites of a block, as in ilajax/ops/_plans_cuda.py
+constexpr int kMapChunk = 8192;  // sites of a block
 constexpr int kMapThreads = 256;
 constexpr uint32_t kNotFinite = 0x80000000u;
 constexpr int kMapWords = kMapChunk / 32;
@@ -37,34 +37,34 @@ static_assert(kMapWords == kMapThreads, "a thread counts the sites of one word")
 
 struct SiteMap {
   int channels = 0;
-  int slots = 0;      // entries of a channel that the map has room for
+  int slots = 0;      // entries of a channel that the map can hold
   int64_t begin = 0;  // the first site covered
-  int64_t sites =
-      0;  // the sites covered; the arrays have room for as many as Carve was called with
+  int64_t sites = 0;  // covered: at most as many as when Carve was called
   int64_t words_each = 0;
   uint2* words = nullptr;
-  uint2* rows = nullptr;
+  uint2* records = nullptr;
   float* values = nullptr;
 
   ILAJAX_HOST_DEVICE int groups() const { return (channels + kMapGroup - 1) / kMapGroup; }
   ILAJAX_HOST_DEVICE int group_channels(int group) const {
     return min(kMapGroup, channels - group * kMapGroup);
   }
-  ILAJAX_HOST_DEVICE int64_t room(int group) const {
+  // The entries of a group that the map can hold.
+  ILAJAX_HOST_DEVICE int64_t capacity(int group) const {
     return int64_t{slots} * group_channels(group);
   }
-  // Where an (item, group) begins in `words`, and in `rows` and `values`.
+  // Where an (item, group) begins in `words`, and in `records` and `values`.
   ILAJAX_HOST_DEVICE int64_t Words(int item, int group) const {
     return (int64_t{item} * groups() + group) * words_each;
   }
-  ILAJAX_HOST_DEVICE int64_t Rows(int item, int group) const {
+  ILAJAX_HOST_DEVICE int64_t Records(int item, int group) const {
     return (int64_t{item} * channels + group * kMapGroup) * slots;
   }
 
   void Carve(Carver& carver, int64_t items) {
     words_each = CeilDiv(sites, 32);
     words = carver.Take<uint2>(items * groups() * words_each);
-    rows = carver.Take<uint2>(items * channels * slots);
+    records = carver.Take<uint2>(items * channels * slots);
     values = carver.Take<float>(items * channels * slots);
   }
 
@@ -75,25 +75,25 @@ struct SiteMap {
 // One (item, group) of a map.
 struct SiteMapView {
   const uint2* words;
-  const uint2* rows;
+  const uint2* records;
   const float* values;
-  uint32_t sites, room;
+  uint32_t sites, capacity;
 
   __device__ SiteMapView(const SiteMap& map, int item, int group)
       : words(map.words + map.Words(item, group)),
-        rows(map.rows + map.Rows(item, group)),
-        values(map.values + map.Rows(item, group)),
+        records(map.records + map.Records(item, group)),
+        values(map.values + map.Records(item, group)),
         sites(static_cast<uint32_t>(map.sites)),
-        room(static_cast<uint32_t>(min(map.room(group), int64_t{0xffffffff}))) {}
+        capacity(static_cast<uint32_t>(min(map.capacity(group), int64_t{0xffffffff}))) {}
 
-  // The row {mask, offset} of a site counted from the map's first; mask 0 where nothing is stored.
+  // The record {mask, offset} of a site counted from the map's first; mask 0 where nothing is stored.
   __device__ uint2 Find(uint32_t site) const {
     if (site >= sites) return make_uint2(0, 0);
     const uint2 word = words[site >> 5];
     const uint32_t bit = 1u << (site & 31);
     if (!(word.x & bit)) return make_uint2(0, 0);
-    const uint32_t row = word.y + __popc(word.x & (bit - 1));
-    return row < room ? rows[row] : make_uint2(0, 0);
+    const uint32_t record = word.y + __popc(word.x & (bit - 1));
+    return record < capacity ? records[record] : make_uint2(0, 0);
   }
 };
 
@@ -106,99 +106,131 @@ struct SiteMapInput {
   bool shared;
 };
 
+// The entries of one chunk of one (item, group), found by a block; all of its kMapThreads threads
+// call FindRanges and ForEach.
+template <typename T>
+struct ChunkEntries {
+  // In shared memory.
+  struct Ranges {
+    int first[kMapGroup];      // of a channel's keys
+    int begin[kMapGroup + 1];  // of a channel, among the chunk's entries
+    int before;                // entries in front of the chunk's, as far as the map covers them
+  };
+
+  Ranges& ranges;
+  int channels, slots;
+  int64_t begin, end;  // sites
+  const int32_t* keys;
+  const T* values;
+  int64_t key_step;  // from one channel to the next
+
+  __device__ __forceinline__ ChunkEntries(const SiteMap& map, const SiteMapInput<T>& in, int item,
+                                          int group, int64_t chunk, Ranges& ranges)
+      : ranges(ranges), channels(map.group_channels(group)), slots(in.slots) {
+    begin = map.begin + chunk * kMapChunk;
+    end = min(begin + kMapChunk, map.begin + map.sites);
+    const int64_t head = int64_t{item} * map.channels + group * kMapGroup;
+    keys = in.keys + (in.shared ? int64_t{item} : head) * in.slots;
+    values = in.values + head * in.slots;
+    key_step = in.shared ? 0 : in.slots;
+  }
+
+  __device__ __forceinline__ void FindRanges(int64_t map_begin) const {
+    if (threadIdx.x == 0) ranges.before = 0;
+    __syncthreads();
+    for (int c = threadIdx.x >> 5; c < channels; c += kMapThreads / 32) {
+      const int32_t* key = keys + c * key_step;
+      const int low = map_begin > 0 ? WarpLowerBound(key, slots, map_begin) : 0;
+      const int first = WarpLowerBound(key, slots, begin);
+      const int last = WarpLowerBound(key, slots, end);
+      if ((threadIdx.x & 31) == 0) {
+        ranges.first[c] = first;
+        ranges.begin[c + 1] = max(last - first, 0);
+        atomicAdd(&ranges.before, max(first - low, 0));
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      ranges.begin[0] = 0;
+      for (int c = 0; c < channels; ++c) ranges.begin[c + 1] += ranges.begin[c];
+    }
+    __syncthreads();
+  }
+
+  // Calls f(channel, site of the chunk, value) for each entry.
+  template <typename F>
+  __device__ __forceinline__ void ForEach(F&& f) const {
+    int c = 0;
+    for (int t = threadIdx.x; t < ranges.begin[channels]; t += kMapThreads) {
+      while (t >= ranges.begin[c + 1]) ++c;
+      const int64_t i = ranges.first[c] + (t - ranges.begin[c]);
+      const int32_t key = keys[c * key_step + i];
+      const float value = static_cast<float>(values[int64_t{c} * slots + i]);
+      if (key >= begin && key < end && value != 0.0f) f(c, static_cast<int>(key - begin), value);
+    }
+  }
+};
+
+// Writes the records of a chunk, from number `base`: a thread takes a run of them, and counts where
+// their values begin. Returns whether they fit: always, unless keys are broken.
+__device__ __forceinline__ bool WriteRecords(const uint32_t* masks, int count, int base,
+                                             int64_t capacity, int* scratch, uint2* records) {
+  const int run = (count + kMapThreads - 1) / kMapThreads;
+  const int run_begin = min(static_cast<int>(threadIdx.x) * run, count);
+  const int run_end = min(run_begin + run, count);
+  int stored = 0, all;
+  for (int r = run_begin; r < run_end; ++r) stored += __popc(masks[r]);
+  int offset = base + BlockExclusiveScan(stored, scratch, all);
+  const bool fits = base + count <= capacity && base + all <= capacity;
+  for (int r = run_begin; r < run_end; ++r) {
+    const int values = __popc(masks[r]);
+    if (base + r < capacity) records[r] = fits ? make_uint2(masks[r], offset) : make_uint2(0, 0);
+    offset += values;
+  }
+  return fits;
+}
+
 // Builds one chunk of one (item, group); all of a block's kMapThreads threads call it.
 template <typename T>
 __device__ void BuildSiteMap(const SiteMap& map, const SiteMapInput<T>& in, int item, int group,
                              int64_t chunk, uint32_t* shared) {
-  uint32_t* masks = shared;             // [row]
-  uint32_t* bits = shared + kMapChunk;  // [word], then the first row of the word
-  __shared__ int first[kMapGroup], count[kMapGroup + 1], scratch[kMapThreads / 32];
-  __shared__ int before[2];
-  __shared__ uint32_t word_bits[kMapWords];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int channels = map.group_channels(group);
-  const int64_t begin = map.begin + chunk * kMapChunk;
-  const int64_t end = min(begin + kMapChunk, map.begin + map.sites);
-  const int64_t head = int64_t{item} * map.channels + group * kMapGroup;
-  const int32_t* keys = in.keys + (in.shared ? int64_t{item} : head) * in.slots;
-  const T* values = in.values + head * in.slots;
-  const int64_t key_step = in.shared ? 0 : in.slots;
-
-  // The range of each channel's entries; how many of the map's entries lie before it.
-  if (threadIdx.x == 0) before[0] = 0;
+  __shared__ typename ChunkEntries<T>::Ranges ranges;
+  __shared__ int scratch[kMapThreads / 32];
+  __shared__ uint32_t bits[kMapWords];    // [word]: its sites that any channel stores
+  uint32_t* masks = shared;               // [record]
+  uint32_t* firsts = shared + kMapChunk;  // [word]: its first record
+  const ChunkEntries<T> entries(map, in, item, group, chunk, ranges);
   bits[threadIdx.x] = 0;
-  __syncthreads();
-  for (int c = warp; c < channels; c += kMapThreads / 32) {
-    const int32_t* key = keys + c * key_step;
-    const int low = map.begin > 0 ? WarpLowerBound(key, in.slots, map.begin) : 0;
-    const int a = WarpLowerBound(key, in.slots, begin);
-    const int b = WarpLowerBound(key, in.slots, end);
-    if (lane == 0) {
-      first[c] = a;
-      count[c + 1] = max(b - a, 0);
-      atomicAdd(&before[0], max(a - low, 0));
-    }
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    count[0] = 0;
-    for (int c = 0; c < channels; ++c) count[c + 1] += count[c];
-  }
-  __syncthreads();
-  const int base = before[0];
+  entries.FindRanges(map.begin);
+  const int base = ranges.before;
 
-  // Calls f(channel, site of the chunk, value) for each entry in range.
-  const auto for_each = [&](auto&& f) {
-    int c = 0;
-    for (int t = threadIdx.x; t < count[channels]; t += kMapThreads) {
-      while (t >= count[c + 1]) ++c;
-      const int64_t i = first[c] + (t - count[c]);
-      const int32_t key = keys[c * key_step + i];
-      const float value = static_cast<float>(values[int64_t{c} * in.slots + i]);
-      if (key >= begin && key < end && value != 0.0f) f(c, static_cast<int>(key - begin), value);
-    }
-  };
-  for_each([&](int, int site, float) { atomicOr(&bits[site >> 5], 1u << (site & 31)); });
+  entries.ForEach([&](int, int site, float) { atomicOr(&bits[site >> 5], 1u << (site & 31)); });
   __syncthreads();
-  const uint32_t mine = bits[threadIdx.x];
-  int rows;
-  const int row = BlockExclusiveScan(__popc(mine), scratch, rows);
-  word_bits[threadIdx.x] = mine;
-  bits[threadIdx.x] = row;
-  if (begin + threadIdx.x * 32 < end) {
+  int count;
+  const int first = BlockExclusiveScan(__popc(bits[threadIdx.x]), scratch, count);
+  firsts[threadIdx.x] = first;
+  if (entries.begin + threadIdx.x * 32 < entries.end) {
     map.words[map.Words(item, group) + chunk * kMapWords + threadIdx.x] =
-        make_uint2(mine, base + row);
+        make_uint2(bits[threadIdx.x], base + first);
   }
-  for (int r = threadIdx.x; r < rows; r += kMapThreads) masks[r] = 0;
+
+  for (int r = threadIdx.x; r < count; r += kMapThreads) masks[r] = 0;
   __syncthreads();
-  const auto row_of = [&](int site) {
-    return bits[site >> 5] + __popc(word_bits[site >> 5] & ((1u << (site & 31)) - 1));
+  const auto record_of = [&](int site) {
+    return firsts[site >> 5] + __popc(bits[site >> 5] & ((1u << (site & 31)) - 1));
   };
-  for_each([&](int c, int site, float) { atomicOr(&masks[row_of(site)], 1u << c); });
+  entries.ForEach([&](int c, int site, float) { atomicOr(&masks[record_of(site)], 1u << c); });
+  __syncthreads();
+  uint2* records = map.records + map.Records(item, group) + base;
+  const bool fits = WriteRecords(masks, count, base, map.capacity(group), scratch, records);
   __syncthreads();
 
-  // Where the values of a row begin: a thread counts a run of rows.
-  const int run = (rows + kMapThreads - 1) / kMapThreads;
-  const int run_begin = min(static_cast<int>(threadIdx.x) * run, rows);
-  const int run_end = min(run_begin + run, rows);
-  int stored = 0, all;
-  for (int r = run_begin; r < run_end; ++r) stored += __popc(masks[r]);
-  int offset = base + BlockExclusiveScan(stored, scratch, all);
-  const int64_t room = map.room(group);
-  const bool fits = base + rows <= room && base + all <= room;  // always, unless keys are broken
-  uint2* out_rows = map.rows + map.Rows(item, group) + base;
-  float* out_values = map.values + map.Rows(item, group);
-  for (int r = run_begin; r < run_end; ++r) {
-    const int values_of_row = __popc(masks[r]);
-    if (base + r < room) out_rows[r] = fits ? make_uint2(masks[r], offset) : make_uint2(0, 0);
-    offset += values_of_row;
-  }
-  __syncthreads();
+  float* values = map.values + map.Records(item, group);
   if (fits) {
-    for_each([&](int c, int site, float value) {
-      uint2& place = out_rows[row_of(site)];
-      out_values[(place.y & ~kNotFinite) + __popc(place.x & ((1u << c) - 1))] = value;
-      if (!isfinite(value)) atomicOr(&place.y, kNotFinite);
+    entries.ForEach([&](int c, int site, float value) {
+      uint2& record = records[record_of(site)];
+      values[(record.y & ~kNotFinite) + __popc(record.x & ((1u << c) - 1))] = value;
+      if (!isfinite(value)) atomicOr(&record.y, kNotFinite);
     });
   }
 }

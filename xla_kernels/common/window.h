@@ -5,6 +5,7 @@
 #define ILAJAX_XLA_KERNELS_COMMON_WINDOW_H_
 
 #include <cstdint>
+#include <iterator>
 
 #include "xla_kernels/common/ffi.h"
 
@@ -20,39 +21,39 @@ struct Window {
   int64_t low[kMaxRank], output_shape[kMaxRank];
   int64_t taps = 1, input_sites = 1, output_sites = 1;
 
-  // Sites of one step along the leading axis.
-  ILAJAX_HOST_DEVICE int64_t input_row() const { return input_sites / input_shape[0]; }
-  ILAJAX_HOST_DEVICE int64_t output_row() const { return output_sites / output_shape[0]; }
+  // Sites of a plane: of one step along the leading axis.
+  ILAJAX_HOST_DEVICE int64_t input_plane() const { return input_sites / input_shape[0]; }
+  ILAJAX_HOST_DEVICE int64_t output_plane() const { return output_sites / output_shape[0]; }
+  // Of the larger grid.
+  int64_t sites() const { return input_sites < output_sites ? output_sites : input_sites; }
   // Reach of the window along the leading axis.
   ILAJAX_HOST_DEVICE int64_t extent() const { return (window_shape[0] - 1) * dilation[0] + 1; }
 
-  static ffi::Error Read(Span input_shape, Span window_shape, Span strides, Span dilation, Span low,
-                         Span output_shape, Window& w) {
-    const size_t rank = input_shape.size();
-    if (rank < 1 || rank > kMaxRank) {
-      return InvalidArgument("a grid has ", rank, " axes; kernels take 1 to ", kMaxRank);
-    }
-    for (const Span& span : {window_shape, strides, dilation, low, output_shape}) {
-      if (span.size() != rank) return InvalidArgument("window attributes differ in rank");
-    }
+  // Reads the attribute: rank numbers each of the input's shape, the window's, strides, dilation,
+  // low and the output's shape.
+  static ffi::Error Read(Span numbers, Window& w) {
     constexpr int64_t kMaxSites = 0x7fffffff;
+    int64_t* const fields[] = {w.input_shape, w.window_shape, w.strides,
+                               w.dilation,    w.low,          w.output_shape};
+    const size_t rank = numbers.size() / std::size(fields);
+    if (rank < 1 || rank > kMaxRank || numbers.size() % std::size(fields) != 0) {
+      return InvalidArgument("a window has ", rank, " axes; kernels take 1 to ", kMaxRank);
+    }
     w = {};
     w.rank = static_cast<int>(rank);
-    for (int a = 0; a < w.rank; ++a) {
-      w.input_shape[a] = input_shape[a];
-      w.window_shape[a] = window_shape[a];
-      w.strides[a] = strides[a];
-      w.dilation[a] = dilation[a];
-      w.low[a] = low[a];
-      w.output_shape[a] = output_shape[a];
-      for (int64_t size :
-           {input_shape[a], window_shape[a], strides[a], dilation[a], output_shape[a]}) {
-        if (size < 1 || size > kMaxSites)
-          return InvalidArgument("window attribute ", size, " out of range");
+    const int64_t* number = numbers.begin();
+    for (int64_t* field : fields) {
+      for (int a = 0; a < w.rank; ++a, ++number) {
+        if (field != w.low && (*number < 1 || *number > kMaxSites)) {
+          return InvalidArgument("window attribute ", *number, " out of range");
+        }
+        field[a] = *number;
       }
-      w.taps *= window_shape[a];
-      w.input_sites *= input_shape[a];
-      w.output_sites *= output_shape[a];
+    }
+    for (int a = 0; a < w.rank; ++a) {
+      w.taps *= w.window_shape[a];
+      w.input_sites *= w.input_shape[a];
+      w.output_sites *= w.output_shape[a];
       if (w.taps > kMaxSites || w.input_sites > kMaxSites || w.output_sites > kMaxSites) {
         return InvalidArgument("a grid or window has 2^31 sites or more");
       }

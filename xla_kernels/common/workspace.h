@@ -1,21 +1,14 @@
-// A workspace is an extra result of the custom call, carved up in order.
+// A workspace is an extra result of the custom call, whose arrays are carved out of it in order.
 
 #ifndef ILAJAX_XLA_KERNELS_COMMON_WORKSPACE_H_
 #define ILAJAX_XLA_KERNELS_COMMON_WORKSPACE_H_
 
 #include <cstdint>
-
-#include "xla_kernels/common/ffi.h"
+#include <limits>
 
 namespace ilajax {
 
-constexpr int64_t kWorkspaceAlignment = 64;  // as in ilajax/ops/_plans.py
-
-inline int64_t AlignUp(int64_t bytes) {
-  return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
-}
-
-// Hands out aligned arrays, one behind the other. With base == nullptr it only adds up sizes.
+// Hands out aligned arrays, one behind the other. Without memory it only adds up their sizes.
 class Carver {
  public:
   explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
@@ -23,53 +16,50 @@ class Carver {
   template <typename T>
   T* Take(int64_t count) {
     const int64_t begin = used_;
-    used_ += AlignUp(count * static_cast<int64_t>(sizeof(T)));
-    return base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + begin);
+    int64_t bytes;
+    overflow_ |= __builtin_mul_overflow(count, int64_t{sizeof(T)}, &bytes) ||
+                 __builtin_add_overflow(bytes, kAlignment - 1, &bytes) ||
+                 __builtin_add_overflow(used_, bytes / kAlignment * kAlignment, &used_);
+    return base_ == nullptr || overflow_ ? nullptr : reinterpret_cast<T*>(base_ + begin);
   }
 
-  int64_t used() const { return used_; }
+  int64_t used() const { return overflow_ ? std::numeric_limits<int64_t>::max() : used_; }
 
  private:
+  static constexpr int64_t kAlignment = 64;
+
   char* base_;
   int64_t used_ = 0;
+  bool overflow_ = false;
 };
 
-// Equal slices of a workspace, one for each worker, behind what `carver` has handed out.
-class WorkerSlices {
+// The bytes of a Layout, which is constructed from a carver and its sizes.
+template <typename Layout, typename... Sizes>
+int64_t SizeOf(const Sizes&... sizes) {
+  Carver carver(nullptr);
+  Layout layout(carver, sizes...);
+  return carver.used();
+}
+
+// A Layout for each worker.
+template <typename Layout>
+class LayoutOfEach {
  public:
-  template <typename Carve>
-  WorkerSlices(const Carver& carver, const ffi::Buffer<ffi::U8>& workspace, int64_t workers,
-               Carve&& carve)
-      : base_(static_cast<char*>(workspace.untyped_data())),
-        begin_(carver.used()),
-        workers_(workers) {
-    Carver own(nullptr);
-    carve(own);
-    bytes_ = own.used();
-  }
+  template <typename... Sizes>
+  LayoutOfEach(Carver& carver, int64_t workers, const Sizes&... sizes)
+      : bytes_(SizeOf<Layout>(sizes...)), base_(carver.Take<char>(workers * bytes_)) {}
 
-  int64_t end() const { return begin_ + workers_ * bytes_; }
-
-  // A copy of `layout` whose arrays are those of a worker.
-  template <typename Worker, typename... Shapes>
-  Worker Take(int64_t worker, Worker layout, const Shapes&... shapes) const {
-    Carver own(base_ + begin_ + worker * bytes_);
-    layout.Carve(own, shapes...);
-    return layout;
+  // That of a worker, from the sizes that this was made of.
+  template <typename... Sizes>
+  Layout At(int64_t worker, const Sizes&... sizes) const {
+    Carver carver(base_ + worker * bytes_);
+    return Layout(carver, sizes...);
   }
 
  private:
+  int64_t bytes_;
   char* base_;
-  int64_t begin_, workers_, bytes_ = 0;
 };
-
-// Checks that Python, which planned the workspace, made it large enough.
-inline ffi::Error CheckWorkspace(std::string_view op, const ffi::Buffer<ffi::U8>& workspace,
-                                 int64_t bytes) {
-  if (bytes <= static_cast<int64_t>(workspace.size_bytes())) return ffi::Error::Success();
-  return InvalidArgument(op, ": the workspace has ", workspace.size_bytes(), " bytes, but needs ",
-                         bytes);
-}
 
 }  // namespace ilajax
 

@@ -1,0 +1,225 @@
+"""Times functions side by side, in one run, so that their ratios hold although the machine's speed drifts."""
+
+import dataclasses
+import datetime
+import gc
+import itertools
+import math
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ilajax.ffi import routes
+
+# A function of nothing that returns arrays: JAX's are waited for, those of other libraries are ready.
+Candidate = Callable[[], Any]
+
+PACKAGES = ("ilajax", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "spconv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """Seconds of each candidate's calls.
+
+    Attributes:
+      calls: name -> round -> seconds; not every candidate takes part in every round.
+    """
+
+    calls: Mapping[Hashable, Mapping[int, float]]
+
+    def seconds(self, name: Hashable) -> list[float]:
+        """In the order of the rounds."""
+        return list(self.calls[name].values())
+
+    def median(self, name: Hashable) -> float:
+        return statistics.median(self.seconds(name))
+
+    def ratios(self, name: Hashable, to: Hashable) -> list[float]:
+        """How many times as long `name` took as `to`, once for each call of the one that was called less.
+
+        That call is compared with the median of the other's until the next one: in the same stretch of the
+        run, and not with a single call that something may have disturbed.
+        """
+        rare = min(name, to, key=lambda which: len(self.calls[which]))
+        found = []
+        for start, end in itertools.pairwise([*self.calls[rare], math.inf]):
+            one, other = (
+                [s for number, s in self.calls[which].items() if start <= number < end]
+                for which in (name, to)
+            )
+            if one and other:  # the last stretch may be too short
+                found.append(statistics.median(one) / statistics.median(other))
+        return found
+
+    def ratio(self, name: Hashable, to: Hashable) -> float:
+        """The median of `ratios`."""
+        return statistics.median(self.ratios(name, to))
+
+    def record(self, name: Hashable) -> dict[str, Any]:
+        """For JSON."""
+        return spread(self.seconds(name))
+
+
+def spread(seconds: Sequence[float]) -> dict[str, Any]:
+    """For JSON: the median, the least, the most and every call."""
+    return {
+        "median_s": statistics.median(seconds),
+        "min_s": min(seconds),
+        "max_s": max(seconds),
+        "calls_s": list(seconds),
+    }
+
+
+def side_by_side(
+    candidates: Mapping[Any, Candidate],
+    *,
+    budget: float = 5.0,
+    rounds: int = 25,
+    least: int = 2,
+    pause: float = 0.01,
+) -> Timings:
+    """Calls the candidates in turn, A B C A B C, and times each call until its results are there.
+
+    A first call of each is not counted: it compiles, and fills caches and pools.
+
+    Args:
+      candidates: name -> function.
+      budget: seconds for each candidate. One that is too slow for all rounds takes part in every second,
+        third, and so on.
+      rounds: most calls of a candidate.
+      least: fewest calls of a candidate, whatever the budget.
+      pause: seconds of rest before each call. Threads of a pool look for more work for some milliseconds
+        after a call, and would take the processor from the next candidate's.
+    """
+    turns = {}
+    for name, call in candidates.items():
+        seconds = _timed(call, pause)
+        # The warm-up of a candidate that is far too slow counts as its estimate, so as not to call it twice.
+        if seconds < budget:
+            seconds = _timed(call, pause)
+        turns[name] = min(rounds, max(least, int(budget / seconds)))
+    last = max(turns.values())
+    calls: dict[Hashable, dict[int, float]] = {name: {} for name in candidates}
+    for number in range(last):
+        for name, call in candidates.items():
+            if number % math.ceil(last / turns[name]) == 0:
+                calls[name][number] = _timed(call, pause)
+    return Timings(calls)
+
+
+def quickest(candidates: Mapping[str, Candidate], *, pause: float = 0.01) -> str:
+    """The name of the quickest candidate, by one call each after one that warms up."""
+    seconds = {}
+    for name, call in candidates.items():
+        _timed(call, pause)
+        seconds[name] = _timed(call, pause)
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _timed(call: Candidate, pause: float) -> float:
+    time.sleep(pause)
+    collects = gc.isenabled()
+    gc.disable()  # a collection in the middle of a call is not the candidate's
+    try:
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        return time.perf_counter() - start
+    finally:
+        if collects:
+            gc.enable()
+
+
+def exponent(x: Sequence[float], y: Sequence[float]) -> float:
+    """The power p of y ~ x^p that fits best, by least squares of the logarithms."""
+    fit = statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y])
+    return fit.slope
+
+
+def provenance(module: str, arguments: list[str] | None) -> dict[str, Any]:
+    """What a file of figures must say: command, machine, platforms with kernels, versions, commit.
+
+    Args:
+      module: what was run.
+      arguments: its arguments; None: those of this process.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    return {
+        "command": shlex.join(["python", "-m", module, *given]),
+        "machine": machine(),
+        "platform": jax.devices()[0].platform,
+        "backend": routes.choice(),
+        "kernels": routes.native_platforms(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def machine() -> str:
+    """The processor, how much of it, and the versions that count."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [
+            line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = models[0].partition(":")[2].strip() if models else name
+    device = jax.devices()[0]
+    accelerator = "" if device.platform == "cpu" else f", {device.device_kind}"
+    versions = ", ".join(f"{package} {version(package)}" for package in ("ilajax", "jax", "flax"))
+    return f"{name}, {cores()} cores{accelerator}; {versions}, Python {platform.python_version()}"
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def headline(record: Mapping[str, Any]) -> str:
+    """The machine of a `provenance`, and what runs: figures of the reference must not pass for a kernel's."""
+    platform = {"gpu": "cuda"}.get(record["platform"], record["platform"])
+    native = platform in record["kernels"] and record["backend"] != "reference"
+    return (
+        f"{record['machine']}; {'native kernels' if native else 'NO KERNELS, the reference runs'}"
+    )
+
+
+def commit() -> str:
+    """The commit that this file belongs to, with "+" if the working tree has changed since."""
+    root = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def show(seconds: float) -> str:
+    """Seconds, to three digits or so, in the unit that fits."""
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.1f} µs"
+    return f"{seconds * 1e3:.{1 if seconds >= 0.01 else 2}f} ms"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

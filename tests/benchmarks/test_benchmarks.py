@@ -1,0 +1,241 @@
+"""The benchmark, run for real on small layers and networks."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import pytest
+
+import ilajax
+from benchmarks import __main__ as benchmarks
+from benchmarks import ceilings, measure, peers, report, workloads
+from benchmarks.peers import PEERS, Layer, comparison, largest_difference
+from benchmarks.problems import Problem
+from benchmarks.rows import ROWS, Row, layer_row, parts_rows, pruned_row, step_row
+from benchmarks.steps import mnist_step, solids_step
+from benchmarks.timing import spread
+
+BUDGET = ["--budget", "0.01"]
+SMALL = Problem(8, 2)
+SHARED = Problem(12, 8, sites="shell", subset=None)
+BACKWARD = Problem(12, 8, batch=2, sites="shell", bound=0.1, kernel_density=0.5, backward=True)
+# Made once, so that each compiles once.
+LAYERS = {
+    "random": dataclasses.replace(SMALL, kernel_density=0.5).layer(),
+    "disjoint": dataclasses.replace(SMALL, sites="disjoint").layer(),
+    "shell, backward": BACKWARD.layer(),
+    "shared": SHARED.layer(),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_xla_computes_the_same(layer):
+    calls, differences = comparison(LAYERS[layer], ["XLA dense"])
+    assert list(calls) == ["ilajax", "XLA dense"]
+    assert differences["XLA dense"] < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layer", LAYERS)
+def test_torch_computes_the_same(layer):
+    pytest.importorskip("torch")
+    assert comparison(LAYERS[layer], ["PyTorch dense"])[1]["PyTorch dense"] < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("support", ["dilate", "input"])
+def test_spconv_computes_the_same(support):
+    """On one thread; on several its CPU path returns wrong rows."""
+    pytest.importorskip("spconv")
+    assert (
+        comparison(dataclasses.replace(SHARED, support=support).layer(), ["spconv"])[1]["spconv"]
+        < 1e-5
+    )
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_peer_that_computes_something_else_is_seen(backward):
+    """Also where it is in a gradient alone."""
+    x = workloads.shell(12, 2)
+    layer, other = (
+        Layer(x, workloads.kernel(2, 4, seed=seed), jnp.zeros(4), 100, backward) for seed in (0, 1)
+    )
+    peer, wrong = PEERS["XLA dense"](layer), PEERS["XLA dense"](other)
+    assert largest_difference(layer, peer, peer.call()) < 1e-5
+    assert largest_difference(layer, wrong, wrong.call()) > 0.1
+    with pytest.raises(RuntimeError, match="it differs from ilajax"):
+        peers.checked_difference(layer, wrong, wrong.call(), "it")
+    if backward:
+        features, gradient = peer.read(peer.call())
+        wrong = peers.Peer(lambda: None, lambda _: (features, 2 * gradient))
+        assert largest_difference(layer, wrong, None) > 0.1
+
+
+def cpu(**targets):
+    return {"cpu": targets}
+
+
+def test_the_benchmark_measures_and_writes(tmp_path, capsys):
+    rows = [
+        layer_row("layer", SMALL, {"cpu": {"XLA dense": 1e9}}),
+        layer_row("no target", SMALL, {"cpu": {"XLA dense": None}}),
+        pruned_row("pruned", SMALL, 1e-9),
+    ]
+    limits = ceilings.measure(large=1, matrix=64, rounds=2)
+    records = benchmarks.main([*BUDGET, "--report", str(tmp_path)], rows, limits)
+    assert [record["row"] for record in records] == ["layer", "no target", "pruned"]
+    layer, other, pruned = (record["candidates"] for record in records)
+    assert layer["XLA dense"]["met"] is False
+    assert other["XLA dense"]["met"] is None
+    assert pruned["rho_f=1"]["met"] is True
+    assert layer["ilajax"]["median_s"] > 0
+    assert layer["ilajax"]["input_entries"] == 2 * 64
+    assert pruned["rho_f=0.1"]["weights"] < pruned["rho_f=1"]["weights"]
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert written["rows"] == records
+    assert written["ceilings"] == limits
+    assert pruned["rho_f=0.1"]["work"]["products"] < pruned["rho_f=1"]["work"]["products"]
+    for each in ("ns_per_product", "ns_per_candidate"):
+        assert layer["ilajax"]["work"]["reached"][each] > 0
+    _, times, work, memory = (tmp_path / "bench.md").read_text().split("\n## ")
+    for table, row in ((times, "layer"), (work, "pruned, rho_f=0.1"), (memory, "layer")):
+        assert f"| {row} |" in table
+    output = capsys.readouterr().out
+    assert "1e+09x NO" in output
+    assert "1 of 2 targets met, 0 errors" in output
+
+
+def test_a_row_that_fails_leaves_the_others(tmp_path):
+    def broken():
+        return ilajax.conv(None, None)
+
+    rows = [Row("broken", {"ilajax": broken}, cpu()), layer_row("layer", SMALL, cpu())]
+    first, second = benchmarks.main([*BUDGET, "--markdown", str(tmp_path / "page.md")], rows)
+    assert "TypeError" in first["error"]
+    assert second["candidates"]["ilajax"]["median_s"] > 0
+
+
+def test_rows_are_picked_by_device_and_by_a_part_of_their_names(capsys):
+    rows = [layer_row(name, SMALL, cpu()) for name in ("r64 A", "r64 b", "r8")]
+    rows.append(layer_row("r64 gpu", SMALL, {"gpu": {}}))
+    picked = benchmarks.main([*BUDGET, "--rows", "4 a", "R8"], rows)
+    assert [record["row"] for record in picked] == ["r64 A", "r8"]
+    capsys.readouterr()
+    for device, names in (("cpu", "r64 A\nr64 b\n"), ("gpu", "r64 gpu\n")):
+        assert benchmarks.main(["--list", "--device", device, "--rows", "r64"], rows) == []
+        assert capsys.readouterr().out == names
+    for arguments in (["--rows", "none"], ["--device", "gpu"]):
+        with pytest.raises(SystemExit):
+            benchmarks.main(arguments, rows)
+
+
+def test_names_are_unique(tmp_path):
+    rows = [*ROWS, *parts_rows(tmp_path)]
+    assert len({row.name for row in rows}) == len(rows)
+    for device in measure.DEVICES:
+        chosen = [row for row in rows if device in row.targets]
+        batches = measure.tasks(chosen, device, measure.SMALL)
+        names = [name for batch in batches.values() for name in batch]
+        assert len(set(names)) == len(names)
+        expected = {s for row in chosen for who in row.problems for s in measure.sources(row, who)}
+        assert device == "cpu" or expected <= set(names)
+
+
+def test_a_problem_is_what_it_says():
+    """On small grids: nothing is cut where nothing should be."""
+    uncut = dataclasses.replace(Problem(256, 1).small(), cut=False).layer()
+    assert uncut.output.responses.max() <= uncut.capacity
+    cut = Problem(256, 1).small().layer()
+    assert cut.output.responses.max() > cut.capacity
+    small = Problem(64, 8, batch=32, sites="shell", subset=0.75, density=1 / 32, bound=1 / 32)
+    layer = small.small().layer()
+    assert (layer.x.batch_size, layer.x.capacity, layer.capacity) == (2, 150, 150)
+    for seed in (1, 2):
+        assert small.small().features(seed).capacity == 150
+    assert LAYERS["shared"].capacity == 2 * LAYERS["shared"].x.capacity
+    assert dataclasses.replace(SHARED, support="input").layer().capacity is None
+
+
+# --- Times on a GPU, here on the CPU ----------------------------------------------------------------
+
+
+def test_tasks_of_a_gpu_make_the_records_of_its_rows():
+    """Catches a candidate whose tasks are not found again, and a target held against the wrong one."""
+    small = dataclasses.replace(BACKWARD.small(), in_channels=2, out_channels=2)
+    targets = {"XLA dense": 1e9, "XLA dense, TF32": 1e-9}
+    row = layer_row("layer", small, {"gpu": targets}, most_s=1e-9)
+    other = layer_row("other", small, {"gpu": dict.fromkeys(targets)})
+    batches = measure.tasks([row, other], "gpu", measure.SMALL)
+    assert [len(batch) for batch in batches.values()] == [2, 2, 4, 0]  # dense serves both
+    done = {n: measure.attempt(task) for batch in batches.values() for n, task in batch.items()}
+    assert not [record for record in done.values() if "error" in record]
+    first, second = measure.records([row, other], "gpu", done)
+    ours, dense, tf32 = first["candidates"].values()
+    assert (ours["met"], dense["met"], tf32["met"]) == (False, False, True)
+    assert ours["same_bits"]
+    assert ours["launches"] > 0
+    assert dense["difference"] < 1e-5
+    assert dense["median_s"] == min(
+        done[name]["median_s"] for name in measure.sources(row, "XLA dense")
+    )
+    assert second["candidates"]["XLA dense"]["median_s"] == dense["median_s"]
+    assert second["candidates"]["XLA dense"]["met"] is None
+
+
+@pytest.mark.parametrize(
+    ("targets", "most", "ours", "dense", "met"),
+    [
+        ([None], None, 1.0, [9.0], [None, None]),
+        ([2], None, None, [9.0], [None, None]),
+        ([2, 2], None, 1.0, [2.0, 3.0], [None, True, True]),
+        ([2, 2], None, 1.0, [1.9, 3.0], [None, False, True]),
+        ([2, 2], None, 1.0, [None, 3.0], [None, None, True]),
+        ([2], 0.5, 1.0, [None], [False, None]),
+        ([], 5, 1.0, [], [True]),
+    ],
+)
+def test_targets(targets, most, ours, dense, met):
+    names = ["XLA dense", "XLA dense, TF32"][: len(targets)]
+    row = layer_row("row", SMALL, {"gpu": dict(zip(names, targets, strict=True))}, most)
+
+    def times(seconds):
+        return {"error": "wrong"} if seconds is None else spread([seconds])
+
+    done = {"row, ilajax": times(ours)}
+    for name, seconds in zip(names, dense, strict=True):
+        slow, quick = measure.sources(row, name)
+        done |= {quick: times(seconds), slow: spread([99.0]) if seconds else {"error": "x"}}
+    (record,) = measure.records([row], "gpu", done)
+    assert [one.get("met") for one in record["candidates"].values()] == met
+    assert len(report.lines([record])) >= max(1, len(dense))
+
+
+def test_an_error_is_kept_unless_the_other_layout_was_timed():
+    row = layer_row("row", SMALL, {"gpu": {"XLA dense": 2}})
+    first, second = measure.sources(row, "XLA dense")
+    times = spread([1.0])
+    different = times | {"error": "the bits differ"}
+    done = {"row, ilajax": different, first: {"error": "out of memory"}, second: times}
+    (record,) = measure.records([row], "gpu", done)
+    ours, dense = record["candidates"].values()
+    assert ours["error"]
+    assert "error" not in dense
+
+
+def losses(step):
+    """Of eight calls, each a step on the same batch."""
+    return [float(step()[0][0]) for _ in range(8)]
+
+
+def test_the_digits_step_learns_as_its_dense_twin_does():
+    candidates = step_row("step", lambda dense: mnist_step(dense, batch=8), 1.0).candidates
+    assert list(candidates) == ["ilajax", "dense twin"]
+    for make in candidates.values():
+        first, *others = losses(make())
+        assert min(others) < first
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_solids_step_learns(dense):
+    first, *others = losses(solids_step(dense, resolution=16, batch=2))
+    assert min(others) < first

@@ -1,0 +1,40 @@
+// The sizes of a convolution, whatever its support.
+
+#ifndef ILAJAX_XLA_KERNELS_COMMON_CONV_SHAPE_H_
+#define ILAJAX_XLA_KERNELS_COMMON_CONV_SHAPE_H_
+
+#include <cstdint>
+
+#include "xla_kernels/common/target.h"
+
+namespace ilajax {
+
+struct ConvShape {
+  int64_t batch = kUnread, in_channels = kUnread, slots = kUnread, weights = kUnread;
+  int64_t out_channels = kUnread, capacity = kUnread;
+  int64_t key_channels = kUnread;  // 1: one support for all input channels
+  int64_t groups = 1;  // independent calls in the batch, each with its own filter gradient
+  Window w;
+
+  ILAJAX_HOST_DEVICE bool shared() const { return key_channels == 1; }
+  ILAJAX_HOST_DEVICE int64_t KeyOffset(int64_t item, int64_t channel) const {
+    return (shared() ? item : item * in_channels + channel) * slots;
+  }
+
+  // What the shapes of buffers do not say.
+  ffi::Error Check(const char* op) const {
+    ILAJAX_RETURN_IF_ERROR(CheckKeyChannels(op, key_channels, in_channels));
+    ILAJAX_RETURN_IF_ERROR(CheckCapacity(op, capacity));
+    if (groups < 1 || batch % groups != 0) {
+      return InvalidArgument(op, ": a batch of ", batch, " does not hold ", groups, " groups");
+    }
+    if (w.taps * in_channels * out_channels > 0x7fffffff) {
+      return InvalidArgument(op, ": a kernel has 2^31 weights or more");
+    }
+    return ffi::Error::Success();
+  }
+};
+
+}  // namespace ilajax
+
+#endif  // ILAJAX_XLA_KERNELS_COMMON_CONV_SHAPE_H_

@@ -1,0 +1,207 @@
+// A target: what a custom call takes, how its work is cut, and its workspace, each stated once.
+//
+// An op's spec.h has a struct for each call, the same on both platforms:
+//
+//   struct KSelectFwd {
+//     using Shape = KSelectShape;               the sizes that its kernels go by
+//     S32 keys; ... Span plan;                  what XLA passes, in this order
+//     static auto Bind();                       the same, in XLA's words
+//     static ffi::Error Read(Shapes, Shape&);   the sizes, from the shapes of the buffers
+//   };
+//
+// and the op's cpu.cc and cuda.cu have a struct for each handler:
+//
+//   struct KSelectForward {
+//     using Call = KSelectFwd;
+//     struct Plan { int64_t chunk; };           numbers that say how the work is cut
+//     template <typename T> static Plan Make(const Shape&, const Tuning&);
+//     static bool Fits(const Shape&, const Plan&);   whether numbers from outside are a plan
+//     template <typename T> struct Layout {     the workspace, carved array by array; without
+//       Layout(Carver&, const Shape&, const Plan&);  memory this adds up their sizes
+//     };
+//     template <typename T> static ffi::Error Run(Context, Call, const Shape&, const Plan&, Layout<T>&);
+//   };
+//   ILAJAX_CPU_TARGET(KSelectFwd, KSelectForward);
+//
+// Python asks for the plan and the size of the workspace when it traces (ilajax/ffi/plans.py), and
+// passes both with the call. A handler without a workspace has neither Plan, Make, Fits nor Layout.
+
+#ifndef ILAJAX_XLA_KERNELS_COMMON_TARGET_H_
+#define ILAJAX_XLA_KERNELS_COMMON_TARGET_H_
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <span>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "xla_kernels/common/ffi.h"
+#include "xla_kernels/common/planner.h"
+#include "xla_kernels/common/tuning.h"
+#include "xla_kernels/common/window.h"
+#include "xla_kernels/common/workspace.h"
+
+namespace ilajax {
+
+using S32 = ffi::Buffer<ffi::S32>;
+using F32 = ffi::Buffer<ffi::F32>;
+using U8 = ffi::Buffer<ffi::U8>;
+using Values = ffi::AnyBuffer;  // float32, bfloat16 or float16: in a call all of them the same
+template <typename Buffer>
+using Ret = ffi::Result<Buffer>;
+
+constexpr int64_t kUnread = -1;
+
+// Reads sizes from the dimensions of buffers, given a name and the sizes of each: what has been
+// read before must be the same again.
+struct NamedSizes {
+  std::string_view name;
+  std::initializer_list<int64_t*> sizes;
+};
+inline ffi::Error ReadSizes(std::string_view op, Shapes shapes,
+                            std::initializer_list<NamedSizes> buffers) {
+  if (shapes.size() != buffers.size()) {
+    return InvalidArgument(op, ": ", shapes.size(), " buffers, expected ", buffers.size());
+  }
+  const Span* shape = shapes.data();
+  for (const auto& [name, sizes] : buffers) {
+    bool fits = shape->size() == sizes.size();
+    const int64_t* size = shape->begin();
+    for (int64_t* read : sizes) {
+      if (!fits) break;
+      if (*read == kUnread) *read = *size;
+      fits = *read == *size++;
+    }
+    if (!fits) {
+      std::ostringstream message;
+      for (int64_t got : *shape) message << (message.tellp() ? ", " : "") << got;
+      message << "], expected [";
+      const char* comma = "";
+      for (const int64_t* read : sizes) {
+        message << comma;
+        comma = ", ";
+        if (*read == kUnread) {
+          message << "any";
+        } else {
+          message << *read;
+        }
+      }
+      return InvalidArgument(op, ": ", name, " has shape [", message.str(), "]");
+    }
+    ++shape;
+  }
+  return ffi::Error::Success();
+}
+
+// A selection of nothing would look for its cut for ever.
+inline ffi::Error CheckCapacity(std::string_view op, int64_t capacity) {
+  if (capacity >= 1) return ffi::Error::Success();
+  return InvalidArgument(op, ": the capacity is ", capacity);
+}
+
+// Keys are of each channel, or of all of them at once.
+inline ffi::Error CheckKeyChannels(std::string_view op, int64_t key_channels, int64_t channels) {
+  if (key_channels == 1 || key_channels == channels) return ffi::Error::Success();
+  return InvalidArgument(op, ": keys of ", key_channels, " channels, expected 1 or ", channels);
+}
+
+template <typename Plan>
+ffi::Error ReadPlan(Span numbers, Plan& plan) {
+  static_assert(std::is_trivially_copyable_v<Plan>);
+  if (numbers.size() != kPlanSize<Plan>) {
+    return InvalidArgument("a plan of ", numbers.size(), " numbers, expected ", kPlanSize<Plan>);
+  }
+  std::memcpy(static_cast<void*>(&plan), numbers.begin(), kPlanSize<Plan> * sizeof(int64_t));
+  return ffi::Error::Success();
+}
+
+// --- A handler ---------------------------------------------------------------------------------
+
+// What the buffers of a call say: their dimensions, and the one dtype of its values.
+class BufferFacts {
+ public:
+  template <typename Buffer>
+  void Add(Buffer buffer) {
+    if constexpr (std::is_same_v<Buffer, ffi::AnyBuffer>) {
+      const ffi::DataType dtype = buffer.element_type();
+      mixed_ |= dtype_.has_value() && *dtype_ != dtype;
+      dtype_ = dtype;
+    }
+    if constexpr (requires { buffer.dimensions(); }) {
+      if constexpr (!std::is_same_v<Buffer, U8>) dimensions_[count_++] = buffer.dimensions();
+    } else if constexpr (requires { (*buffer).dimensions(); }) {
+      Add(*buffer);
+    }
+  }
+  Shapes shapes() const { return {dimensions_.data(), count_}; }
+  ffi::DataType dtype() const { return dtype_.value_or(ffi::DataType::F32); }
+  bool mixed() const { return mixed_; }
+
+ private:
+  std::array<Span, 16> dimensions_;
+  size_t count_ = 0;
+  std::optional<ffi::DataType> dtype_;
+  bool mixed_ = false;
+};
+
+template <typename Op, typename Context>
+ffi::Error Handle(Context context, const BufferFacts& facts, typename Op::Call call) {
+  using Call = typename Op::Call;
+  typename Call::Shape s;
+  if constexpr (requires { call.window; }) {
+    ILAJAX_RETURN_IF_ERROR(Window::Read(call.window, s.w));
+  }
+  ILAJAX_RETURN_IF_ERROR(Call::Read(facts.shapes(), s));
+  if (facts.mixed()) return InvalidArgument(Call::kName, ": values of different dtypes");
+  return DispatchFloat(facts.dtype(), [&]<typename T>() -> ffi::Error {
+    if constexpr (HasPlan<Op>) {
+      typename Op::Plan plan = {};
+      ILAJAX_RETURN_IF_ERROR(ReadPlan(call.plan, plan));
+      if (!Op::Fits(s, plan)) {
+        return InvalidArgument(Call::kName, ": the plan does not fit the shapes");
+      }
+      Carver carver(call.workspace->untyped_data());
+      typename Op::template Layout<T> layout(carver, s, plan);
+      if (carver.used() > static_cast<int64_t>(call.workspace->size_bytes())) {
+        return InvalidArgument(Call::kName, ": the workspace has ", call.workspace->size_bytes(),
+                               " bytes, but needs ", carver.used());
+      }
+      return Op::template Run<T>(context, call, s, plan, layout);
+    } else {
+      return Op::template Run<T>(context, call, s);
+    }
+  });
+}
+
+// A function for XLA, whose arguments are the members of Op::Call, then a context.
+template <typename Op>
+constexpr auto Handler() {
+  return [](auto... arguments) -> ffi::Error {
+    auto all = std::tie(arguments...);
+    return [&]<size_t... i>(std::index_sequence<i...>) {
+      BufferFacts facts;
+      (facts.Add(std::get<i>(all)), ...);
+      return Handle<Op>(std::get<sizeof...(i)>(all), facts, typename Op::Call{std::get<i>(all)...});
+    }(std::make_index_sequence<sizeof...(arguments) - 1>());
+  };
+}
+
+}  // namespace ilajax
+
+// Defines a target's handler, called `Name`, and its planner, NamePlan, by the struct `Op`.
+#define ILAJAX_CPU_TARGET(Name, Op) ILAJAX_TARGET(Name, Op, ::xla::ffi::ThreadPool, {})
+#define ILAJAX_CUDA_TARGET(Name, Op)                                \
+  ILAJAX_TARGET(Name, Op, ::xla::ffi::PlatformStream<cudaStream_t>, \
+                {::xla::ffi::Traits::kCmdBufferCompatible})
+#define ILAJAX_TARGET(Name, Op, Context, ...)                                            \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(Name, (::ilajax::Handler<::ilajax::Op>()),               \
+                                ::ilajax::Op::Call::Bind().Ctx<Context>(), __VA_ARGS__); \
+  ::xla::ffi::Error ilajax::Name##Plan(const Problem& problem, Planned& planned) {       \
+    return MakePlan<Op>(problem, planned);                                               \
+  }
+
+#endif  // ILAJAX_XLA_KERNELS_COMMON_TARGET_H_

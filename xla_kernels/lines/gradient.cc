@@ -1,0 +1,375 @@
+#include "xla_kernels/lines/gradient.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+
+#include "xla_kernels/common/parallel.h"
+#include "xla_kernels/lines/loops.h"
+
+namespace ilajax {
+
+GradientPlan MakeGradientPlan(const ConvShape& s, const Tuning& tuning) {
+  const Window w = Squeeze(s.w);
+  const Lines lines(w), transposed(Transposed(w));
+  const int64_t budget = tuning.CpuWorkspace(s.w.sites());
+  GradientPlan plan = {};
+  plan.block = BlockOf(s.out_channels);
+  plan.line_sites = LineSites(lines.line, plan.block, tuning);
+  plan.dense_percent = tuning.dense_percent;
+  plan.max_entries = EntriesAtOnce(lines, s, budget, tuning);
+  // As many slabs as make a few tasks for every thread: each looks at the cotangents within its
+  // reach.
+  const int64_t items = std::max<int64_t>(s.batch / s.groups, 1);
+  plan.slab_planes =
+      CeilDiv(lines.input_planes, std::min(CeilDiv(tuning.tasks, items), lines.input_planes));
+  if (!HasStrides(s.w)) {
+    plan.dense_planes =
+        DensePlanes(s, transposed, DenseLines(transposed.line, s.out_channels),
+                    LineBuffer(lines.line, plan.line_sites, plan.block), plan.slab_planes,
+                    SizeOf<LiveTaps>(s.in_channels, lines.tap_lines, s.weights), budget, tuning);
+  }
+  const int64_t units = items * CeilDiv(lines.input_planes, plan.slab_planes);
+  const int64_t sums = std::max<int64_t>(s.groups * s.weights * sizeof(float), 1);
+  plan.parts = std::max<int64_t>(1, std::min({units, tuning.workers, budget / 8 / sums}));
+  const int64_t shared = SizeOf<GradientLayout>(s, plan);  // without workers yet
+  Carver carver(nullptr);
+  const int64_t worker = SizeOf<GradientWorker>(GradientTables(carver, s, plan), plan);
+  plan.workers = tuning.Workers(s.groups * plan.parts, worker, budget - shared);
+  return plan;
+}
+
+bool Fits(const ConvShape& s, const GradientPlan& plan) {
+  const Lines lines(Squeeze(s.w));
+  if (!IsBlock(plan.block) || plan.line_sites < 1 || plan.slab_planes < 1 || plan.max_entries < 1 ||
+      plan.parts < 1 || plan.workers < 1 || plan.dense_planes < 0) {
+    return false;
+  }
+  return plan.dense_planes == 0 ||
+         (!HasStrides(s.w) && LineBuffer(lines.line, plan.line_sites, plan.block).plain);
+}
+
+namespace {
+
+template <typename T>
+struct Gradient {
+  const GradientCall<T>& call;
+  const GradientPlan& plan;
+  const GradientTables& tables;
+  const StoredInput<T>& input;
+
+  const ConvShape& s = input.s;
+  const Lines& lines = tables.lines;
+  const Filters& filters = tables.filters;
+  const TapLines& tap_lines = tables.tap_lines;
+
+  const int32_t* OutKeysOf(int64_t item, int64_t oc) const {
+    return call.out_keys + (call.out_shared ? item : item * s.out_channels + oc) * s.capacity;
+  }
+
+  // Input planes [begin, end) of a sample.
+  template <typename Loops, int kOctets>
+  void Run(int64_t item, int64_t begin, int64_t end, GradientWorker& worker) const {
+    const int64_t length = lines.line.input_length, plane = lines.input_plane_lines * length;
+    if (worker.line.piece == lines.line.output_length) {
+      const bool dense = DenseIsCheaper(item, begin, end, worker);
+      const int64_t step = dense ? plan.dense_planes : end - begin;
+      for (; begin < end; begin += step) {
+        RunKeys<Loops, kOctets>(item, dense, 0, s.in_channels, begin * plane,
+                                std::min(begin + step, end) * plane, worker);
+      }
+      return;
+    }
+    // Long lines go in pieces, each of which is within reach of a few pieces of output.
+    for (int64_t key = begin * plane; key < end * plane;) {
+      const int64_t stop = std::min(key + worker.line.piece, (key / length + 1) * length);
+      RunKeys<Loops, kOctets>(item, false, 0, s.in_channels, key, stop, worker);
+      key = stop;
+    }
+  }
+
+  bool DenseIsCheaper(int64_t item, int64_t begin, int64_t end,
+                      const GradientWorker& worker) const {
+    if (plan.dense_planes == 0 || !filters.finite) return false;
+    const int64_t plane = lines.input_plane_lines * lines.line.input_length;
+    const int64_t entries = input.Count(item, 0, s.in_channels, begin * plane, end * plane);
+    const auto cheaper = [&](int64_t filled) {
+      return kDenseBackward.IsCheaper(
+          tables.dense_lines, (end - begin) * lines.input_plane_lines, filled, s.in_channels,
+          lines.tap_lines, tables.live_taps.count(0, s.in_channels), entries,
+          lines.line.taps * filters.blocks * plan.block / kLanes, plan.dense_percent);
+    };
+    const int64_t length = lines.line.input_length;
+    return cheaper(CeilDiv(entries, s.in_channels * length)) &&
+           cheaper(input.FilledLines(item, begin * plane, end * plane, length, worker.entries.data,
+                                     plan.max_entries));
+  }
+
+  // The entries of channels [ic_begin, ic_end) with keys in [begin, end), halved until they have
+  // room.
+  template <typename Loops, int kOctets>
+  void RunKeys(int64_t item, bool dense, int64_t ic_begin, int64_t ic_end, int64_t begin,
+               int64_t end, GradientWorker& worker) const {
+    int64_t count = 0, lowest = end, highest = begin;
+    for (int64_t ic = ic_begin; ic < ic_end; ++ic) {
+      const int32_t* key = input.Keys(item, ic);
+      const Range range(key, s.slots, begin, end);
+      if (range.first == range.last) continue;
+      count += range.last - range.first;
+      lowest = std::min<int64_t>(lowest, key[range.first]);
+      highest = std::max<int64_t>(highest, key[range.last - 1]);
+    }
+    begin = std::max(begin, lowest), end = std::min(end, highest + 1);
+    if (count == 0 || begin >= end) return;
+    if (count > plan.max_entries) {
+      if (ic_end - ic_begin > 1) {
+        const int64_t middle = (ic_begin + ic_end) / 2;
+        RunKeys<Loops, kOctets>(item, dense, ic_begin, middle, begin, end, worker);
+        RunKeys<Loops, kOctets>(item, dense, middle, ic_end, begin, end, worker);
+      } else if (end - begin > 1) {
+        const int64_t middle = begin + (end - begin) / 2;
+        RunKeys<Loops, kOctets>(item, dense, ic_begin, ic_end, begin, middle, worker);
+        RunKeys<Loops, kOctets>(item, dense, ic_begin, ic_end, middle, end, worker);
+      }
+      return;  // a key that stands more often than there is room for is broken
+    }
+    const int64_t length = lines.line.input_length, first = begin / length;
+    const SortRange range = {first,    CeilDiv(end, length) - first,
+                             length,   s.slots,
+                             begin,    end,
+                             ic_begin, ic_end,
+                             count,    s.shared()};
+    const auto keys_of = [&](int64_t ic) { return input.Keys(item, ic); };
+    const auto sort = [&](bool stacks) {
+      Loops::Sort(
+          range, stacks, 0, keys_of, [&](int64_t ic) { return input.Values(item, ic); },
+          worker.entries);
+    };
+    if (dense) sort(false);
+    if (!dense || !RunDense<Loops>(item, range, worker)) {
+      const bool all = ic_end - ic_begin == s.in_channels;
+      sort(all && worker.line.plain && filters.finite && s.in_channels > 1);
+      RunLines<Loops, kOctets>(item, range, worker);
+    }
+    Loops::TakeBack(
+        range, keys_of,
+        [&](int64_t ic) { return call.values_bar + (item * s.in_channels + ic) * s.slots; },
+        worker.entries);
+  }
+
+  // The dense form for lines of entries; false where a factor is not finite.
+  template <typename Loops>
+  bool RunDense(int64_t item, const SortRange& range, GradientWorker& worker) const {
+    const LineEntries& entries = worker.entries;
+    if (!entries.finite) return false;
+    const Lines& t = tables.transposed;
+    const int64_t first = range.first_line, last = first + range.lines;
+    int64_t begin, end;
+    t.InputPlanes(first / t.plane_lines, CeilDiv(last, t.plane_lines), begin, end);
+    DenseSlab slab = {tables.dense_lines, worker.cotangents, worker.filled};
+    slab.Fill(
+        begin * t.input_plane_lines, (end - begin) * t.input_plane_lines, s.capacity,
+        [&](int64_t oc) { return OutKeysOf(item, oc); },
+        [&](int64_t oc) { return call.cotangent + (item * s.out_channels + oc) * s.capacity; });
+    if (!slab.finite) return false;
+    LineWalk walk(t, first);
+    for (int64_t line = first; line < last; ++line, walk.Next()) {
+      if (entries.begin(line) == entries.end(line)) continue;
+      Entry* const stop = entries.entries(entries.end(line));
+      (void)slab.Reads(walk, tables.live_taps, filters.tap_offsets, t.line.taps * (t.axes + 1),
+                       worker.bases);
+      for (Entry *run = entries.entries(entries.begin(line)), *end; run != stop; run = end) {
+        for (end = run; end != stop && end->channel == run->channel; ++end) {
+          worker.own[end->place] += end->value;
+        }
+        Loops::kGatherAlong(tables.live_taps.taps, tables.live_taps.list(run->channel), t.tap_lines,
+                            worker.bases, tables.dense_lines.vectors, worker.own, worker.products,
+                            worker.sums);
+        for (Entry* e = run; e != end; ++e) {
+          e->bar = worker.sums[e->place];
+          worker.own[e->place] = 0.0f;
+        }
+      }
+    }
+    return true;
+  }
+
+  // The sorted lines, from the output lines within reach.
+  template <typename Loops, int kOctets>
+  void RunLines(int64_t item, const SortRange& range, GradientWorker& worker) const {
+    int64_t plane_begin, plane_end;
+    lines.OutputPlanes(range.first_line / lines.input_plane_lines,
+                       CeilDiv(range.first_line + range.lines, lines.input_plane_lines),
+                       plane_begin, plane_end);
+    for (int64_t block = 0; block < filters.blocks; ++block) {
+      for (int64_t j = 0; j < plan.block; ++j) worker.ends[j] = -1;
+      LineWalk walk(lines, plane_begin * lines.plane_lines);
+      for (int64_t line = plane_begin * lines.plane_lines; line < plane_end * lines.plane_lines;
+           ++line) {
+        RunLine<Loops, kOctets>(item, block, line, walk, range.begin, range.end, worker);
+        walk.Next();
+      }
+    }
+  }
+
+  template <typename Loops, int kOctets>
+  void RunLine(int64_t item, int64_t block, int64_t line, const LineWalk& walk, int64_t key_begin,
+               int64_t key_end, GradientWorker& worker) const {
+    const LineWindow& along = lines.line;
+    const LineEntries& entries = worker.entries;
+    Segment* segment = worker.segments;
+    for (const TapLine* t = tap_lines.begin(block); t != tap_lines.end(block); ++t) {
+      const int64_t read = walk.Reads(t->offsets, t->lines);
+      if (!entries.Holds(read)) continue;
+      *segment = {entries.begin(read), entries.end(read), t->weights, t->live, t->all_live};
+      segment += segment->begin < segment->end;
+    }
+    if (segment == worker.segments) return;
+    const LineBuffer& buffer = worker.line;
+    // The pieces within reach: all of a line, unless it is a long one.
+    int64_t begin = 0, stop = along.output_length;
+    if (buffer.piece < along.output_length) {
+      const int64_t place_begin = key_begin % along.input_length;
+      const int64_t place_end = place_begin + key_end - key_begin;
+      const int64_t lowest = place_begin + along.low - along.extent() + 1;
+      begin = std::clamp<int64_t>(lowest, 0, stop * along.stride) / along.stride;
+      begin -= begin % buffer.piece;
+      stop = std::clamp<int64_t>(place_end + along.low, 0, stop * along.stride);
+      stop = std::min(CeilDiv(stop, along.stride), along.output_length);
+    }
+    for (; begin < stop; begin += buffer.piece) {
+      const int64_t end = std::min(begin + buffer.piece, along.output_length);
+      const int64_t first_key = line * along.output_length + begin;
+      bool finite = filters.finite && entries.finite;
+      if (!Spread(item, block, first_key, end - begin, worker, finite)) continue;
+      if (buffer.plain && finite) {
+        GatherPlain<Loops, kOctets>(segment, worker);
+      } else {
+        Loops::template kGatherCarefully<kOctets>(entries, worker.segments, segment, along, begin,
+                                                  end, buffer.first(along), filters.weights,
+                                                  worker.weights_bar);
+      }
+      ForKept(item, block, first_key, end - begin, worker,
+              [&](float& place, int64_t) { place = 0.0f; });
+    }
+  }
+
+  template <typename Loops, int kOctets>
+  void GatherPlain(const Segment* last, GradientWorker& worker) const {
+    const int64_t taps = lines.line.taps, step = lines.line.dilation * plan.block;
+    const float* origin = worker.line.origin(lines.line);
+    auto gather = [&](auto loop, int64_t tap) {
+      loop(worker.entries, worker.segments, last, origin - tap * step, step, tap, taps,
+           filters.weights, worker.weights_bar);
+    };
+    if (taps == 3) return gather(Loops::template kGatherPlain<kOctets, 3>, 0);
+    for (int64_t t = 0; t < taps; ++t) gather(Loops::template kGatherPlain<kOctets, 1>, t);
+  }
+
+  // Spreads the cotangents of kept outputs with keys from `first_key` over the line. Returns
+  // whether there are any, and clears `finite` if one of them is not.
+  bool Spread(int64_t item, int64_t block, int64_t first_key, int64_t sites, GradientWorker& worker,
+              bool& finite) const {
+    const int64_t channels = std::min(plan.block, s.out_channels - block * plan.block);
+    for (int64_t j = 0; j < channels; ++j) {
+      const int32_t* key = OutKeysOf(item, block * plan.block + j);
+      // Lines come in ascending order, so that the first one alone needs a search.
+      int64_t slot = worker.ends[j];
+      if (slot < 0) slot = std::lower_bound(key, key + s.capacity, first_key) - key;
+      while (slot < s.capacity && key[slot] < first_key) ++slot;
+      worker.begins[j] = static_cast<int32_t>(slot);
+      while (slot < s.capacity && key[slot] < first_key + sites) ++slot;
+      worker.ends[j] = static_cast<int32_t>(slot);
+    }
+    bool any = false;
+    uint32_t largest = 0;
+    ForKept(item, block, first_key, sites, worker, [&](float& place, int64_t slot) {
+      place = static_cast<float>(call.cotangent[slot]);
+      largest = std::max(largest, FloatBits(place) & 0x7f800000u);
+      any = true;
+    });
+    finite &= largest != 0x7f800000u;
+    return any;
+  }
+
+  // Calls f(the place in the line's buffer, slot) for the kept outputs that Spread has found.
+  template <typename F>
+  void ForKept(int64_t item, int64_t block, int64_t first_key, int64_t sites,
+               const GradientWorker& worker, F&& f) const {
+    const int64_t channels = std::min(plan.block, s.out_channels - block * plan.block);
+    float* buffer = worker.line.first(lines.line);
+    for (int64_t j = 0; j < channels; ++j) {
+      const int64_t oc = block * plan.block + j;
+      const int32_t* key = OutKeysOf(item, oc);
+      for (int64_t i = worker.begins[j]; i < worker.ends[j]; ++i) {
+        const int64_t site = key[i] - first_key;
+        if (site < 0 || site >= sites) continue;
+        f(buffer[site * plan.block + j], (item * s.out_channels + oc) * s.capacity + i);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+template <typename T>
+void RunGradient(ffi::ThreadPool& pool, const GradientCall<T>& call, const ConvShape& s,
+                 const GradientPlan& plan, GradientLayout& layout) {
+  GradientTables& t = layout.tables;
+  const Lines& lines = t.lines;
+  t.filters.Fill(t.w, s.weights, s.out_channels, call.kernel_keys, call.weights);
+  t.tap_lines.Fill(lines, t.filters);
+  if (t.has_dense) {
+    t.live_taps.Fill(t.transposed, t.dense_lines, t.filters.tap_offsets, call.kernel_keys,
+                     call.weights, s.in_channels, true);
+  }
+  const int64_t live = t.has_dense ? t.live_taps.count(0, s.in_channels) : 0;
+  std::memset(static_cast<void*>(call.values_bar), 0,
+              s.batch * s.in_channels * s.slots * sizeof(T));
+  const StoredInput<T> input = {s, call.keys, call.values};
+  const Gradient<T> gradient = {call, plan, t, input};
+  for (int64_t i = 0; i < plan.workers; ++i) {
+    const GradientWorker worker = layout.workers.At(i, t, plan);
+    worker.line.Clear();
+    if (t.has_dense) std::fill_n(worker.own, t.dense_lines.vectors * kLanes, 0.0f);
+  }
+  const int64_t slabs = CeilDiv(lines.input_planes, plan.slab_planes);
+  const int64_t units = s.batch / s.groups * slabs;
+  ParallelFor(pool, s.groups * plan.parts, plan.workers, [&](int64_t task, int64_t id) {
+    GradientWorker worker = layout.workers.At(id, t, plan);
+    std::memset(worker.weights_bar, 0, t.filters.size() * sizeof(float));
+    std::fill_n(worker.products, live * kLanes, 0.0f);
+    const int64_t group = task / plan.parts, part = task % plan.parts;
+    for (int64_t unit = part * units / plan.parts; unit < (part + 1) * units / plan.parts; ++unit) {
+      const int64_t item = group * (s.batch / s.groups) + unit / slabs;
+      const int64_t plane = unit % slabs * plan.slab_planes;
+      DispatchLoops(plan.block, [&]<typename Loops, int kOctets>() {
+        gradient.template Run<Loops, kOctets>(
+            item, plane, std::min(plane + plan.slab_planes, lines.input_planes), worker);
+      });
+    }
+    float* part_sum = t.part_sums + task * s.weights;
+    t.filters.Gather(call.kernel_keys, s.weights, s.out_channels, worker.weights_bar, part_sum);
+    for (int64_t i = 0; i < live; ++i) {
+      const float* lanes = worker.products + i * kLanes;
+      part_sum[t.live_taps.taps[i].number] += std::accumulate(lanes, lanes + kLanes, 0.0f);
+    }
+  });
+  AddParts(t.part_sums, s.groups, plan.parts, s.weights, call.weights_bar);
+  const KeptCotangents<T> kept = {s.batch / s.groups, s.out_channels, s.capacity,
+                                  t.w.output_sites,   call.out_keys,  call.cotangent,
+                                  call.out_shared};
+  ParallelFor(pool, s.groups * s.out_channels, plan.workers, [&](int64_t task, int64_t) {
+    call.bias_bar[task] = kept.Sum(task / s.out_channels, task % s.out_channels);
+  });
+}
+
+template void RunGradient(ffi::ThreadPool&, const GradientCall<float>&, const ConvShape&,
+                          const GradientPlan&, GradientLayout&);
+template void RunGradient(ffi::ThreadPool&, const GradientCall<BFloat16>&, const ConvShape&,
+                          const GradientPlan&, GradientLayout&);
+template void RunGradient(ffi::ThreadPool&, const GradientCall<Float16>&, const ConvShape&,
+                          const GradientPlan&, GradientLayout&);
+
+}  // namespace ilajax

@@ -1,0 +1,288 @@
+// The kernels of submanifold convolution, and of its gradient; see cuda.cu.
+
+#ifndef ILAJAX_XLA_KERNELS_SUBMANIFOLD_CUDA_KERNELS_CUH_
+#define ILAJAX_XLA_KERNELS_SUBMANIFOLD_CUDA_KERNELS_CUH_
+
+#include <cstdint>
+
+#include "xla_kernels/common/cuda.h"
+#include "xla_kernels/common/cuda_select.cuh"
+#include "xla_kernels/submanifold/spec.h"
+
+namespace ilajax {
+namespace {
+
+constexpr int kSites = 128;     // sites of a block
+constexpr int kThreads = 256;   // of the kernels that go over other things
+constexpr int kTile = 32;       // channels in the registers of a thread,
+constexpr int kNarrowTile = 8;  // and where no more are needed
+constexpr int kPairs = 16;      // weights_bar: a block has kPairs x kPairs channels,
+constexpr int kStep = 32;       // and takes so many sites at a time
+
+// A dense filter as vectors of `block` weights, for output channels from `first`: one for each tap
+// and input channel, over which responses are summed. Transposed: the channels change places.
+//   vectors  f32[tap][summed channel][block]
+//   live     u8[tap][summed channel][tile of the vector]
+struct Filter {
+  float* vectors;
+  uint8_t* live;
+  int64_t taps, in_channels, out_channels, first, block;
+  bool transposed;
+
+  __host__ __device__ int64_t summed_channels() const {
+    return transposed ? out_channels : in_channels;
+  }
+  __host__ __device__ int64_t columns() const {
+    const int64_t all = transposed ? in_channels : out_channels;
+    return all - first < block ? all - first : block;
+  }
+  __host__ __device__ int64_t tile() const {
+    return columns() <= kNarrowTile ? kNarrowTile : kTile;
+  }
+  __host__ __device__ int64_t tiles() const { return (columns() + tile() - 1) / tile(); }
+
+  __device__ int64_t Vector(int64_t tap, int64_t channel) const {
+    return tap * summed_channels() + channel;
+  }
+};
+
+// Where a weight stands: its tap, input and output channel; false for padding.
+__device__ bool Decode(const Filter& f, int32_t key, int64_t& tap, int64_t& ic, int64_t& oc) {
+  if (key < 0 || key >= f.out_channels * f.in_channels * f.taps) return false;
+  tap = key % f.taps;
+  ic = key / f.taps % f.in_channels;
+  oc = key / f.taps / f.in_channels;
+  return true;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    ZeroKernel(Filter f, int64_t count, int32_t* responses) {
+  const int64_t vectors = f.taps * f.summed_channels();
+  const int64_t stride = int64_t{gridDim.x} * kThreads;
+  const int64_t begin = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  for (int64_t i = begin; i < vectors * f.block; i += stride) f.vectors[i] = 0.0f;
+  for (int64_t i = begin; i < vectors * f.tiles(); i += stride) f.live[i] = 0;
+  for (int64_t i = begin; i < count; i += stride) responses[i] = 0;
+}
+
+// Behind ZeroKernel: one thread a weight.
+__global__ void __launch_bounds__(kThreads)
+    FillKernel(Filter f, int64_t weights, const int32_t* kernel_keys, const float* values) {
+  const int64_t stride = int64_t{gridDim.x} * kThreads;
+  for (int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x; n < weights; n += stride) {
+    int64_t tap, ic, oc;
+    if (!Decode(f, kernel_keys[n], tap, ic, oc)) continue;
+    const int64_t vector = f.Vector(tap, f.transposed ? oc : ic);
+    const int64_t column = (f.transposed ? ic : oc) - f.first;
+    if (column < 0 || column >= f.columns()) continue;
+    f.vectors[vector * f.block + column] = values[n];
+    f.live[vector * f.tiles() + column / f.tile()] = 1;
+  }
+}
+
+// The slot of the site at the tap's offset from slot i, or at minus that; -1 if there is none.
+__device__ int64_t Neighbour(const Window& w, const int32_t* keys, int64_t slots, int64_t i,
+                             int64_t tap, bool mirrored) {
+  const int32_t own = keys[i];
+  if (own < 0 || own >= w.input_sites) return -1;
+  uint32_t place = static_cast<uint32_t>(own), rest = static_cast<uint32_t>(tap);
+  int64_t key = 0, step = 1;
+  for (int a = w.rank - 1; a >= 0; --a) {
+    const uint32_t size = static_cast<uint32_t>(w.input_shape[a]);
+    const uint32_t width = static_cast<uint32_t>(w.window_shape[a]);
+    const int64_t offset = int64_t{rest % width} * w.dilation[a] - w.low[a];
+    const int64_t p = int64_t{place % size} + (mirrored ? -offset : offset);
+    if (p < 0 || p >= w.input_shape[a]) return -1;
+    place /= size;
+    rest /= width;
+    key += p * step;
+    step *= w.input_shape[a];
+  }
+  // Keys ascend, so the slots between two keys are no more than the keys.
+  const int64_t first = max(key < own ? i - (own - key) : i, int64_t{0});
+  const int64_t last = min(key < own ? i : i + (key - own), slots - 1);
+  const int64_t slot = first + LowerBound(keys + first, last - first, key);
+  return keys[slot] == key ? slot : -1;
+}
+
+// sums += x * weights. A zero factor adds nothing, not even against inf or NaN.
+template <int kColumns>
+__device__ void AddProducts(float x, const float* weights, float (&sums)[kColumns]) {
+  if (x == 0.0f) return;
+  if (x - x == 0.0f) {  // finite
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) sums[j] += x * weights[j];
+  } else {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      if (weights[j] != 0.0f) sums[j] += x * weights[j];
+    }
+  }
+}
+
+// One direction of the convolution: from `in` T[items, summed channels, slots] to a block of the
+// channels of `out` T[items, out_channels, slots].
+template <typename T>
+struct Apply {
+  Window w;
+  Filter filter;
+  int64_t items, slots, out_channels;
+  const int32_t* keys;
+  const T* in;
+  T* out;
+  const float* bias;   // forward only, else null
+  int32_t* responses;  // forward only: how many are not zero
+};
+
+template <typename T, int kColumns>
+__global__ void __launch_bounds__(kSites) ApplyKernel(Apply<T> a) {
+  const Filter& f = a.filter;
+  const int64_t summed = f.summed_channels(), tiles = f.tiles();
+  const int64_t chunks = (a.slots + kSites - 1) / kSites;
+  for (int64_t task = blockIdx.x; task < a.items * chunks * tiles; task += gridDim.x) {
+    const int64_t tile = task % tiles, chunk = task / tiles % chunks, item = task / tiles / chunks;
+    const int64_t i = chunk * kSites + threadIdx.x;
+    const int32_t* keys = a.keys + item * a.slots;
+    const T* in = a.in + item * summed * a.slots;
+    float sums[kColumns] = {};
+    for (int64_t tap = 0; tap < f.taps; ++tap) {
+      const uint8_t* live = f.live + f.Vector(tap, 0) * tiles + tile;
+      const float* weights = f.vectors + f.Vector(tap, 0) * f.block + tile * kColumns;
+      int64_t slot = -2;  // not looked for yet
+      for (int64_t c = 0; c < summed; ++c, live += tiles, weights += f.block) {
+        if (*live == 0) continue;
+        if (slot == -2) {
+          slot = i < a.slots ? Neighbour(a.w, keys, a.slots, i, tap, f.transposed) : -1;
+        }
+        if (slot < 0) break;
+        AddProducts(static_cast<float>(in[c * a.slots + slot]), weights, sums);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const int64_t column = tile * kColumns + j;
+      if (column >= f.columns()) break;  // the same in all threads
+      const int64_t channel = f.first + column;
+      const bool responds = sums[j] != 0.0f;
+      float value = sums[j];
+      if (a.bias != nullptr) {
+        value = responds ? value + a.bias[channel] : 0.0f;
+        const int32_t count = __popc(__ballot_sync(~0u, responds));
+        if (threadIdx.x % 32 == 0 && count != 0) {
+          atomicAdd(&a.responses[item * a.out_channels + channel], count);
+        }
+      }
+      if (i < a.slots) a.out[(item * a.out_channels + channel) * a.slots + i] = T(value);
+    }
+  }
+}
+
+// A block of the weights' gradients: sums[group][part][tap][ic][block], over `parts` runs of sites.
+template <typename T>
+struct WeightSums {
+  Window w;
+  int64_t groups, items, parts, slots, in_channels, out_channels, first, block;  // items of a group
+  const int32_t* keys;
+  const T* values;
+  const T* cotangent;
+  float* sums;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kPairs* kPairs) WeightSumsKernel(WeightSums<T> a) {
+  __shared__ float x[kPairs][kStep + 1], g[kPairs][kStep + 1];  // + 1: no bank conflicts
+  __shared__ int64_t neighbours[kStep];
+  const int lane = threadIdx.x % kStep;
+  const int64_t ic_tiles = (a.in_channels + kPairs - 1) / kPairs;
+  const int64_t oc_tiles = (a.block + kPairs - 1) / kPairs;
+  const int64_t chunks = (a.slots + kStep - 1) / kStep, units = a.items * chunks;
+  const int64_t tasks = a.groups * a.parts * a.w.taps * ic_tiles * oc_tiles;
+  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
+    int64_t rest = task;
+    const int64_t first_oc = a.first + rest % oc_tiles * kPairs;
+    const int64_t first_ic = (rest /= oc_tiles) % ic_tiles * kPairs;
+    const int64_t tap = (rest /= ic_tiles) % a.w.taps;
+    const int64_t part = (rest /= a.w.taps) % a.parts, group = rest / a.parts;
+    float sum = 0.0f;
+    for (int64_t unit = part * units / a.parts; unit < (part + 1) * units / a.parts; ++unit) {
+      const int64_t item = group * a.items + unit / chunks, i = unit % chunks * kStep + lane;
+      if (threadIdx.x < kStep) {
+        neighbours[lane] =
+            i < a.slots ? Neighbour(a.w, a.keys + item * a.slots, a.slots, i, tap, false) : -1;
+      }
+      __syncthreads();
+      const int64_t slot = neighbours[lane];
+      for (int c = threadIdx.x / kStep; c < kPairs; c += kPairs * kPairs / kStep) {
+        const int64_t ic = first_ic + c, oc = first_oc + c;
+        const T* value = a.values + (item * a.in_channels + ic) * a.slots;
+        const T* cotangent = a.cotangent + (item * a.out_channels + oc) * a.slots;
+        x[c][lane] = slot >= 0 && ic < a.in_channels ? static_cast<float>(value[slot]) : 0.0f;
+        g[c][lane] = slot >= 0 && oc < a.out_channels ? static_cast<float>(cotangent[i]) : 0.0f;
+      }
+      __syncthreads();
+      for (int site = 0; site < kStep; ++site) {
+        const float xs = x[threadIdx.x / kPairs][site], gs = g[threadIdx.x % kPairs][site];
+        if (xs != 0.0f && gs != 0.0f) sum += xs * gs;
+      }
+    }
+    const int64_t ic = first_ic + threadIdx.x / kPairs;
+    const int64_t column = first_oc - a.first + threadIdx.x % kPairs;
+    if (ic < a.in_channels && column < a.block) {
+      const int64_t vector = ((group * a.parts + part) * a.w.taps + tap) * a.in_channels + ic;
+      a.sums[vector * a.block + column] = sum;
+    }
+    __syncthreads();
+  }
+}
+
+// weights_bar[group][n] for the live weights of the block: the sum over the parts, in their order.
+__global__ void __launch_bounds__(kThreads)
+    GatherKernel(Filter f, int64_t groups, int64_t parts, int64_t weights,
+                 const int32_t* kernel_keys, const float* sums, float* weights_bar) {
+  const int64_t stride = int64_t{gridDim.x} * kThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < groups * weights;
+       i += stride) {
+    int64_t tap = 0, ic = 0, oc = f.first;
+    const bool stored = Decode(f, kernel_keys[i % weights], tap, ic, oc);
+    if (oc < f.first || oc >= f.first + f.columns()) continue;
+    float total = 0.0f;
+    for (int64_t part = 0; stored && part < parts; ++part) {
+      const int64_t vector =
+          (i / weights * parts + part) * f.taps * f.in_channels + f.Vector(tap, ic);
+      total += sums[vector * f.block + oc - f.first];
+    }
+    weights_bar[i] = total;
+  }
+}
+
+// bias_bar[group][oc], for groups of `items`: the sum of the cotangents at stored sites; a block
+// each. Given the numbers one by one: the whole shape costs registers, which spill.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    BiasKernel(int64_t groups, int64_t items, int64_t channels, int64_t slots, int64_t sites,
+               const int32_t* keys, const T* cotangent, float* bias_bar) {
+  __shared__ float sums[kThreads];
+  for (int64_t task = blockIdx.x; task < groups * channels; task += gridDim.x) {
+    const int64_t group = task / channels, oc = task % channels;
+    float sum = 0.0f;
+    for (int64_t i = threadIdx.x; i < items * slots; i += kThreads) {
+      const int64_t item = group * items + i / slots, slot = i % slots;
+      const int32_t key = keys[item * slots + slot];
+      if (key < 0 || key >= sites) continue;
+      sum += static_cast<float>(cotangent[(item * channels + oc) * slots + slot]);
+    }
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    for (unsigned half = kThreads / 2; half > 0; half /= 2) {
+      if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+      __syncthreads();
+    }
+    if (threadIdx.x == 0) bias_bar[task] = sums[0];
+    __syncthreads();
+  }
+}
+
+}  // namespace
+}  // namespace ilajax
+
+#endif  // ILAJAX_XLA_KERNELS_SUBMANIFOLD_CUDA_KERNELS_CUH_
