@@ -1,12 +1,12 @@
-"""The check of the kernels on a user's device: each operation and its gradient, beside the reference.
+"""The check of the kernels on a user's device: each operation and its gradient against the reference.
 
     python -m ilajax check
 
-Inputs, weights and cotangents are small integers, so that all sums are exact and both must give the same
-bits. Sizes are such that every loop of a kernel goes round more than once: several chunks of a batch, slabs
-of a grid, more than 64 tiles, selections that cut and that do not, in three dtypes. It runs in a process of
-its own, which is stopped at a limit, so that a kernel that hangs is found, too. A GPU that passes gets a
-stamp (`ilajax.ffi.stamp`), by which its kernels are on from then on.
+Inputs, weights and cotangents are small integers, so all sums are exact and both must give the same bits.
+The sizes make every loop of a kernel run more than once: several chunks of a batch, slabs of a grid, more
+than 64 tiles, selections that cut and that do not, in three dtypes. The check runs in a process of its own,
+which is stopped at a time limit, so it also finds a kernel that hangs. A GPU that passes gets a stamp
+(`ilajax.ffi.stamp`), which enables its kernels from then on.
 """
 
 import contextlib
@@ -43,11 +43,11 @@ class Case(NamedTuple):
 
     Attributes:
       operation: whose kernels run, one of routes.OPERATIONS.
-      what: about its sizes, in words.
+      what: its sizes, in words.
       function: of a SparseTensor or an array, and a SparseKernel or None.
       operands: its arguments.
       exact: whether both must give the same bits, or agree to one part in a million.
-      workspace: bytes to which a GPU's work is cut; None: as always.
+      workspace: bytes that a GPU's workspace may take; None: as usual.
     """
 
     operation: str
@@ -59,7 +59,7 @@ class Case(NamedTuple):
 
 
 def supervise(limit: float = LIMIT) -> int:
-    """Runs the check in a process of its own and prints what it says; returns the exit status."""
+    """Runs the check in a process of its own and prints its output; returns the exit status."""
     # The programs are small: XLA's optimizer would take longer than it saves.
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = os.environ | {
@@ -79,7 +79,7 @@ def supervise(limit: float = LIMIT) -> int:
         assert process.stdout is not None
         selector.register(process.stdout, selectors.EVENT_READ)
         while selector.select(max(0.0, deadline - time.monotonic())):
-            # What there is, not a line: a kernel that hangs leaves one unfinished.
+            # What there is, not a whole line: a kernel that hangs leaves its line unfinished.
             new = os.read(process.stdout.fileno(), 1 << 16).decode(errors="replace")
             if not new:
                 return process.wait()
@@ -317,5 +317,5 @@ def _backend(choice: str) -> Iterator[None]:
 
 
 def _workspace(size: int | None) -> contextlib.AbstractContextManager[None]:
-    """Cuts a GPU's work to a workspace of so many bytes, as that of a large problem is cut."""
+    """Limits a GPU's workspace to so many bytes, so that work is cut as for a large problem."""
     return plans.tuned("cuda", workspace=size or 0)

@@ -1,7 +1,7 @@
-"""How a sparse tensor shows itself: one line of text, and a table with a picture for notebooks.
+"""How a sparse tensor is displayed: as one line of text, and as a table with pictures in notebooks.
 
-Functions of the arrays, which may be tracers, None or still be computed: what cannot be read at once is
-left out, and nothing raises.
+The arrays may be tracers, None, or not computed yet: what cannot be read at once is left out, and nothing
+raises.
 """
 
 import base64
@@ -15,7 +15,7 @@ import numpy as np
 
 from ilajax.geometry import sites
 
-PATIENCE = 0.1  # seconds that a running computation is waited for
+PATIENCE = 0.1  # seconds to wait for a running computation
 CHEAP = 2**26  # bytes of an array that is read for display
 SAMPLES = 4  # shown side by side in a notebook
 PIXELS = 128  # of a picture's longer edge
@@ -27,12 +27,12 @@ def text(keys: Any, values: Any, spatial_shape: tuple[int, ...]) -> str:
     """One line without arrays, such as
     `SparseTensor(float32[1, 16, 16, 8], capacity=64 of 256 sites, 61% filled)`.
 
-    The fill is the share of the slots that are stored, over all segments; behind it stands in how many of
-    them no slot is free, which is where a selection may have cut. It is left out where the keys are traced,
-    not computed within `PATIENCE`, spread over several processes, or larger than `CHEAP`.
+    The fill is the share of slots in use, over all segments. If some segments are full, their number follows:
+    there a selection may have cut. The fill is left out if the keys are traced, not computed within
+    `PATIENCE`, spread over several processes, or larger than `CHEAP`.
     """
     if any(len(getattr(a, "shape", ())) != 3 or not hasattr(a, "dtype") for a in (keys, values)):
-        # What transformations put there: None, objects, and stacks of tensors.
+        # Put there by transformations: None, objects, and stacks of tensors.
         return f"SparseTensor(keys={_leaf(keys)}, values={_leaf(values)})"
     batch, channels, capacity = values.shape
     parts = [
@@ -48,10 +48,10 @@ def text(keys: Any, values: Any, spatial_shape: tuple[int, ...]) -> str:
 
 
 def html(keys: Any, values: Any, spatial_shape: tuple[int, ...]) -> str | None:
-    """A table with pictures of the first samples; None where the keys cannot be read, see `text`.
+    """A table with pictures of the first samples; None if the keys cannot be read, see `text`.
 
-    A picture shows the largest magnitude over the channels and over all axes but the last two; without
-    pictures where the values cannot be read.
+    A picture shows the largest magnitude over the channels and over all axes but the last two. There are no
+    pictures if the values cannot be read.
     """
     stored = _stored(keys, spatial_shape)
     if stored is None or len(getattr(values, "shape", ())) != 3 or not hasattr(values, "dtype"):
@@ -87,7 +87,7 @@ def _leaf(leaf: Any) -> str:
 
 
 def _read(array: Any) -> np.ndarray | None:
-    """The array on the host, or None where that would wait, copy much, or is impossible."""
+    """The array on the host; None if that would take a wait or a large copy, or is impossible."""
     if isinstance(array, np.ndarray):
         return array if array.nbytes <= CHEAP else None
     if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
@@ -102,7 +102,7 @@ def _read(array: Any) -> np.ndarray | None:
         time.sleep(0.001)
     try:
         return np.asarray(array)
-    except Exception:  # the computation failed: whoever uses the array hears of it
+    except Exception:  # the computation failed, which whoever uses the array will see
         return None
 
 
@@ -118,7 +118,7 @@ def _fill(stored: np.ndarray, capacity: int) -> str:
     slots, full = stored.size * capacity, int((stored == capacity).sum())
     if not slots:
         return "0% filled"
-    # 0 % and 100 % are said of empty and of full tensors only.
+    # Only empty tensors show 0 %, and only full ones 100 %.
     percent = 100 * int(stored.sum()) / slots
     rounded = round(percent) if percent in (0, 100) else min(max(round(percent), 1), 99)
     some = f", full in {full} of {stored.size} segments" if 0 < full < stored.size else ""

@@ -1,9 +1,9 @@
-"""Programs written by `jax.export`: what they need to hold this library's kernels and data types.
+"""Programs written by `jax.export`: what they need to contain this library's kernels and data types.
 
-A network is exported as any JAX function is. Its kernels are custom calls, which `jax.export` serialises only
-where the caller allows each by name: `disabled_checks` lists them. The batch size may be left open, by a
-symbol. A process that reads the program back imports ilajax, which registers the kernels and the data types,
-and needs an ilajax with kernels of the same version.
+A network is exported like any JAX function. Its kernels are custom calls, which `jax.export` serialises only
+if the caller allows each by name: `disabled_checks` lists them. A symbol leaves the batch size open. A
+process that reads the program back must import ilajax, with kernels of the same version; the import registers
+the kernels and the data types.
 
   >>> import jax.export
   >>> network = jax.jit(lambda x: ilajax.conv(x, kernel, capacity=32).features)
@@ -14,18 +14,18 @@ and needs an ilajax with kernels of the same version.
   >>> program = jax.export.export(network, disabled_checks=ilajax.export.disabled_checks())(x)
   >>> data = program.serialize()  # bytes, for a file
 
-and in another process
+and in another process:
 
   >>> program = jax.export.deserialize(data)
   >>> program.call(ilajax.from_dense(jnp.ones((5, 8, 8, 1)), capacity=16)).shape
   (5, 8, 8, 4)
 
-`program.serialize(vjp_order=1)` writes the gradient too. It wants float arguments to differentiate by: export
-a function of the values and the keys, not of the SparseTensor.
+`program.serialize(vjp_order=1)` writes the gradient too. It differentiates with respect to float arguments
+only, so export a function of the values and the keys, not of the SparseTensor.
 
-With an open batch the kernels are planned for batches that keep every thread busy. They are right for any,
-and as fast for large ones; on a single sample they use fewer threads than a program of batch size 1. On a GPU
-the workspace of the gradient then grows with the batch.
+With an open batch, kernels are planned for a batch that keeps every thread busy. They are correct for any
+batch, and just as fast for large ones; on a single sample they use fewer threads than a program of batch size
+1. On a GPU, the workspace of the gradient then grows with the batch.
 """
 
 import json

@@ -47,8 +47,8 @@ def check_spatial_shape(spatial_shape: Sequence[int]) -> tuple[int, ...]:
 def capacity(density_bound: float, spatial_shape: Sequence[int]) -> int:
     """Slots that a density bound allows for each sample and channel.
 
-    `max(1, floor(density_bound * sites))`, where a product within rounding error of a whole number
-    counts as that number: 0.29 of 100 sites is 29.
+    This is `max(1, floor(density_bound * sites))`, where a product within rounding error of a whole
+    number counts as that number: 0.29 of 100 sites is 29.
 
     Args:
       density_bound: the upper bound on the share of stored sites, in (0, 1].
@@ -103,7 +103,7 @@ def per_axis(argument: str, value: int | Sequence[int], rank: int) -> tuple[int,
 
 
 def check_padding(padding: Padding, rank: int) -> Padding:
-    """Returns the padding's name as it is, and pairs as a tuple of pairs, which is hashable.
+    """Returns the padding's name unchanged, or its pairs as a tuple of pairs, which is hashable.
 
     Raises:
       TypeError: if it is neither a name nor a sequence of pairs of integers.
@@ -131,7 +131,7 @@ def check_padding(padding: Padding, rank: int) -> Padding:
 
 
 def _pairs_for(padding: object, rank: int) -> str:
-    """Advice where padding is one integer, or one for each axis, as other libraries take it."""
+    """Advice if padding is one integer, or one for each axis, as in other libraries."""
     sides = (padding,) * rank if isinstance(padding, int) else padding
     if not isinstance(sides, list | tuple) or len(sides) != rank:
         return ""
@@ -175,7 +175,7 @@ class Window:
         return sites(self.output_shape)
 
     def input_keys(self, keys: jax.Array, tap: jax.Array) -> jax.Array:
-        """The input key that `tap` reads for each output key; where there is none: `input_sites`."""
+        """The input key that `tap` reads for each output key; `input_sites` if there is none."""
         offset = unravel(tap, self.window_shape)
         inside = (keys >= 0) & (keys < self.output_sites)
         position = [
@@ -192,7 +192,7 @@ class Window:
         return jnp.where(inside, ravel(position, self.input_shape), self.input_sites)
 
     def output_keys(self, keys: jax.Array, tap: jax.Array) -> jax.Array:
-        """The output key that each input key reaches through `tap`; where there is none: `output_sites`."""
+        """The output key that each input key reaches through `tap`; `output_sites` if there is none."""
         offset = unravel(tap, self.window_shape)
         reached = (keys >= 0) & (keys < self.input_sites)
         position = []
@@ -226,7 +226,7 @@ def conv_window(
     rank = len(input_shape)
     if len(window_shape) != rank:
         raise ValueError(
-            f"kernel has a window of {len(window_shape)} axes {window_shape}, but x lives on a grid of "
+            f"kernel has a window of {len(window_shape)} axes {window_shape}, but x has a grid of "
             f"{rank} axes {input_shape}. Give the kernel one window axis for each spatial axis."
         )
     strides = per_axis("strides", strides, rank)
@@ -267,7 +267,7 @@ def pool_window(input_shape: tuple[int, ...], window: int | Sequence[int]) -> Wi
 
 
 def unravel(keys: jax.Array, shape: Sequence[int]) -> list[jax.Array]:
-    """Flat row-major keys to one position for each axis (of keys outside the grid: anything)."""
+    """Flat row-major keys to one position for each axis; undefined for keys outside the grid."""
     positions = []
     for size in reversed(shape[1:]):
         positions.append(keys % size)
@@ -276,7 +276,7 @@ def unravel(keys: jax.Array, shape: Sequence[int]) -> list[jax.Array]:
 
 
 def ravel(position: Sequence[jax.Array], shape: Sequence[int]) -> jax.Array:
-    """One position for each axis to flat row-major keys; positions outside the grid: `sites(shape)`."""
+    """One position for each axis to flat row-major keys; `sites(shape)` for positions outside the grid."""
     key = jnp.zeros_like(position[0])
     inside = jnp.ones(key.shape, dtype=bool)
     for p, size in zip(position, shape, strict=True):

@@ -1,4 +1,4 @@
-"""Pictures of feature maps, by matplotlib, or in notebooks by k3d."""
+"""Pictures of feature maps, by matplotlib, or by k3d in notebooks."""
 
 import importlib.util
 import operator
@@ -11,7 +11,7 @@ import numpy as np
 from ilajax.geometry import sites
 from ilajax.sparse_tensor import SparseTensor, check_sparse
 
-# Okabe and Ito's colours, which everybody can tell apart.
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = {"kept": "#0072B2", "cut": "#D55E00", "added": "#009E73"}
 VEIL = 0.35  # opacity of what was cut, which surrounds what was kept
 NAN = "#FF00FF"  # on neither of the colour scales
@@ -31,23 +31,24 @@ def plot(
 ) -> Any:
     """Draws the stored sites of a feature map, coloured by value; or what a selection cut.
 
-    A map of one axis is drawn as stems, of two as an image (axis 0 runs down), of three as voxels. Of four
-    and more the last three axes are drawn, with the strongest value along the others. NaN is magenta.
+    A map of one axis is drawn as stems, one of two as an image (axis 0 runs down), one of three as voxels. Of
+    four or more axes the last three are drawn, with the strongest value along the others. NaN is magenta.
 
-    Given two maps, such as `ilajax.plot(before, after)`, sites of both are "kept", of the first only "cut",
-    of the second only "added"; values do not matter.
+    Of two maps, as in `ilajax.plot(before, after)`, sites of both are "kept", those of the first only "cut",
+    and those of the second only "added"; values do not matter.
 
     Args:
-      x: the map; concrete, NumPy leaves too.
+      x: the map; concrete, may have NumPy leaves.
       other: a second map on the same grid, to compare x with.
-      sample: which of the batch.
-      channel: which channel; None: at each site the value of the largest magnitude over the channels.
-      ax: matplotlib's Axes to draw into, for maps of three axes and more with `projection="3d"`. None: a new
-        figure. In a notebook with k3d installed, maps of three axes and more then turn: k3d draws them.
-      title: above the picture; None: says what is drawn.
+      sample: index in the batch.
+      channel: index of the channel; None draws at each site the value of the largest magnitude over channels.
+      ax: matplotlib's Axes to draw into, with `projection="3d"` for maps of three or more axes. None makes a
+        new figure; in a notebook with k3d installed, k3d then draws maps of three or more axes, which can be
+        turned.
+      title: title of the picture; by default it says what is drawn.
 
     Returns:
-      The Axes; or k3d's Plot.
+      The Axes, or k3d's Plot.
 
     Raises:
       ImportError: if matplotlib is missing.
@@ -155,7 +156,7 @@ def _axes(ax: Any, rank: int) -> Any:
     size = {1: (7, 3), 2: (5.5, 5), 3: (6.5, 5.5)}[rank]
     figure = plt.figure(figsize=size, layout="constrained")
     ax = figure.add_subplot(projection="3d" if rank == 3 else None)
-    # Sites have no halves, and an axis may have one.
+    # Ticks at whole sites, of which an axis may have only one.
     ax.locator_params(axis="x" if rank == 1 else "both", integer=True, min_n_ticks=1)
     return ax
 
@@ -193,7 +194,7 @@ def _draw_values(ax: Any, stored: _Stored, shape: tuple[int, ...]) -> None:
     colours = _colours(stored.values)
     shades = colours["cmap"](colours["norm"](stored.values))
     _draw_sites(ax, [(stored.keys, shades)], shape)
-    pad = 0.12 if len(shape) == 3 else 0.03  # behind the label of the third axis
+    pad = 0.12 if len(shape) == 3 else 0.03  # beyond the label of the third axis
     bar = ax.figure.colorbar(matplotlib.cm.ScalarMappable(**colours), ax=ax, shrink=0.8, pad=pad)
     bar.set_label("value")
 
@@ -217,7 +218,7 @@ def _draw_groups(ax: Any, groups: dict[str, np.ndarray], shape: tuple[int, ...])
         Line2D([], [], color=COLOURS[name], marker="s", ls="", ms=8, label=f"{name} {len(keys):,}")
         for name, keys in groups.items()
     ]
-    # Below the name of the axis, however low the Axes are: the distance is in letters.
+    # Below the name of the axis, whatever the height of the Axes: the distance is in font sizes.
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 3.5}
     ax.legend(handles=handles, ncols=len(handles), frameon=False, **below)
 
@@ -225,7 +226,7 @@ def _draw_groups(ax: Any, groups: dict[str, np.ndarray], shape: tuple[int, ...])
 def _draw_sites(
     ax: Any, layers: list[tuple[np.ndarray, np.ndarray]], shape: tuple[int, ...]
 ) -> None:
-    """Keys and their colours [n, 4]: as an image, as cubes, or, where there are too many, as squares."""
+    """Draws keys with their colours [n, 4] as an image, as cubes, or, if there are too many, as squares."""
     if len(shape) == 2 and sites(shape) <= IMAGE_SITES:
         image = np.full((sites(shape), 4), [0.93, 0.93, 0.93, 1])
         for keys, colours in layers:
@@ -233,7 +234,7 @@ def _draw_sites(
         ax.imshow(image.reshape(*shape, 4), interpolation="nearest")
         return
     cubes = len(shape) == 3 and sum(len(keys) for keys, _ in layers) <= CUBES
-    # Squares of about a site's size: half of the figure's height is the longest axis; 72 points an inch.
+    # Squares of about a site's size: the longest axis is half of the figure's height; 72 points an inch.
     edge = max(36 * ax.figure.get_size_inches()[1] / max(shape), 1.0)
     for keys, colours in layers:
         position = _positions(keys, shape)
@@ -275,7 +276,7 @@ def _draw_cubes(
 
 
 def _frame(ax: Any, shape: tuple[int, ...], grid: tuple[int, ...]) -> None:
-    """The borders of the whole grid, stored or not, with equal steps along the axes."""
+    """Shows the whole grid, stored or not, with equal steps along the axes."""
     limits = [(-0.5, size - 0.5) for size in shape]
     names = [f"axis {len(grid) - len(shape) + a}" for a in range(len(shape))]
     if len(shape) == 2:
@@ -346,8 +347,8 @@ def _check(
         check_sparse("other", other)
         if other.spatial_shape != x.spatial_shape:
             raise ValueError(
-                f"other must live on x's grid {x.spatial_shape}, got {other.spatial_shape}. What is compared "
-                f"is a map before and after a selection."
+                f"other must have x's grid {x.spatial_shape}, got {other.spatial_shape}. plot compares a map "
+                f"before and after a selection."
             )
         maps["other"] = other
     for name, y in maps.items():

@@ -17,12 +17,11 @@ from ilajax.sparse_tensor import VALUE_DTYPES
 class SparseKernel:
     """A convolution filter as a list of its live weights, of fixed length.
 
-    A stored weight is live even where its value is 0; only an absent key is "removed by pruning".
+    A stored weight is live even if its value is 0; a weight is removed only if its key is absent.
 
     Attributes:
       keys: int32[N], `(oc * Cin + ic) * taps + tap` in ascending order: sorted by output channel, input
-        channel, then tap, row-major in the window. Padding has the key `Cout * Cin * taps` and stands at
-        the tail.
+        channel, then tap, row-major in the window. Padding has the key `Cout * Cin * taps` and comes last.
       values: float32, bfloat16 or float16 [N]; 0 in padding. Ops ignore a value whose key is padding.
       shape: (*window, Cin, Cout), Flax's kernel layout; static.
 
@@ -73,7 +72,7 @@ class SparseKernel:
 
     @property
     def size(self) -> int:
-        """Weights of the full filter, which is also the key of padding."""
+        """Number of weights of the full filter, which is also the key of padding."""
         return sites(self.shape)
 
     @property
@@ -94,8 +93,8 @@ class SparseKernel:
     def from_dense(cls, w: jax.Array, mask: jax.Array | None = None) -> Self:
         """Stores the weights of a dense kernel [*window, Cin, Cout], or those under a mask of its shape.
 
-        The list has one slot for each weight, so that the shape does not depend on the mask; a concrete
-        mask cuts it to the number of live weights.
+        A concrete mask cuts the list to the number of live weights. With a traced one the list has a slot
+        for each weight, so its shape does not depend on the mask.
 
         Raises:
           TypeError, ValueError: if `w` or `mask` has a wrong shape or dtype.
@@ -132,15 +131,15 @@ class SparseKernel:
         return _from_key_order(flat, self.shape)
 
     def refill(self) -> Self:
-        """The full filter again: removed weights re-enter at 0 and are live, for transfer learning."""
+        """The full filter again: removed weights come back, at 0 and live, for transfer learning."""
         return type(self).from_dense(self.to_dense())
 
     def validate(self) -> Self:
         """Checks the keys' order on concrete arrays and returns the kernel.
 
         Raises:
-          ValueError: if a key lies outside the filter, or keys do not ascend with padding at the tail. Under
-            `jit` there is nothing to look at: validate outside.
+          ValueError: if a key is outside the filter, or keys do not ascend with padding at the end. Under
+            `jit` there is nothing to check: validate outside.
         """
         if isinstance(self.keys, jax.core.Tracer):
             raise ValueError(
@@ -191,7 +190,7 @@ def check_kernel_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 def check_kernel_keys(argument: str, keys: Any, shape: tuple[int, ...]) -> None:
     """Raises ValueError where concrete keys [..., N] of filters of one shape are out of order."""
     if not getattr(keys, "is_fully_addressable", True) and not keys.is_fully_replicated:
-        return  # parts of them lie in other processes
+        return  # parts of them are in other processes
     keys, size = np.asarray(keys, np.int64), sites(shape)
     outside = (keys < 0) | (keys > size)
     # Any number of padding keys may follow; nothing but padding may follow padding.
@@ -205,7 +204,7 @@ def check_kernel_keys(argument: str, keys: Any, shape: tuple[int, ...]) -> None:
     else:
         return
     raise ValueError(
-        f"{argument} must ascend in [0, {size}), with padding of {size} behind, {problem}. Were they "
+        f"{argument} must ascend in [0, {size}), with padding of {size} after them, {problem}. Were they "
         f"restored by Orbax with strict=False, which fills up with 0? Load the checkpoint with "
         f"ilajax.nn.load_state, which takes the lengths as they were stored."
     )

@@ -25,17 +25,18 @@ class SparseTensor:
     `shard_map` like any array with a leading batch axis.
 
     Attributes:
-      keys: int32[B, C or 1, K], the flat row-major position in the spatial grid. Padding sits at
-        the tail and has the key `prod(spatial_shape)`. A channel axis of 1 is a shared support:
-        all channels have the same sites.
+      keys: int32[B, C or 1, K], the flat row-major position in the spatial grid. Padding comes
+        last and has the key `prod(spatial_shape)`. A channel axis of 1 is a shared support: all
+        channels have the same sites.
       values: float32, bfloat16 or float16 [B, C, K]; 0 in padding.
       spatial_shape: the grid, one or more axes with fewer than 2**31 sites; static.
 
     `x + y` and `x - y` add over the union of the supports (`ilajax.add`), `-x`, `2 * x` and `x / 2` scale the
     stored values, and `x.map(f)` applies any function to them.
 
-    The keys are integers, of which `jax.grad` says "grad requires real- or complex-valued inputs, got int32".
-    So differentiate with respect to the values, or pass `allow_int=True` and read `.values` of the result:
+    The keys are integers, which `jax.grad` rejects ("grad requires real- or complex-valued inputs, got
+    int32"). So differentiate with respect to the values, or pass `allow_int=True` and read `.values` of the
+    result:
 
       >>> x = ilajax.from_dense(jnp.ones((1, 4, 4, 1)), capacity=16)
       >>> loss = lambda values: ilajax.to_dense(x.with_values(values)).sum()
@@ -43,15 +44,15 @@ class SparseTensor:
       (1, 1, 16)
 
     Raises:
-      TypeError, ValueError: if the arrays' shapes or dtypes do not fit together. What stands in the
-        arrays is looked at by `validate()` only.
+      TypeError, ValueError: if the arrays' shapes or dtypes do not fit together. Only `validate()`
+        checks the contents of the arrays.
     """
 
     keys: jax.Array
     values: jax.Array
     spatial_shape: tuple[int, ...]
 
-    # Addition is an operation and stands above this file: ilajax/ops/add.py puts it here.
+    # Addition is an operation, so it belongs to a higher layer: ilajax/ops/add.py puts it here.
     _add: ClassVar[Callable[["SparseTensor", "SparseTensor"], "SparseTensor"]]
 
     def __post_init__(self) -> None:
@@ -105,7 +106,7 @@ class SparseTensor:
     def coordinates(self) -> jax.Array:
         """Positions of the stored sites, int32[B, C or 1, K, d]; padding has `spatial_shape`.
 
-        Padding thus lies one past the end on every axis, as in a `BCOO`.
+        So padding is one past the end on every axis, as in a `BCOO`.
 
         Example:
           >>> x = ilajax.from_dense(jnp.eye(2)[None, ..., None], capacity=3)
@@ -124,16 +125,16 @@ class SparseTensor:
         return xp.where(stored, xp.stack(axes[::-1], axis=-1), extent)
 
     def with_values(self, values: jax.Array) -> Self:
-        """The same support with other values, [B, C', K]; C' may differ where the support is shared.
+        """The same support with other values, [B, C', K]; C' may differ if the support is shared.
 
-        Whose values they are cannot be seen: those of another support would land on the wrong sites. To
-        combine tensors use `x + y`, which knows the supports of both.
+        Values do not show which support they belong to: those of another one would land on the wrong sites.
+        To combine tensors use `x + y`, which knows the supports of both.
         """
         return dataclasses.replace(self, values=values)
 
     def map(self, f: Callable[[jax.Array], jax.Array]) -> Self:
         """Applies `f` to the stored values; padding stays 0, whatever `f` makes of it."""
-        # Padding is kept away from f too: where f has no derivative at 0, its gradient would be nan.
+        # f does not see padding either: if f has no derivative at 0, its gradient would be nan.
         stored = self.keys < self.sites
         xp = _namespace(self.keys, self.values)
         mapped = f(xp.where(stored, self.values, xp.ones_like(self.values)))
@@ -166,7 +167,7 @@ class SparseTensor:
         if isinstance(other, SparseTensor):
             return SparseTensor._add(self, other)
         if _is_zero(other):
-            return self  # where sum() starts
+            return self  # sum() starts from 0
         raise TypeError(
             f"+ and - take another SparseTensor, got {type(other).__name__}. To add to the stored sites use "
             "x.map(lambda v: v + 1); to all sites, ilajax.to_dense(x) + 1."
@@ -186,8 +187,8 @@ class SparseTensor:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         raise TypeError(
-            "a SparseTensor does not become an array by itself: use ilajax.to_dense(x) for the dense array, "
-            "or x.values for the stored values."
+            "a SparseTensor does not turn into an array implicitly: use ilajax.to_dense(x) for the dense "
+            "array, or x.values for the stored values."
         )
 
     def to_bcoo(self) -> sparse.BCOO:
@@ -238,7 +239,7 @@ class SparseTensor:
 
         Raises:
           ValueError: naming the first segment (batch, channel) that breaks one, or the arrays' shapes or
-            dtypes that do not fit together. Under `jit` there is nothing to look at: validate outside.
+            dtypes that do not fit together. Under `jit` there is nothing to check: validate outside.
         """
         try:
             _check_arrays(self.keys, self.values)
@@ -252,7 +253,7 @@ class SparseTensor:
         values = np.asarray(self.values, np.float32)
         padding = keys == self.sites
         _raise_at("a key outside the grid [0, {sites}]", (keys < 0) | (keys > self.sites), self)
-        _raise_at("a stored key behind padding", padding[..., :-1] & ~padding[..., 1:], self)
+        _raise_at("a stored key after padding", padding[..., :-1] & ~padding[..., 1:], self)
         ascending = (keys[..., :-1] < keys[..., 1:]) | padding[..., 1:]
         _raise_at("keys that do not strictly ascend", ~ascending, self)
         _raise_at("a value other than 0 in padding", padding & (values != 0), self)
@@ -281,7 +282,7 @@ class SparseTensor:
 def _namespace(*arrays: Any) -> Any:
     """NumPy where all arrays are NumPy's, else jax.numpy.
 
-    Workers of a data loader hold NumPy arrays and must not wake up JAX, which does not survive a fork.
+    Workers of a data loader hold NumPy arrays and must not start JAX, which does not survive a fork.
     """
     return np if all(isinstance(a, np.ndarray) for a in arrays) else jnp
 
@@ -340,5 +341,5 @@ def _raise_at(what: str, wrong: np.ndarray, x: SparseTensor) -> None:
         where = f"batch {batch}, channel {channel}" + (" (shared by all)" if x.shared else "")
         raise ValueError(
             f"segment ({where}) has {what.format(sites=x.sites)}, at slot {slot} of {x.capacity}. "
-            f"Keys must ascend strictly, padding (key {x.sites}, value 0) must stand at the tail."
+            f"Keys must ascend strictly, and padding (key {x.sites}, value 0) must come last."
         )

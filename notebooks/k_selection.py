@@ -14,10 +14,10 @@
 # # What k-selection keeps
 #
 # A convolution on sparse data responds at more sites than it was given: the map fills in. The paper's
-# answer is *attention*. Each channel may store k responses; the k strongest are kept, the others are
-# cut. This notebook shows what that does to a digit and to a solid, and what it does to gradients.
+# answer is *attention*. Each channel may store k responses: the k strongest are kept, and the others are
+# cut. This notebook shows what that does to a digit, to a solid, and to gradients.
 #
-# In the pictures of selections blue is kept, orange is cut, and grey was never a response.
+# In pictures of a selection, blue is kept, orange is cut, and grey was never a response.
 
 # %%
 import gzip
@@ -38,16 +38,16 @@ def panels(count, rank=2, height=3.3):
         1, count, figsize=(3.2 * count, height), layout="constrained", subplot_kw=projection
     )
     for axis in axes:
-        axis.set_anchor("N")  # with and without a legend below, the maps stand in line
+        axis.set_anchor("N")  # aligns maps with and without a legend below
     return axes
 
 
 # %% [markdown]
-# ## What does a convolution do to an empty page?
+# ## What does a convolution do to a mostly empty page?
 #
-# A digit is a line on 28 x 28 pixels. One of the plainest filters, a blur over 3 x 3 sites, passes over
-# it three times. Nothing is selected: every site may be stored. Above each map stands its density, the
-# share of sites that are stored.
+# A digit is a line on 28 x 28 pixels. One of the simplest filters, a blur over 3 x 3 sites, is applied
+# three times. Nothing is selected: every site may be stored. The title of each map gives its density,
+# the share of sites that are stored.
 
 # %%
 root = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "experiments").is_dir())
@@ -71,13 +71,13 @@ for axis, name, x in zip(panels(4), names, filled, strict=True):
     ilajax.plot(x, ax=axis, title=f"{name}: {float(x.density[0, 0]):.0%}")
 
 # %% [markdown]
-# The line becomes a blot. What was added is faint, yet a site of it takes as much memory as one of the
-# line.
+# The line becomes a blot. What was added is faint, but each of its sites takes as much memory as a site
+# of the line.
 #
-# ## What is kept under a bound?
+# ## What does a bound keep?
 #
-# A density bound of 0.05 means: 39 of the 784 sites. All responses of one convolution are the
-# candidates. Four bounds select from the same candidates.
+# A density bound of 0.05 allows 39 of the 784 sites. All responses of one convolution are candidates.
+# Four bounds select from the same candidates.
 
 # %%
 before = filled[1]
@@ -94,16 +94,16 @@ for axis, bound in zip(panels(4), bounds, strict=True):
     print(f"{bound:5} {kept.sum():5} {cut.sum():5} {weakest:13.4f} {strongest:14.4f}")
 
 # %% [markdown]
-# The selection is a threshold that sets itself: as high as it must be for the bound, and no higher.
-# Here the strong responses lie where the pen was. A low bound leaves the thickest strokes, a wide one
-# the whole line; what lies at the rim goes first.
+# The selection is a threshold that adapts: it is just high enough for the bound. Here the responses are
+# strong where the pen was. A low bound leaves the thickest strokes, a high one the whole line; the rim
+# is cut first.
 #
-# `ilajax.conv` convolves and selects in one: `capacity=ilajax.capacity(0.05, grid)`.
+# `ilajax.conv` convolves and selects in one call: `capacity=ilajax.capacity(0.05, grid)`.
 #
 # ## What is "strong"?
 #
-# There are three answers, `select=`. A filter with both signs shows the difference: it responds to the
-# edges of the line, above 0 on its left and below 0 on its right. The bound is 0.2, 156 sites.
+# `select=` has three answers. A filter with both signs shows the difference: it responds to the edges of
+# the line, above 0 on the left and below 0 on the right. The bound is 0.2, 156 sites.
 #
 # - `"positive"`, the default: responses above 0. This contains the ReLU. It may leave slots empty.
 # - `"value"`: the largest values, whatever their sign.
@@ -120,13 +120,13 @@ for axis, select in zip(axes[1:], ("positive", "value", "magnitude"), strict=Tru
     ilajax.plot(responses, kept, ax=axis, title=f'"{select}"')
 
 # %% [markdown]
-# `"value"` takes the same responses as `"positive"` first. Then it fills the slots that are left with
-# the negative responses nearest to 0, the weakest there are. A ReLU behind it would drop them again,
-# which is why the default has the ReLU in it. `"magnitude"` keeps both edges of the line.
+# `"value"` first takes the same responses as `"positive"`. Then it fills the remaining slots with the
+# negative responses nearest to 0, the weakest of all. A ReLU after it would drop them again, which is why
+# the default contains the ReLU. `"magnitude"` keeps both edges of the line.
 #
 # ## Do all channels keep the same sites?
 #
-# No. The selection looks at each channel alone. Four filters, four directions, a bound of 0.05 each:
+# No. Each channel is selected separately. Four filters, four directions, and a bound of 0.05 for each:
 
 # %%
 directions = np.stack([sobel, -sobel, sobel.T, -sobel.T], axis=-1)[:, :, None]
@@ -140,13 +140,13 @@ union = np.unique(stored[stored < sites]).size
 print(f"{int(channels.counts.sum())} entries stored, on {union} different sites")
 
 # %% [markdown]
-# One list of sites for all channels would have to hold the union of them, with a value for each
-# channel at each site.
+# A single list of sites for all channels would have to hold the union, with a value for each channel at
+# each site.
 #
-# ## And if two responses are equally strong?
+# ## What if two responses are equally strong?
 #
-# The one with the lower key is kept: the one that comes first, row by row. Nothing is drawn by lot, so
-# that the same input gives the same output. A square whose 64 sites all hold a 1, of which 20 may stay:
+# The one with the lower key is kept: the one that comes first, row by row. Nothing is random, so the same
+# input gives the same output. Here is a square whose 64 sites all hold a 1, and 20 of them may stay:
 
 # %%
 ones = np.zeros((1, 12, 12, 1), np.float32)
@@ -158,8 +158,8 @@ ilajax.plot(square, ilajax.k_select(square, 20), ax=axis, title="20 of 64 equal 
 # %% [markdown]
 # ## What happens from layer to layer?
 #
-# Six layers of eight channels with random weights, as a network has before training. Without a bound
-# every response above 0 is stored; with one the density cannot rise above it.
+# Take six layers of eight channels with random weights, as in a network before training. Without a bound,
+# every response above 0 is stored; with one, the density cannot exceed it.
 
 # %%
 rng = np.random.default_rng(0)
@@ -177,7 +177,7 @@ def stack(axes):
 
 
 def densities(x, filters, bound):
-    """Of the input and behind each layer, a mean over the channels; and the last map."""
+    """The mean density over channels of the input and after each layer; and the last map."""
     found, capacity = [x.density.mean()], ilajax.capacity(bound, x.spatial_shape)
     for kernel in filters:
         x = ilajax.conv(x, kernel, capacity=capacity).features
@@ -195,19 +195,19 @@ axis.set(xlabel="layers passed", ylabel="density", ylim=(0, None))
 axis.legend(frameon=False)
 
 # %% [markdown]
-# A ReLU drops about half of the responses, so that a layer of a network fills the map more slowly than a
-# blur. Without a bound it fills all the same. What is left of the digit behind the sixth layer, in the
-# first of its eight channels?
+# A ReLU drops about half of the responses, so a layer of a network fills the map more slowly than a blur
+# does. Without a bound the map still fills. What is left of the digit after the sixth layer, in the first
+# of its eight channels?
 
 # %%
 for axis, (name, x) in zip(panels(4), last.items(), strict=True):
     ilajax.plot(x, channel=0, ax=axis, title=name)
 
 # %% [markdown]
-# ## And in three dimensions?
+# ## What happens in three dimensions?
 #
-# There it matters most: a filter of 3 x 3 x 3 spreads each voxel over 27. A torus, sampled in 20,000
-# points, on 32^3 voxels, passes through one blur; a bound of 0.04 keeps 1,310 of the responses.
+# A bound matters most here: a filter of 3 x 3 x 3 spreads each voxel over 27. A torus of 20,000 points on
+# 32^3 voxels is blurred once; a bound of 0.04 keeps 1,310 of the responses.
 
 # %%
 around, tube = rng.uniform(0, 2 * np.pi, (2, 20_000))
@@ -229,7 +229,7 @@ for axis, (name, x) in zip(panels(3, rank=3, height=3.6), maps.items(), strict=T
     axis.view_init(elev=40, azim=-70)
 
 # %% [markdown]
-# Where was it that the selection cut? That does not show from outside. A section through the middle:
+# Where did the selection cut? The outside does not show it, but a section through the middle does:
 
 
 # %%
@@ -248,12 +248,12 @@ for axis in axes:
     axis.set(xlabel="axis 0", ylabel="axis 2", yticks=[])
 
 # %% [markdown]
-# What lies off the surface is cut first, on both sides of it. A bound of 0.04 is less than the surface
-# itself has, so that parts of it go too.
+# Sites off the surface are cut first, on both sides of it. A bound of 0.04 is less than the density of the
+# surface itself, so parts of it are cut too.
 #
-# From layer to layer, with a bound of 0.04 and without one; below the torus, as many voxels at random
-# places. How fast a map fills in depends on how its sites lie: on a surface, many sites reach the same
-# neighbours.
+# The table shows the density from layer to layer, with a bound of 0.04 and without one, for the torus and
+# for the same number of voxels at random places. How fast a map fills in depends on the shape of the data:
+# on a surface, many sites reach the same neighbours.
 
 # %%
 scattered = np.zeros(32**3, np.float32)
@@ -270,9 +270,9 @@ for bound in (1.0, 0.04):
 # %% [markdown]
 # ## Which inputs get a gradient?
 #
-# Gradients start at the responses that were kept and flow to stored inputs only (equation 3 of the
-# paper). So a pixel of the digit gets one if a kept response lies within reach of the filter, and an
-# empty site never does. Below, "kept" is a pixel with a gradient, "cut" one without.
+# Gradients start at the kept responses and flow to stored inputs only (equation 3 of the paper). So a
+# pixel of the digit gets a gradient if a kept response is within reach of the filter, and an empty site
+# never gets one. Below, "kept" is a pixel with a gradient, and "cut" is one without.
 
 
 # %%
@@ -290,7 +290,7 @@ for axis, bound in zip(panels(3), (0.005, 0.02, 0.1), strict=True):
     print(f"bound {bound}: a gradient reaches {count} of {stored} pixels")
 
 # %% [markdown]
-# In a dense network it would reach every site that a response depends on, empty or not:
+# In a dense network, the gradient would reach every site that a response depends on, empty or not:
 
 
 # %%
@@ -304,5 +304,5 @@ of_sites = np.asarray(jax.jit(jax.grad(dense_energy))(ilajax.to_dense(digit)))
 print(f"dense: a gradient reaches {np.count_nonzero(of_sites)} of {sites} sites")
 
 # %% [markdown]
-# This is the trade. A low bound saves memory and time, but in each step fewer inputs tell the filters
-# what to learn. How much accuracy which bound costs on MNIST, `python -m experiments.mnist` measures.
+# This is the trade-off. A low bound saves memory and time, but the filters learn from fewer inputs in each
+# step. `python -m experiments.mnist` measures how much accuracy each bound costs on MNIST.

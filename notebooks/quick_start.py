@@ -15,8 +15,8 @@
 #
 # A sparse tensor, a convolution that keeps it sparse, gradients, and a small network that learns.
 #
-# `jupytext --to notebook notebooks/quick_start.py` makes a notebook of this file; Jupyter with
-# jupytext opens it as it is.
+# `jupytext --to notebook notebooks/quick_start.py` turns this file into a notebook. Jupyter with jupytext
+# opens it directly.
 
 # %%
 import gzip
@@ -32,10 +32,10 @@ from flax import nnx
 import ilajax
 
 # %% [markdown]
-# ## Data that is mostly nothing
+# ## Data that is mostly empty
 #
-# A handwritten digit is a line on an empty page. The repository ships 10,000 of them; any array
-# `[batch, *grid, channels]` will do, in one to four dimensions.
+# A handwritten digit is a line on an empty page. The repository contains 10,000 of them. Any array
+# `[batch, *grid, channels]` with one to four spatial axes will do.
 
 # %%
 root = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "experiments").is_dir())
@@ -48,9 +48,9 @@ labels = np.frombuffer(classes, np.uint8)[:2048].astype(np.int32)
 images.shape, float((images > 0).mean())
 
 # %% [markdown]
-# `from_dense` stores the non-zero pixels: for each sample and channel a list of at most `capacity`
-# keys (positions in the grid) with their values. The shape of the list is fixed, so the tensor passes
-# through `jit`, `vmap` and `scan` like any array.
+# `from_dense` stores the non-zero pixels: for each sample and channel, a list of at most `capacity` keys
+# (positions in the grid) with their values. The shape of the list is fixed, so the tensor goes through
+# `jit`, `vmap` and `scan` like any array.
 
 # %%
 x = ilajax.from_dense(images[:4], capacity=300)
@@ -58,7 +58,8 @@ print(x.counts.ravel(), x.density.ravel())
 x
 
 # %% [markdown]
-# Points become a sparse tensor without a dense array in between. All channels then share one support.
+# Points become a sparse tensor without a dense array in between. All channels then share one list of
+# sites, their support.
 
 # %%
 points = np.array([[0, 0, 0], [5, 6, 7], [5, 6, 7]])
@@ -71,9 +72,9 @@ print(cloud, cloud.counts)
 # %% [markdown]
 # ## Convolution, and what it does to sparsity
 #
-# Every convolution reaches a site further: the map fills in. A density bound keeps the strongest
-# responses of each channel only, which the paper calls attention. `select="positive"`, the default,
-# drops what is not above 0: the ReLU is included.
+# Every convolution reaches one site further: the map fills in. A density bound keeps only the strongest
+# responses of each channel, which the paper calls attention. `select="positive"`, the default, drops
+# whatever is not above 0, so the ReLU is included.
 
 # %%
 kernel = ilajax.SparseKernel.from_dense(jnp.ones((3, 3, 1, 1)) / 9)
@@ -89,7 +90,7 @@ for axis, (title, tensor) in zip(axes, panels.items(), strict=True):
     ilajax.plot(tensor, ax=axis, title=f"{title}: {float(tensor.density[0, 0]):.1%}")
 
 # %% [markdown]
-# `responses` counts the candidates before the selection: more than the capacity means that it cut.
+# `responses` counts the candidates before the selection. If there are more than the capacity, it cut.
 
 # %%
 responses.ravel(), bounded.capacity
@@ -104,9 +105,9 @@ ilajax.plot(before, ilajax.k_select(before, ilajax.capacity(0.095, (28, 28))))
 # %% [markdown]
 # ## Gradients
 #
-# They flow from the kept outputs to the stored inputs and the live weights, and nowhere else
-# (equation 3 of the paper): every gradient has the shape of what it belongs to. Keys are integers, so
-# one differentiates with respect to values.
+# Gradients flow from the kept outputs to the stored inputs and the live weights, and nowhere else
+# (equation 3 of the paper). So every gradient has the shape of what it belongs to. Keys are integers:
+# differentiate with respect to values.
 
 
 # %%
@@ -122,9 +123,9 @@ print(of_weights.shape, of_values.shape)
 # %% [markdown]
 # ## A network
 #
-# `ilajax.nn.Conv` is a Flax NNX module like any other, and mixes with Flax's own. `sparse_training`
-# puts an Optax optimizer between a regulariser, which pushes the layers' densities towards their
-# bounds, and pruning, which removes filter weights that stay small for two epochs.
+# `ilajax.nn.Conv` is a Flax NNX module like any other, and mixes with Flax's own. `sparse_training` wraps
+# an Optax optimizer. A regulariser before it pushes the layers' densities towards their bounds, and
+# pruning after it removes filter weights that are small at the ends of two epochs in a row.
 
 
 # %%
@@ -167,7 +168,7 @@ for _ in range(4):
 losses[0], np.mean(losses[-10:])
 
 # %% [markdown]
-# The layers measured how dense their responses were, before the selection. Pruning has left a part of
+# The layers have measured how dense their responses were before the selection. Pruning has removed some of
 # their weights.
 
 # %%
@@ -187,5 +188,5 @@ print(f"{accuracy:.1%} of {len(labels) - 1792} digits that it has not seen")
 
 # %% [markdown]
 # Next: `k_selection.py` shows in pictures what a bound keeps. `python -m experiments.mnist` trains the
-# paper's network under several bounds beside its dense twin, with pruning and the density regulariser
-# on request.
+# paper's network under several bounds, and its dense twin; pruning and the density regulariser are
+# optional.

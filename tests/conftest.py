@@ -10,15 +10,24 @@ os.environ.setdefault(
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
 )
 
+import beartype
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 
 from ilajax.ffi import routes
+from ilajax.ops import conv, convert, k_select, pool, submanifold, weights
 
 if not routes.native_platforms():
     # Where no kernel could be built, tests run on the reference, and it is no surprise.
     os.environ.setdefault("ILAJAX_BACKEND", "reference")
+
+# Shapes in annotations (ilajax/ops/_shapes.py) hold in every test.
+for module in (conv, convert, k_select, pool, submanifold, weights):
+    for name, function in vars(module).items():
+        if any(hasattr(a, "dim_str") for a in getattr(function, "__annotations__", {}).values()):
+            setattr(module, name, jaxtyping.jaxtyped(function, typechecker=beartype.beartype))
 
 # The same examples in every run, however slow the machine is.
 hypothesis.settings.register_profile("ilajax", deadline=None, database=None, derandomize=True)

@@ -79,7 +79,7 @@ def test_usual_windows_run_on_every_device(of, shape, channels):
 def test_large_windows_need_a_large_device():
     """Catches a limit that does not ask the device, and a reason that does not say what is missing."""
     large = (13, 13, 13)
-    assert limit(forward, GAMING, large) == "needs 130 KB of shared memory, the device has 99 KB"
+    assert limit(forward, GAMING, large) == "needs 129 KB of shared memory, the device has 99 KB"
     assert limit(forward, A100, large) == limit(forward, H100, large) == ""
     assert limit(backward, GAMING, large) == ""
     larger = limit(backward, GAMING, (17, 17, 17))

@@ -170,7 +170,7 @@ def test_a_target_has_its_files(target, handler):
     assert handler == camel_case(stem) + direction.capitalize()
 
     assert defines(KERNELS / stem / "cpu.cc", "CPU", handler)
-    assert f"struct {handler} {{" in (KERNELS / stem / "spec.h").read_text()
+    assert f"ILAJAX_CALL({handler}, " in (KERNELS / stem / "spec.h").read_text()
 
     ops = [
         path for path in (ROOT / "ilajax" / "ops").glob("*.py") if f'"{target}"' in path.read_text()

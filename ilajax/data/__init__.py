@@ -1,4 +1,4 @@
-"""From raw data to batches, in NumPy alone: for the workers of a data loader."""
+"""From raw data to batches, in NumPy only: for the workers of a data loader."""
 
 from ilajax.data.meshes import mesh_voxels
 from ilajax.data.voxelize import Voxels, voxelize

@@ -1,4 +1,4 @@
-"""Where positions lie on a grid, in voxels: for clouds and for meshes alike."""
+"""Positions in units of voxels, for clouds and for meshes."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,9 +7,9 @@ import numpy as np
 
 
 class Spacing(NamedTuple):
-    """How a grid lies in space: the edge of a voxel and the lower corner, float64[d, 1] each or None.
+    """The place of a grid: the edge of a voxel and the lower corner, each float64[d, 1] or None.
 
-    Without an edge each set of points is scaled into the grid; without a corner its minimum is taken.
+    Without an edge, each set of points is scaled into the grid; without a corner, its minimum is used.
     """
 
     edge: np.ndarray | None
@@ -19,7 +19,7 @@ class Spacing(NamedTuple):
 def spacing(
     voxel_size: float | Sequence[float] | None, origin: Sequence[float] | None, rank: int
 ) -> Spacing:
-    """Checks what a caller says about the grid."""
+    """Checks the arguments about the grid."""
     if voxel_size is None:
         if origin is not None:
             raise ValueError(
@@ -69,7 +69,7 @@ def in_voxels(points: np.ndarray, spatial_shape: tuple[int, ...], grid: Spacing)
         return (points - (low if grid.corner is None else grid.corner)) / grid.edge
     extent = column(spatial_shape)
     box = points.max(axis=1, keepdims=True) - low
-    edge = (box / extent).max() or 1.0  # all points in one place: in the middle of the grid
+    edge = (box / extent).max() or 1.0  # if all points are in one place: the middle of the grid
     return ((points - low) / edge + (extent - box / edge) / 2).clip(0, extent)
 
 

@@ -1,4 +1,4 @@
-"""Triangle meshes to voxels: which voxels a surface meets. NumPy alone: any worker process may run it."""
+"""Triangle meshes to voxels: which voxels a surface meets. NumPy only: any worker process may run it."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -8,11 +8,11 @@ import numpy as np
 from ilajax.data._place import axes_first, column, in_voxels, spacing
 from ilajax.geometry import check_spatial_shape
 
-# Memory: as many triangles are prepared at once, and as many (triangle, cell) pairs are tested at once.
+# For memory: triangles that are prepared at once, and (triangle, cell) pairs that are tested at once.
 _TRIANGLES = 1 << 14
 _PAIRS = 1 << 15
 _KEYS = 1 << 21  # found keys that may wait until repeated ones are dropped
-_FARTHEST = 2.0**40  # voxels from the grid: there float64 tells 1/4096 of a voxel
+_FARTHEST = 2.0**40  # voxels from the grid, where float64 still resolves 1/4096 of a voxel
 
 
 def mesh_voxels(
@@ -25,18 +25,17 @@ def mesh_voxels(
 ) -> np.ndarray:
     """The voxels that the surface of a triangle mesh meets.
 
-    These are the voxels `floor((p - origin) / voxel_size)` of all points p of all triangles: a voxel owns
-    its lower borders, not its upper ones, and one that a triangle touches in a single point that it owns is
-    met. A triangle without an area counts as the segment or the point that it is. Faces need no order, no
-    orientation, and no neighbours. What is inside of a closed surface is not filled.
+    These are the voxels `floor((p - origin) / voxel_size)` of all points p of all triangles. A voxel owns its
+    lower borders, not its upper ones; it is met even if a triangle touches it in a single point that it owns.
+    A triangle without an area counts as the segment or the point that it is. Faces need no order, no
+    orientation, and no neighbours. The inside of a closed surface is not filled.
 
     Each triangle starts with a block of 2 x 2 x 2 cells that covers it. Cells that it meets are split in 8,
-    down to single voxels. The test of a triangle against a cell is the one of separating axes [1], with
-    borders that belong to one side. It is computed in float64, so within rounding error of a border either
-    side may get the voxel; where coordinates in voxels are multiples of 1/64, in a grid of up to 1024, it is
-    exact.
+    down to single voxels. A triangle is tested against a cell by separating axes [1], where each border
+    belongs to one side. The test is in float64, so within rounding error of a border either side may get the
+    voxel. It is exact if coordinates in voxels are multiples of 1/64, in a grid of up to 1024.
 
-    It needs NumPy alone. Time goes with the number of triangles and of voxels that they meet, not with the
+    It needs only NumPy. Time depends on the number of triangles and of the voxels that they meet, not on the
     sites of the grid.
 
     Args:
@@ -45,16 +44,17 @@ def mesh_voxels(
       spatial_shape: the grid, 3 axes, in the order of the columns of `vertices`.
       voxel_size: edge of a voxel, in the unit of the vertices: one number, or one for each axis. By default
         the surface is scaled into the grid as `voxelize` scales a cloud: its box reaches from border to
-        border, and what lies on an upper border belongs to the last voxel.
+        border, and what is on an upper border belongs to the last voxel.
       origin: lower corner of the grid, one number for each axis; by default the minimum of the surface.
-        Only with `voxel_size`. What lies outside of the grid is left out.
+        Only with `voxel_size`. Whatever is outside the grid is left out.
 
     Returns:
-      int32[M, 3], the coordinates of the voxels in ascending order of their keys, each once. No faces: M = 0.
+      int32[M, 3], the coordinates of the voxels in ascending order of their keys, without repeats; M = 0 if
+      there are no faces.
 
     Raises:
       TypeError, ValueError: if an argument has a wrong type, shape or value, a position is NaN or infinite,
-        or a face names a vertex that there is not.
+        or a face names a vertex that does not exist.
 
     References:
       [1] Akenine-Möller, Fast 3D triangle-box overlap testing, 2001.
@@ -66,7 +66,7 @@ def mesh_voxels(
       >>> len(voxels), voxels[:2].tolist()
       (13, [[0, 0, 0], [0, 1, 0]])
 
-      Several meshes make a batch as clouds of the centres of their voxels, `voxels + 0.5`, in the same grid:
+      Several meshes make a batch as clouds: the centres of their voxels, `voxels + 0.5`, in the same grid.
 
       >>> batch = ilajax.data.voxelize([voxels + 0.5], capacity=16, **grid)
       >>> batch.tensor.values[0].sum()
@@ -84,7 +84,7 @@ def mesh_voxels(
             f"voxel_size {voxel_size!r} puts a vertex {np.abs(points).max():.3g} voxels away from the "
             f"origin, too far to be exact. Use larger voxels, or drop such vertices and their faces."
         )
-    # A surface that is scaled into the grid may lie on its upper borders, as in one more layer of voxels.
+    # A surface that is scaled into the grid may touch its upper borders, as in one more layer of voxels.
     extent = column(spatial_shape)
     reach = extent + 1 if grid.edge is None else extent
     found, waiting = [np.zeros(0, np.int64)], 0
@@ -122,7 +122,7 @@ def _checked_faces(faces: Any, vertices: int) -> np.ndarray:
 
 
 def _used(points: np.ndarray, corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The points that a face uses, and the faces with the numbers that these have now."""
+    """The points that a face uses, and the faces with the new numbers of these points."""
     used = np.zeros(points.shape[1], bool)
     used[corners] = True
     if used.all():
@@ -131,7 +131,7 @@ def _used(points: np.ndarray, corners: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _distinct(keys: list[np.ndarray]) -> np.ndarray:
-    """All keys, sorted, each once."""
+    """All keys, sorted, without repeats."""
     keys_sorted = np.sort(np.concatenate(keys))
     return keys_sorted[np.diff(keys_sorted, prepend=-1) > 0]
 
@@ -156,7 +156,7 @@ def _met(triangles: np.ndarray, extent: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _pieces(low: np.ndarray, high: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Triangles of a piece start with cells of the same edge, 2 ** level, and meet not too many voxels.
+    """Splits triangles into pieces that start with cells of one edge, 2 ** level, and do not meet too many.
 
     Yields:
       The level at which 2 x 2 x 2 cells cover each triangle, and the triangles' indices.
@@ -175,11 +175,11 @@ def _pieces(low: np.ndarray, high: np.ndarray) -> Iterator[tuple[int, np.ndarray
 
 
 class _HalfSpaces(NamedTuple):
-    """What bounds the places of the unit cells that triangles meet, beside the triangles' boxes.
+    """What bounds the places of the unit cells that triangles meet, apart from the triangles' boxes.
 
-    The Minkowski sum of a triangle and a cell is cut out by half-spaces: a cell with the lower corner c is
-    met only where `normal . c <= top` for all of them. Those of three edges in a projection along an axis
-    have a normal without that axis. A cell is open above: where its farthest corner is not its own, the
+    The Minkowski sum of a triangle and a cell is an intersection of half-spaces: a cell with the lower corner
+    c is met only if `normal . c <= top` for all of them. Those of three edges in a projection along an axis
+    have a normal without that axis. A cell is open above: if its farthest corner is not its own, the
     inequality is strict, and `top` is the next float below.
 
     Attributes:
@@ -199,7 +199,7 @@ def _half_spaces(triangles: np.ndarray) -> _HalfSpaces:
     for axis in range(3):
         u, v = _others(axis)
         # Outwards: to the right of the edge, if the triangle's projection on (u, v) turns to the left. For a
-        # projection without an area either way is right, as edges go forth and back.
+        # projection without an area both are right, as edges go back and forth.
         turn = np.where((normal[axis] < 0) == (axis == 1), 1.0, -1.0)
         nu, nv = turn * edge[v], -turn * edge[u]
         farthest = nu * triangles[u] + nv * triangles[v]
@@ -221,7 +221,7 @@ def _top(farthest: np.ndarray, reach: np.ndarray) -> np.ndarray:
         The corner that does so is not the cell's own, unless it is c.
     """
     top = farthest - reach
-    # Just below 0 there are subnormal numbers, which a processor may be set to take for 0.
+    # Just below 0 there are subnormal numbers, which a processor may be set to treat as 0.
     below = np.nextafter(top - np.finfo(np.float64).tiny, -np.inf)
     return np.where(reach < 0, below, top)
 
@@ -237,12 +237,12 @@ def _split(
     halves: _HalfSpaces,
     box: tuple[np.ndarray, ...],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of the 2 x 2 x 2 cells of blocks those that the triangle meets.
+    """Those of the 2 x 2 x 2 cells of each block that its triangle meets.
 
     Args:
-      triangle: int[P], of each pair.
+      triangle: int[P], the triangle of each pair.
       block: int[3, P], the lowest cell of each pair's block.
-      halves: of all triangles.
+      halves: the half-spaces of all triangles.
       box: the lowest and the highest cell of each triangle's box, int[3, T].
 
     Returns:

@@ -16,12 +16,12 @@ class Voxels(NamedTuple):
 
     Attributes:
       tensor: the features of each voxel, one shared support, NumPy arrays. Sample i is cloud i.
-      slots: for each cloud an int32[N_i], the slot of each point's voxel; -1 where the point lies outside
-        the grid or its voxel did not fit. Of the others `tensor.values[i][:, slots[i]]` are the features.
-      labels: int32[B, K], the label of most points of a voxel, of several the lowest; -1 in padding and
-        where no point has a label. None where no labels were given.
+      slots: for each cloud an int32[N_i], the slot of each point's voxel; -1 if the point is outside the
+        grid or its voxel did not fit. The features of the others are `tensor.values[i][:, slots[i]]`.
+      labels: int32[B, K], the most frequent label of the points of a voxel, the lowest one in a tie; -1 in
+        padding and if no point has a label. None if no labels were given.
       overflow: int32[B], voxels that did not fit into the capacity; those with the lowest keys stayed.
-      outside: int32[B], points that lay outside the grid.
+      outside: int32[B], points outside the grid.
     """
 
     tensor: SparseTensor
@@ -44,18 +44,17 @@ def voxelize(
 ) -> Voxels:
     """Puts clouds of any number of points on a grid, as one batch of fixed shape.
 
-    A point p lies in the voxel `floor((p - origin) / voxel_size)`, computed in float64. Without a
-    `voxel_size` each cloud chooses its own, the same on every axis: the largest at which its box reaches
-    from border to border of the grid, with the cloud in the middle. Points on the upper border then belong
-    to the last voxel, and none lies outside.
+    A point p is in the voxel `floor((p - origin) / voxel_size)`, computed in float64. Without a `voxel_size`,
+    each cloud has its own, the same on every axis: the smallest at which the cloud fits into the grid, with
+    the cloud in the middle. Points on an upper border then belong to the last voxel, and none is outside.
 
-    It needs NumPy alone and takes milliseconds, so it can run in forked and in spawned workers. Look at
+    It needs only NumPy and takes milliseconds, so it can run in forked and in spawned workers. Look at
     `overflow` and `outside`: they count what the capacity and the grid cut off.
 
     Args:
       clouds: arrays float[N_i, d] of positions; a cloud without points is an empty sample.
       features: arrays float32, bfloat16 or float16 [N_i, C], one for each cloud; by default a 1 for each
-        point, so that every occupied voxel holds a 1 (with reduce="sum" its number of points).
+        point, so every occupied voxel holds a 1 (with reduce="sum" its number of points).
       spatial_shape: the grid, d axes.
       capacity: slots of each sample.
       voxel_size: edge of a voxel, in the unit of the clouds: one number, or one for each axis.
@@ -135,7 +134,7 @@ def voxelize(
 
 
 def _joined(argument: str, parts: Sequence[Any], sizes: list[int], axes: str) -> np.ndarray:
-    """The parts one behind the other; each must have a row for each point of its cloud."""
+    """The parts, concatenated; each must have a row for each point of its cloud."""
     arrays = [np.asarray(part) for part in parts]
     if len(arrays) != len(sizes):
         raise ValueError(
@@ -153,7 +152,7 @@ def _joined(argument: str, parts: Sequence[Any], sizes: list[int], axes: str) ->
 
 
 def _check_features(features: np.ndarray, sample: np.ndarray) -> None:
-    # Only NaN differs from itself; of strings, which are refused later, isnan may not be asked.
+    # Only NaN differs from itself; isnan fails on strings, which are rejected later.
     nan = (features != features).any(axis=1)
     if nan.any():
         row = int(np.argmax(nan))
@@ -167,7 +166,7 @@ def _check_features(features: np.ndarray, sample: np.ndarray) -> None:
 def _majority(
     labels: np.ndarray, sample: np.ndarray, slots: np.ndarray, shape: tuple[int, int]
 ) -> np.ndarray:
-    """The label of most points of each slot, int32[B, K]."""
+    """The most frequent label of each slot, int32[B, K]."""
     if labels.size and not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(f"labels must be integers, got {labels.dtype}.")
     if labels.size and (labels.min() < -1 or labels.max() >= 2**31 - 1):

@@ -1,7 +1,7 @@
-"""The dense convolution of the blocks behind the sparse ones.
+"""The dense convolution of the blocks after the sparse ones.
 
-XLA's own takes two to three times as long on the CPU as one matrix product over patches
-(docs/performance.md), and with few sites left the patches are small. Everywhere else XLA's is used.
+On the CPU one matrix product over patches is faster than XLA's own convolution, and with few sites left the
+patches are small. Everywhere else XLA's is used.
 """
 
 import itertools

@@ -35,9 +35,9 @@ class Architecture(NamedTuple):
     dense: tuple[int, ...] = ()
 
 
-# "24" is the paper's name of the network for the 28 x 28 pixels of MNIST. The bounds are the appendix's. For
-# 16^3 and 24^2 it tries several: these are the strictest that cost it no accuracy. For 256^3 it has none:
-# those of 128^3 hold one block later, and a surface meets half as large a share of the sites as there.
+# "24" is the paper's name for the network on the 28 x 28 pixels of MNIST. The bounds are the appendix's. For
+# 16^3 and 24^2 it tries several; these are the strictest without a loss of accuracy. It has none for 256^3,
+# which takes those of 128^3, one block later: a surface meets half as large a share of the sites there.
 TABLE_2 = {
     16: Architecture((16,) * 3, (8, 16), (0.33, 0.33)),
     24: Architecture((28,) * 2, (8, 16), (0.095, 0.19)),
@@ -54,12 +54,12 @@ class Layer(NamedTuple):
     """A line of `OctNet3.summary()`.
 
     Attributes:
-      name: the path of its module, or of what happens between modules.
-      shape: of its output for one sample, (*S, C) or (C,).
-      density_bound: share of the sites that a channel may store; None where there is no bound.
-      capacity: slots of each channel; None: the output is dense.
-      parameters: weights and biases.
-      bytes: of the output's keys and values for one sample, or of the dense array.
+      name: the path of its module, or what happens between modules.
+      shape: shape of its output for one sample, (*S, C) or (C,).
+      density_bound: share of the sites that a channel may store; None if there is no bound.
+      capacity: slots of each channel; None if the output is dense.
+      parameters: number of weights and biases.
+      bytes: size of the output's keys and values for one sample, or of the dense array.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Stage(NamedTuple):
 
 
 class Block(nnx.Module):
-    """Three convolutions, each with its activation; the first one changes the number of channels."""
+    """Three convolutions, each with its activation; the first changes the number of channels."""
 
     def __init__(
         self, layer: Callable[..., nnx.Module], in_features: int, features: int, activation: Any
@@ -107,13 +107,13 @@ class OctNet3(nnx.Module):
     | 128 | 128^3 | 8, 16, 24 | 0.02, 0.06, 0.14 | 32, 40 |
     | 256 | 256^3 | 8, 16, 24 | 0.01, 0.02, 0.06 | 32, 40, 48 |
 
-    Sparse blocks keep positive responses up to their density bound, which contains the ReLU; the other blocks
-    are Flax's convolutions with a ReLU. Pooling has a window of 2 and as many slots as its input, at most one
-    for each site, so that it never cuts. Then follow dropout, a dense layer of 1024 with a ReLU, and one of
+    Sparse blocks keep positive responses up to their density bound, so they contain the ReLU. The other
+    blocks are Flax's convolutions with a ReLU. Pooling has a window of 2 and as many slots as its input, at
+    most one per site, so it never cuts. Dropout follows, then a dense layer of 1024 with a ReLU, and one of
     `num_classes`.
 
-    `dense=True` gives the equal dense network. Both draw their weights in the same order: the same seed gives
-    the same start, and with bounds of 1 and biases of 0 the same outputs.
+    `dense=True` builds the same network with dense layers. Both draw their weights in the same order: the
+    same seed gives the same start, and with bounds of 1 and biases of 0 the same outputs.
 
     Attributes:
       blocks: list of `Block`, each with conv1, conv2 and conv3; the sparse ones first.
@@ -124,24 +124,24 @@ class OctNet3(nnx.Module):
       resolution: 16, 24, 32, 64, 128 or 256.
       num_classes: number of outputs.
       density_bounds: one bound in (0, 1] for each sparse block; by default those of the table above. For 16^3
-        and 24^2 the paper tries several, and these are the strictest that cost it no accuracy; for 256^3 it
-        has none. Ignored with dense=True.
+        and 24^2 the paper tries several, and these are the strictest without a loss of accuracy; it has none
+        for 256^3. Ignored with dense=True.
       rngs: random streams, `params` and `dropout`.
       dense: whether to build the dense twin.
       dropout: rate of the dropout before the dense layers, in [0, 1).
       in_features: channels of the input.
-      select: the selection of the sparse blocks, see `ilajax.conv`; "value" and "magnitude" get an
-        `ilajax.relu` behind it.
+      select: the selection of the sparse blocks, see `ilajax.conv`; after "value" and "magnitude" comes an
+        `ilajax.relu`.
       kernel_density: share of the sparse blocks' weights that exist at the start, see `ilajax.nn.Conv`.
-      kernel_init: initialiser of all layers with a ReLU behind them. The default, He's, keeps the responses'
-        scale from layer to layer; Flax's own halves their variance each time.
+      kernel_init: initialiser of all layers followed by a ReLU. The default, He's, keeps the responses' scale
+        from layer to layer; Flax's own halves their variance each time.
       axis_name: over which devices the sparse layers measure their densities, see `ilajax.nn.Conv`.
       dtype: dtype of the computation, see `ilajax.nn.Conv`.
       param_dtype: dtype of the parameters.
 
     Call:
-      x: SparseTensor [B, *S, in_features]; the dense twin takes that or the dense array.
-      Returns logits [B, num_classes]. `model.eval()` switches dropout off, `model.train()` on.
+      x: SparseTensor [B, *S, in_features]; the dense twin takes this or a dense array.
+      Returns logits [B, num_classes]. `model.eval()` turns dropout off, and `model.train()` turns it on.
 
     Raises:
       TypeError, ValueError: naming the argument, what it got, and what to do.
@@ -235,7 +235,7 @@ class OctNet3(nnx.Module):
         return features
 
     def layers(self) -> list[Layer]:
-        """What a forward pass goes through: names, shapes, capacities and parameters, as traced by JAX."""
+        """The layers of a forward pass: names, shapes, capacities and parameters, as traced by JAX."""
         structure, state = nnx.split(self)
         shape = (1, *self.input_shape, self.in_features)
         x: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -245,7 +245,7 @@ class OctNet3(nnx.Module):
 
         def trace(state: nnx.State, x: Any) -> None:
             model = nnx.merge(structure, state)
-            model.eval()  # nothing is measured: that may need the axis of a mesh
+            model.eval()  # a measurement may need the axis of a mesh
             for stage in _stages(model):
                 x = stage.call(x)
                 found.append(_layer(stage, x))
@@ -256,8 +256,8 @@ class OctNet3(nnx.Module):
     def summary(self) -> str:
         """A table of the layers: outputs for one sample, bounds, capacities, parameters, bytes.
 
-        A channel stores at most as many entries as it has slots, its capacity. A slot takes a key of 4 bytes,
-        and a value. Parameters are stored weights and biases.
+        The number of slots, the capacity, is the most entries that a channel can store. A slot takes a key of
+        4 bytes, and a value. Parameters are stored weights and biases.
         """
         lines: list[tuple[str, ...]] = [
             ("layer", "output", "bound", "slots", "parameters", "bytes")
@@ -291,7 +291,7 @@ class OctNet3(nnx.Module):
             )
 
 
-# Functions, not methods: `nnx.capture` takes what a module's methods put out for arrays.
+# Functions, not methods: `nnx.capture` takes what a module's methods return for arrays.
 def _stages(model: OctNet3) -> Iterator[Stage]:
     """From the input to the logits."""
     for index, block in enumerate(model.blocks):
@@ -319,7 +319,7 @@ def _activated(conv: Any, activation: Callable[[Any], Any], x: Any) -> Any:
 
 
 def _layer(stage: Stage, x: SparseTensor | jax.Array) -> Layer:
-    """The line of a stage that puts out x, a batch of one."""
+    """The line of a stage whose output is x, a batch of one."""
     parameters = jax.tree.leaves(nnx.state(stage.module, nnx.Param)) if stage.module else []
     return Layer(
         stage.name,

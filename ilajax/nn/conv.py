@@ -21,71 +21,71 @@ Initializer = Callable[..., jax.Array]
 
 
 class KernelKeys(nnx.Variable):
-    """Keys of a `Conv`'s stored weights, int32[N]; not trained, but part of a checkpoint."""
+    """Keys of a `Conv`'s stored weights, int32[N]; they are not trained, but belong in a checkpoint."""
 
 
 class Density(nnx.Variable):
-    """Response density of each output channel as a `Conv` measured it last, float32[Cout]; -1 until then."""
+    """Response density of each output channel, float32[Cout], as last measured by a `Conv`; -1 until then."""
 
 
 class Conv(nnx.Module):
     """Sparse convolution that keeps the strongest responses up to a density bound.
 
-    Of each sample and output channel at most `ilajax.capacity(density_bound, output grid)` responses are
-    kept, so that memory and time are known at compile time. The bound applies to this layer's output, never
-    to its input. With the default `select="positive"` only responses above 0 are kept: **the layer contains
-    its ReLU**, and no activation follows it.
+    For each sample and output channel, at most `ilajax.capacity(density_bound, output grid)` responses are
+    kept, so memory is known at compile time. The bound applies to this layer's output, never to its input.
+    With the default `select="positive"` only responses above 0 are kept: **the layer contains its ReLU**, and
+    needs no activation after it.
 
-    The weights are a list of the live ones (see `ilajax.SparseKernel`); no gradient ever reaches a removed
-    weight. They start as those of `flax.nnx.Conv` do: the same `rngs` gives the same filter.
+    The layer stores a list of its live weights (see `ilajax.SparseKernel`); no gradient ever reaches a
+    removed weight. Weights start like those of `flax.nnx.Conv`: the same `rngs` gives the same filter.
 
     Every call in training measures the share of output sites that had a response before the selection, for
     each output channel, as a mean over the batch (under `shard_map` and `vmap`: over the device's part of it,
-    unless `axis_name` says otherwise). `ilajax.optim.density_biased_l2` learns from it. After `model.eval()`
-    nothing is measured, until `model.train()`. The measurement leaves through Flax's transformations
-    (`nnx.jit`, `nnx.grad`, `nnx.scan`, `nnx.remat`, ...), as the statistics of `nnx.BatchNorm` do. A plain
-    JAX transformation that closes over the layer has no way out for it: then `density` keeps its old value.
-    With a functional `jax.grad`, use `nnx.merge(..., copy=True)` and return
-    `nnx.state(model, ilajax.nn.Density)` beside the loss.
+    unless `axis_name` says otherwise). `ilajax.optim.density_biased_l2` uses it. After `model.eval()` nothing
+    is measured until `model.train()`. Flax's transformations (`nnx.jit`, `nnx.grad`, `nnx.scan`, `nnx.remat`,
+    ...) pass the measurement on, like the statistics of `nnx.BatchNorm`. A plain JAX transformation that
+    closes over the layer cannot: `density` then keeps its old value. With a functional `jax.grad`, use
+    `nnx.merge(..., copy=True)` and return `nnx.state(model, ilajax.nn.Density)` with the loss.
 
     Attributes:
       kernel: `nnx.Param`, values of the stored weights, float[N].
       kernel_keys: `KernelKeys`, their keys, int32[N]; see `ilajax.SparseKernel`.
       bias: `nnx.Param`, float[Cout], or None.
-      density: `Density`, float32[Cout]; -1 until the first measurement. Above the bound, the selection cut.
+      density: `Density`, float32[Cout]; -1 until the first measurement. If it is above the bound, the
+        selection cut.
       kernel_shape: (*window, Cin, Cout).
 
     Args:
       in_features: channels of the input, Cin.
       out_features: channels of the output, Cout.
       kernel_size: the window; an integer means a one-dimensional one, as in Flax.
-      density_bound: the largest share of output sites that each channel may store, in (0, 1]; required under
-        support="dilate", not taken under support="input".
+      density_bound: the largest share of output sites that each channel may store, in (0, 1]; required with
+        support="dilate", not accepted with support="input".
       strides: steps between output sites; one integer or one for each axis.
       padding: "SAME", "VALID", or a (low, high) pair for each axis.
       kernel_dilation: steps between taps; one integer or one for each axis.
       use_bias: whether non-zero responses get a bias.
       select: which responses are kept, "positive" (the default), "value" or "magnitude"; see `ilajax.conv`.
-        Not taken under support="input", where all are kept and an activation is `x.map(nnx.relu)`. The
-        density regulariser works through the ReLU, thus with "positive".
+        Not accepted with support="input", where all are kept and an activation is `x.map(nnx.relu)`. The
+        density regulariser works through the ReLU, so it needs "positive".
       support: "dilate", the paper's convolution, or "input", a submanifold convolution on a shared support.
-      kernel_density: share of the weights that exist at the start, in (0, 1]; below 1 a random subset of
-        max(1, round(kernel_density * size)) weights, and the list has that length.
+      kernel_density: share of the weights that exist at the start, in (0, 1]. Below 1 these are a random
+        subset of max(1, round(kernel_density * size)) weights, and the list has that length.
       kernel_init: initialiser of the full filter, of shape `kernel_shape`.
       bias_init: initialiser of the bias.
       dtype: dtype of the computation: the input is cast to it, weights and bias are rounded to it, and the
-        output has it. None: what they promote to. Sums are in float32 in any case, and so are the gradients
+        output has it. None: the dtype they promote to. Sums are always in float32, and so are the gradients
         of weights and bias: those of float32 parameters are never rounded to `dtype`.
       param_dtype: dtype of the parameters: float32, bfloat16 or float16.
-      use_running_average: whether `density` stays as it is, instead of being measured. `model.eval()` and
+      use_running_average: whether `density` keeps its value instead of being measured. `model.eval()` and
         `model.train()` set it, as they do for `nnx.BatchNorm`.
-      axis_name: the axis of `shard_map` or `vmap` (or a tuple of axes) over which the density is a mean too,
+      axis_name: the axis of `shard_map` or `vmap` (or a tuple of axes) over which to average the density too,
         as in `nnx.BatchNorm`. Under `jit` alone the batch is whole, and none is needed.
-      rngs: random streams; `rngs.params` is drawn from as by `flax.nnx.Conv`.
+      rngs: random streams; `rngs.params` is used as in `flax.nnx.Conv`.
 
     Call:
       x: SparseTensor [B, *S, Cin].
-      use_running_average: takes precedence over the layer's own, unless None.
+      use_running_average: overrides the layer's own, unless None.
 
       Returns the features, a SparseTensor [B, *S', Cout].
 
@@ -169,7 +169,7 @@ class Conv(nnx.Module):
 
     @property
     def sparse_kernel(self) -> SparseKernel:
-        """The filter as it stands."""
+        """The current filter."""
         return SparseKernel(self.kernel_keys[...], self.kernel[...], self.kernel_shape)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
@@ -212,7 +212,7 @@ class Conv(nnx.Module):
     def _promoted(self, x: SparseTensor) -> tuple[SparseTensor, SparseKernel, jax.Array | None]:
         """Input, filter and bias in the dtype of the computation."""
         if not isinstance(self.kernel_keys[...], jax.core.Tracer):
-            # A checkpoint that was filled up with zeros would compute something, and wrong.
+            # A checkpoint that was filled up with zeros would compute something wrong.
             check_kernel_keys("kernel_keys", self.kernel_keys[...], self.kernel_shape)
         kernel, bias = self.sparse_kernel, None if self.bias is None else self.bias[...]
         dtype = self.dtype
@@ -235,7 +235,7 @@ class Conv(nnx.Module):
 
 
 def iter_convs(model: Any) -> Iterator[tuple[tuple[Any, ...], Conv]]:
-    """The paths and layers of all `Conv` in a model, each once.
+    """The path and layer of each `Conv` in a model.
 
     Example:
       >>> model = nnx.Sequential(ilajax.nn.Conv(1, 2, (3,), density_bound=0.5, rngs=nnx.Rngs(0)))
@@ -248,7 +248,7 @@ def iter_convs(model: Any) -> Iterator[tuple[tuple[Any, ...], Conv]]:
 
 
 def _rounded(weights: jax.Array, dtype: Any) -> jax.Array:
-    """Weights with the values that they have in `dtype`, but in float32, and so are their gradients."""
+    """Weights rounded to `dtype` but kept in float32, and so are their gradients."""
     return _straight_through(weights.astype(jnp.float32), dtype)
 
 

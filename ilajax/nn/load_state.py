@@ -1,4 +1,4 @@
-"""Puts a checkpoint of a pruned model into a freshly built one, whose filters are longer."""
+"""Loads a checkpoint of a pruned model into a newly built one, whose filters are longer."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,16 +19,15 @@ Variables = dict[Path, nnx.Variable]
 
 
 def load_state(node: Any, stored: Any) -> None:
-    """Puts stored variables into a freshly built model, also where its filters had been shrunk.
+    """Loads stored variables into a newly built model, even if the stored filters are shrunk.
 
-    `ilajax.optim.compact(..., shrink=True)` shortens filters and the optimizer's state for them, so that a
-    checkpoint no longer has the shapes of a freshly built model. Here each `ilajax.nn.Conv` takes `kernel`
-    and `kernel_keys` in the length in which they were stored, and so do the optimizer's slots for them. Every
-    other variable must have the shape and dtype that the model expects. Arrays are put as they are: one that
-    is sharded stays so.
+    `ilajax.optim.compact(..., shrink=True)` shortens filters and the optimizer's state for them, so a
+    checkpoint no longer has the shapes of a newly built model. Here each `ilajax.nn.Conv` takes `kernel` and
+    `kernel_keys` in their stored length, and so do the optimizer's slots for them. Every other variable must
+    have the shape and dtype that the model expects. Arrays are not moved: one that is sharded stays sharded.
 
-    Save all variables, those of the optimizer too if training is to go on, and restore them without a target,
-    for a target prescribes lengths:
+    Save all variables, and those of the optimizer if training is to be resumed. Restore them without a
+    target, because a target prescribes lengths:
 
       >>> def build():
       ...     model = ilajax.nn.Conv(1, 2, (3,), density_bound=0.5, rngs=nnx.Rngs(0))
@@ -40,14 +39,14 @@ def load_state(node: Any, stored: Any) -> None:
       >>> ilajax.nn.load_state((model, optimizer), state)
 
     Args:
-      node: what is loaded into, in place: an NNX module, or a tuple, list or dict of modules and optimizers.
-      stored: what `nnx.state(node)` was when it was saved: as `nnx.State`, as a nested dict of arrays
-        (`nnx.to_pure_dict`), or as Orbax gives either back, with strings for indices.
+      node: what to load into, in place: an NNX module, or a tuple, list or dict of modules and optimizers.
+      stored: what `nnx.state(node)` was when it was saved: an `nnx.State`, a nested dict of arrays
+        (`nnx.to_pure_dict`), or what Orbax returns for either, with strings for indices.
 
     Raises:
       TypeError: if `stored` holds no concrete arrays: restore it first, and call this outside of `nnx.jit`.
-      ValueError: naming the variables that are missing, that `node` has not, or that have another shape or
-        dtype, and keys that are out of order. Nothing is changed then.
+      ValueError: naming the variables that are missing, unknown to `node`, or of another shape or dtype, and
+        keys that are out of order. Nothing is changed then.
     """
     variables = {tuple(path): variable for path, variable in nnx.to_flat_state(nnx.state(node))}
     arrays = _matched(variables, _by_name(stored))
@@ -109,14 +108,14 @@ def _matched(variables: Variables, stored: dict[Name, Any]) -> dict[Path, Any]:
 
 
 def _convs(node: Any, variables: Variables) -> Iterator[tuple[Path, Conv]]:
-    """The layers, with the paths that their variables are stored under: of tied ones, the first layer's."""
+    """The layers, with the paths that their variables are stored under; tied layers have the first one's."""
     path_of = {id(variable): path for path, variable in variables.items()}
     for _, conv in iter_convs(node):
         yield path_of[id(conv.kernel)][:-1], conv
 
 
 def _stored_filters(node: Any, variables: Variables, arrays: dict[Path, Any]) -> dict[Path, Shape]:
-    """The shape of each filter's kernel and kernel_keys as they were stored, where it is a possible one."""
+    """The stored shape of each filter's kernel and kernel_keys, if it is a possible one."""
     shapes = {}
     for path, conv in _convs(node, variables):
         *stack, length = jnp.shape(arrays[*path, "kernel_keys"]) or (0,)
@@ -143,13 +142,13 @@ def _slots_of(
                 if lead >= 0 and slot.shape[lead:] == old and _is_within(parameter, path):
                     own = shapes.setdefault(path_of[id(slot)], [])
                     own.append((*slot.shape[:lead], *stored))
-                    # Some optimizers put one element where they keep nothing for a parameter.
+                    # Some optimizers keep one element for a parameter for which they need nothing.
                     own.extend([slot.shape] if slot.size == 1 else [])
     return shapes
 
 
 def _is_within(parameter: Path, path: Path) -> bool:
-    """Whether a path in a model, perhaps with more behind it, is the end of a path in a tree around it."""
+    """Whether a path in a model, perhaps with more after it, is the end of a path in a tree around it."""
     return any(parameter[: len(path) - start] == path[start:] for start in range(len(path)))
 
 

@@ -1,4 +1,4 @@
-"""Pooling modules, for models that are built as a list of layers."""
+"""Pooling modules, for models built as a list of layers."""
 
 from collections.abc import Callable, Sequence
 
@@ -36,7 +36,7 @@ class MaxPool(_Pool):
     Args:
       window: sites of a cell along each axis; one integer for all.
       density_bound: the largest share of output sites that each channel may store, in (0, 1]. None: as many
-        slots as the input has (or output sites, if fewer), with which nothing is ever cut.
+        slots as the input has (or output sites, if fewer), so that nothing is ever cut.
 
     Call:
       x: SparseTensor [B, *S, C]. Returns a SparseTensor [B, *ceil(S / window), C].
@@ -58,8 +58,8 @@ class MaxPool(_Pool):
 class AvgPool(_Pool):
     """Mean over non-overlapping cells, `ilajax.avg_pool` as a module.
 
-    The sum over a cell's stored entries is divided by the number of grid positions of the cell inside the
-    input, so that the result equals dense average pooling.
+    The sum over a cell's stored entries is divided by the number of the cell's sites inside the grid, so the
+    result equals dense average pooling.
 
     Args:
       window: sites of a cell along each axis; one integer for all.

@@ -9,19 +9,19 @@ from ilajax.sparse_kernel import SparseKernel, check_kernel_keys
 
 
 def refill(model: Any) -> None:
-    """Re-enters the removed weights of every `Conv` in a model at 0, where they are live again.
+    """Puts the removed weights of every `Conv` in a model back, at 0 and live.
 
-    Pruning finds the pattern that suits one training set; before a pruned model is tuned to other data, its
-    filters are made full. The network's output stays the same, up to the order in which its float32 sums are
-    formed. Create the optimizer anew afterwards: the old one's state belongs to the pruned weights, and would
-    hold them at 0.
+    Pruning finds a pattern that suits one training set. Refill the filters before you tune a pruned model to
+    other data. The network's output stays the same, up to the order in which its float32 sums are formed.
+    Create a new optimizer afterwards: the state of the old one belongs to the pruned weights, and would hold
+    them at 0.
 
     Args:
       model: the NNX module, changed in place.
 
     Raises:
-      ValueError: if `kernel_keys` are out of order. Inside `nnx.jit`, where they are not known yet, nobody
-        looks.
+      ValueError: if `kernel_keys` are out of order. Inside `nnx.jit`, where they are not known yet, this is
+        not checked.
 
     Example:
       >>> layer = ilajax.nn.Conv(1, 2, (3,), density_bound=1.0, kernel_density=0.5, rngs=nnx.Rngs(0))

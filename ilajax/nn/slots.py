@@ -13,9 +13,9 @@ Path = tuple[Any, ...]
 def iter_slots(optimizer: nnx.Optimizer) -> Iterator[tuple[Path, nnx.Variable]]:
     """Every array in the optimizer's state that has a parameter's path, with that path.
 
-    The path is the parameter's in the model, perhaps with more behind it.
+    The path is the parameter's in the model, perhaps with more after it.
     """
-    # An Optax state holds trees like params where it has one array for each: in NNX these are nnx.State.
+    # An Optax state with an array for each parameter holds them in trees like params: in NNX an nnx.State.
     for tree in tree_nodes(optimizer.opt_state, nnx.State):
         for path, variable in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable):
             # optax.masked puts an empty node into the variable of a parameter that it leaves out.
@@ -30,7 +30,7 @@ def tree_nodes(tree: Any, kind: type) -> list[Any]:
 
 
 def plain_key(key: Any) -> Any:
-    """What stands in a path of NNX: the attribute's name, the index."""
+    """An element of an NNX path: the name of the attribute, or the index."""
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
             return getattr(key, attribute)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ilajax import ffi
 from ilajax.geometry import Padding, Window, conv_window
+from ilajax.ops._shapes import Array, Float, Float32, Int32
 from ilajax.ops.k_select import check_capacity, check_select, select_reference
 from ilajax.ops.submanifold import submanifold_conv
 from ilajax.ops.weights import BATCHED, at_live_weights, dense_weights, sum_products
@@ -184,9 +185,9 @@ class _Config:
 
 
 class _Outputs(NamedTuple):
-    keys: jax.Array
-    values: jax.Array
-    responses: jax.Array
+    keys: Int32[Array, "b o q"]
+    values: Float[Array, "b o q"]
+    responses: Int32[Array, "b o"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -194,7 +195,14 @@ def _conv(config: _Config, *operands: jax.Array) -> _Outputs:
     return _forward(config, *operands)
 
 
-def _forward(config, keys, values, kernel_keys, weights, bias):
+def _forward(
+    config: _Config,
+    keys: Int32[Array, "b ck k"],
+    values: Float[Array, "b i k"],
+    kernel_keys: Int32[Array, " n"],
+    weights: Float32[Array, " n"],
+    bias: Float32[Array, " o"],
+) -> _Outputs:
     return _Outputs(
         *ffi.dispatch(
             "ilajax_conv_fwd",
@@ -250,7 +258,14 @@ _conv.defvjp(_vjp_forward, _vjp_backward)
 # --- The reference: algorithms 1 and 2 over dense grids, one tap at a time ---------------------------------
 
 
-def _forward_reference(config, keys, values, kernel_keys, weights, bias):
+def _forward_reference(
+    config: _Config,
+    keys: Int32[Array, "b ck k"],
+    values: Float[Array, "b i k"],
+    kernel_keys: Int32[Array, " n"],
+    weights: Float32[Array, " n"],
+    bias: Float32[Array, " o"],
+) -> tuple[Int32[Array, "b o q"], Float[Array, "b o q"], Int32[Array, "b o"]]:
     window = config.window
     x = _on_grid(keys, values.astype(jnp.float32), window.input_sites)
     x = jnp.pad(x, [(0, 0), (0, 0), (0, 1)])  # what a tap reads outside the grid
@@ -276,7 +291,15 @@ def _forward_reference(config, keys, values, kernel_keys, weights, bias):
     return *selected, jnp.sum(candidate, axis=2, dtype=jnp.int32)
 
 
-def _backward_reference(config, keys, values, kernel_keys, weights, output_keys, cotangent):
+def _backward_reference(
+    config: _Config,
+    keys: Int32[Array, "b ck k"],
+    values: Float[Array, "b i k"],
+    kernel_keys: Int32[Array, " n"],
+    weights: Float32[Array, " n"],
+    output_keys: Int32[Array, "b o q"],
+    cotangent: Float[Array, "b o q"],
+) -> tuple[Float[Array, "b i k"], Float32[Array, "1 n"], Float32[Array, "1 o"]]:
     window = config.window
     x = jnp.where((keys >= 0) & (keys < window.input_sites), values.astype(jnp.float32), 0)
     keys = jnp.broadcast_to(keys, x.shape)
@@ -300,8 +323,10 @@ def _backward_reference(config, keys, values, kernel_keys, weights, output_keys,
     return x_bar, at_live_weights(kernel_keys, w_bar)[None], bias[None]
 
 
-def _on_grid(keys: jax.Array, values: jax.Array, sites: int) -> jax.Array:
-    """Stored values on the grid, [B, C, sites]; keys outside it are dropped."""
+def _on_grid(
+    keys: Int32[Array, "b ck k"], values: Float[Array, "b c k"], sites: int
+) -> Float[Array, "b c {sites}"]:
+    """Stored values on the grid; keys outside it are dropped."""
     keys = jnp.broadcast_to(jnp.where(keys < 0, sites, keys), values.shape)
     scatter = jax.vmap(jax.vmap(lambda k, v: jnp.zeros(sites, v.dtype).at[k].set(v, mode="drop")))
     return scatter(keys, values)

@@ -9,6 +9,7 @@ import numpy as np
 
 from ilajax import ffi
 from ilajax.geometry import check_spatial_shape, sites
+from ilajax.ops._shapes import Array, Float, Int32
 from ilajax.ops.k_select import Selected, check_capacity, check_select, select_reference
 from ilajax.sparse_tensor import VALUE_DTYPES, SparseTensor, check_sparse
 
@@ -35,7 +36,9 @@ def _to_dense(sites: int, keys: jax.Array, values: jax.Array) -> jax.Array:
     return _scatter(sites, keys, values)
 
 
-def _scatter(sites: int, keys: jax.Array, values: jax.Array) -> jax.Array:
+def _scatter(
+    sites: int, keys: Int32[Array, "b ck k"], values: Float[Array, "b c k"]
+) -> Float[Array, "b c {sites}"]:
     def reference(keys, values):
         keys = jnp.broadcast_to(_drop_outside(keys, sites), values.shape)
         # Mapped over segments, not indexed by them: a sharded batch stays where it is.
@@ -46,7 +49,9 @@ def _scatter(sites: int, keys: jax.Array, values: jax.Array) -> jax.Array:
     return ffi.dispatch("ilajax_to_dense_fwd", reference, (keys, values), (True, True), each)[0]
 
 
-def _gather(sites: int, keys: jax.Array, planes: jax.Array) -> jax.Array:
+def _gather(
+    sites: int, keys: Int32[Array, "b ck k"], planes: Float[Array, "b c {sites}"]
+) -> Float[Array, "b c k"]:
     def reference(keys, planes):
         keys = jnp.broadcast_to(_drop_outside(keys, sites), (*planes.shape[:2], keys.shape[2]))
         return (jnp.take_along_axis(planes, keys, axis=2, mode="fill", fill_value=0),)
@@ -55,7 +60,7 @@ def _gather(sites: int, keys: jax.Array, planes: jax.Array) -> jax.Array:
     return ffi.dispatch("ilajax_to_dense_bwd", reference, (keys, planes), (True, True), each)[0]
 
 
-def _drop_outside(keys: jax.Array, sites: int) -> jax.Array:
+def _drop_outside(keys: Int32[Array, "b ck k"], sites: int) -> Int32[Array, "b ck k"]:
     # Negative indices would wrap around.
     return jnp.where(keys < 0, sites, keys)
 

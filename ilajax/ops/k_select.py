@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ilajax import ffi
+from ilajax.ops._shapes import Array, Bool, Float, Int32
 from ilajax.ops._supports import place_alike
 from ilajax.sparse_tensor import SparseTensor, check_sparse
 
@@ -83,12 +84,17 @@ def pad_slots(x: SparseTensor, capacity: int) -> SparseTensor:
 class Selected(NamedTuple):
     """Entries kept by a selection, in the order of their keys; padding at the tail."""
 
-    keys: jax.Array
-    values: jax.Array
+    keys: Int32[Array, "b c q"]
+    values: Float[Array, "b c q"]
 
 
 def select_reference(
-    keys: jax.Array, values: jax.Array, candidate: jax.Array, sites: int, capacity: int, select: str
+    keys: Int32[Array, "*n"],
+    values: Float[Array, "*n"],
+    candidate: Bool[Array, "*n"],
+    sites: int,
+    capacity: int,
+    select: str,
 ) -> Selected:
     """The `capacity` candidates [..., n] of highest rank along the last axis, ascending in key."""
     if select == "positive":
@@ -109,14 +115,14 @@ def select_reference(
 
 
 def lookup_reference(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, sites: int
-) -> jax.Array:
+    queries: Int32[Array, "b c q"],
+    keys: Int32[Array, "b c k"],
+    values: Float[Array, "b c k"],
+    sites: int,
+) -> Float[Array, "b c q"]:
     """For each query key the value stored under the same key, 0 where there is none or at padding.
 
-    Args:
-      queries: int32[B, C, Q].
-      keys: int32[B, C, K], ascending.
-      values: [B, C, K].
+    Keys ascend.
     """
     search = jax.vmap(jax.vmap(functools.partial(jnp.searchsorted, method="sort")))
     slot = jnp.clip(search(keys, queries), 0, keys.shape[2] - 1)
@@ -138,7 +144,9 @@ def _k_select(config: _Config, keys: jax.Array, values: jax.Array) -> Selected:
     return _forward(config, keys, values)
 
 
-def _forward(config: _Config, keys: jax.Array, values: jax.Array) -> Selected:
+def _forward(
+    config: _Config, keys: Int32[Array, "b c k"], values: Float[Array, "b c k"]
+) -> Selected:
     def reference(keys, values):
         stored = (keys >= 0) & (keys < config.sites)
         return tuple(
@@ -173,8 +181,13 @@ def _vjp_backward(config, residuals, cotangents):
 _k_select.defvjp(_vjp_forward, _vjp_backward)
 
 
-def match(sites: int, keys: jax.Array, kept_keys: jax.Array, cotangent: jax.Array) -> jax.Array:
-    """Takes the cotangent of kept entries back to all entries [B, C, K]: 0 where an entry was not kept."""
+def match(
+    sites: int,
+    keys: Int32[Array, "b c k"],
+    kept_keys: Int32[Array, "b c q"],
+    cotangent: Float[Array, "b c q"],
+) -> Float[Array, "b c k"]:
+    """Takes the cotangent of kept entries back to all entries: 0 where an entry was not kept."""
 
     def reference(keys, kept_keys, cotangent):
         return (lookup_reference(keys, kept_keys, cotangent, sites),)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ilajax import ffi
 from ilajax.geometry import Window, pool_window, ravel, unravel
+from ilajax.ops._shapes import Array, Float, Float32, Int32
 from ilajax.ops._supports import place_alike
 from ilajax.ops.k_select import check_capacity, lookup_reference, select_reference
 from ilajax.sparse_tensor import SparseTensor, check_sparse
@@ -162,7 +163,9 @@ def _pool(config: _Config, keys: jax.Array, values: jax.Array) -> ffi.Outputs:
     return _forward(config, keys, values)
 
 
-def _forward(config, keys, values):
+def _forward(
+    config: _Config, keys: Int32[Array, "b ck k"], values: Float[Array, "b c k"]
+) -> ffi.Outputs:
     return ffi.dispatch(
         "ilajax_pool_fwd",
         functools.partial(_forward_reference, config),
@@ -204,7 +207,9 @@ def _vjp_backward(config, residuals, cotangents):
 _pool.defvjp(_vjp_forward, _vjp_backward)
 
 
-def _forward_reference(config, keys, values):
+def _forward_reference(
+    config: _Config, keys: Int32[Array, "b ck k"], values: Float[Array, "b c k"]
+) -> tuple[Int32[Array, "b ck q"], Float[Array, "b c q"]]:
     cells = config.cells
     by_cell = _sorted_by_cell(cells, keys, values)
     if config.mode == "max":
@@ -225,10 +230,16 @@ def _forward_reference(config, keys, values):
     if keys.shape[1] == 1:
         # A shared support loses no cell, so every channel has the same ones.
         return selected.keys[:, :1], selected.values
-    return tuple(selected)
+    return selected.keys, selected.values
 
 
-def _backward_reference(config, keys, values, pooled_keys, cotangent):
+def _backward_reference(
+    config: _Config,
+    keys: Int32[Array, "b ck k"],
+    values: Float[Array, "b c k"],
+    pooled_keys: Int32[Array, "b ck q"],
+    cotangent: Float[Array, "b c q"],
+) -> tuple[Float[Array, "b c k"]]:
     cells = config.cells
     by_cell = _sorted_by_cell(cells, keys, values)
     pooled_keys = jnp.broadcast_to(pooled_keys, cotangent.shape)
@@ -252,7 +263,9 @@ class _ByCell:
     first: jax.Array  # whether it is the first of its cell
 
 
-def _sorted_by_cell(cells: Window, keys: jax.Array, values: jax.Array) -> _ByCell:
+def _sorted_by_cell(
+    cells: Window, keys: Int32[Array, "b ck k"], values: Float[Array, "b c k"]
+) -> _ByCell:
     keys = jnp.broadcast_to(keys, values.shape)
     cell = _cell_of(cells, keys)
     wide = values.astype(jnp.float32)
@@ -264,7 +277,7 @@ def _sorted_by_cell(cells: Window, keys: jax.Array, values: jax.Array) -> _ByCel
     return _ByCell(cell, jnp.take_along_axis(wide, slots, axis=2), slots, cell != before)
 
 
-def _cell_of(cells: Window, keys: jax.Array) -> jax.Array:
+def _cell_of(cells: Window, keys: Int32[Array, "b c k"]) -> Int32[Array, "b c k"]:
     """The cell of each key; `output_sites` for padding."""
     inside = (keys >= 0) & (keys < cells.input_sites)
     position = unravel(keys, cells.input_shape)
@@ -272,7 +285,7 @@ def _cell_of(cells: Window, keys: jax.Array) -> jax.Array:
     return jnp.where(inside, cell, cells.output_sites)
 
 
-def _segment_sums(by_cell: _ByCell) -> jax.Array:
+def _segment_sums(by_cell: _ByCell) -> Float32[Array, "b c k"]:
     """At each entry the sum over its cell."""
     segment = jnp.cumsum(by_cell.first, axis=2) - 1
 
@@ -282,7 +295,7 @@ def _segment_sums(by_cell: _ByCell) -> jax.Array:
     return jax.vmap(jax.vmap(one))(segment, by_cell.values)
 
 
-def _sites_of(cells: Window, cell: jax.Array) -> jax.Array:
+def _sites_of(cells: Window, cell: Int32[Array, "b c k"]) -> Float32[Array, "b c k"]:
     """The number of sites of each cell inside the grid, float32."""
     count = jnp.ones(cell.shape, jnp.float32)
     position = unravel(cell, cells.output_shape)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from ilajax import ffi
 from ilajax.geometry import Window
+from ilajax.ops._shapes import Array, Bool, Float, Float32, Int32
 from ilajax.ops.weights import BATCHED, at_live_weights, dense_weights, sum_products
 
 
@@ -32,7 +33,14 @@ def _submanifold(window: Window, *operands: jax.Array) -> ffi.Outputs:
     return _forward(window, *operands)
 
 
-def _forward(window, keys, values, kernel_keys, weights, bias):
+def _forward(
+    window: Window,
+    keys: Int32[Array, "b 1 k"],
+    values: Float[Array, "b i k"],
+    kernel_keys: Int32[Array, " n"],
+    weights: Float32[Array, " n"],
+    bias: Float32[Array, " o"],
+) -> ffi.Outputs:
     return ffi.dispatch(
         "ilajax_submanifold_fwd",
         functools.partial(_forward_reference, window),
@@ -72,7 +80,14 @@ def _vjp_backward(window, residuals, cotangents):
 _submanifold.defvjp(_vjp_forward, _vjp_backward)
 
 
-def _forward_reference(window, keys, values, kernel_keys, weights, bias):
+def _forward_reference(
+    window: Window,
+    keys: Int32[Array, "b 1 k"],
+    values: Float[Array, "b i k"],
+    kernel_keys: Int32[Array, " n"],
+    weights: Float32[Array, " n"],
+    bias: Float32[Array, " o"],
+) -> tuple[Float[Array, "b o k"], Int32[Array, "b o"]]:
     x = _stored(window, keys, values)
     w = dense_weights(kernel_keys, weights, window.taps, x.shape[1], bias.size)
 
@@ -89,7 +104,14 @@ def _forward_reference(window, keys, values, kernel_keys, weights, bias):
     return features, responses
 
 
-def _backward_reference(window, keys, values, kernel_keys, weights, cotangent):
+def _backward_reference(
+    window: Window,
+    keys: Int32[Array, "b 1 k"],
+    values: Float[Array, "b i k"],
+    kernel_keys: Int32[Array, " n"],
+    weights: Float32[Array, " n"],
+    cotangent: Float[Array, "b o k"],
+) -> tuple[Float[Array, "b i k"], Float32[Array, "1 n"], Float32[Array, "1 o"]]:
     x = _stored(window, keys, values)
     g = _stored(window, keys, cotangent)
     w = dense_weights(kernel_keys, weights, window.taps, x.shape[1], g.shape[1])
@@ -105,17 +127,21 @@ def _backward_reference(window, keys, values, kernel_keys, weights, cotangent):
     return x_bar, at_live_weights(kernel_keys, w_bar)[None], jnp.sum(g, axis=(0, 2))[None]
 
 
-def _inside(window: Window, keys: jax.Array) -> jax.Array:
+def _inside(window: Window, keys: Int32[Array, "b 1 k"]) -> Bool[Array, "b 1 k"]:
     return (keys >= 0) & (keys < window.input_sites)
 
 
-def _stored(window: Window, keys: jax.Array, values: jax.Array) -> jax.Array:
+def _stored(
+    window: Window, keys: Int32[Array, "b 1 k"], values: Float[Array, "b c k"]
+) -> Float32[Array, "b c k"]:
     """The values in float32, 0 at padding whatever stands there."""
     return jnp.where(_inside(window, keys), values.astype(jnp.float32), 0)
 
 
-def _at_sites(keys: jax.Array, values: jax.Array, sites: jax.Array) -> jax.Array:
-    """values [B, C, K] at the slots whose shared keys [B, 1, K] equal `sites` [B, 1, K], else 0."""
+def _at_sites(
+    keys: Int32[Array, "b 1 k"], values: Float[Array, "b c k"], sites: Int32[Array, "b 1 k"]
+) -> Float[Array, "b c k"]:
+    """The values at the slots whose shared keys equal `sites`, else 0."""
     slot = jax.vmap(functools.partial(jnp.searchsorted, method="sort"))(keys[:, 0], sites[:, 0])[
         :, None
     ]

@@ -3,12 +3,16 @@
 import jax
 import jax.numpy as jnp
 
+from ilajax.ops._shapes import Array, Float32, Int32
+
 # Which operands lead with the batch axis: keys and values do; kernel keys, weights and bias do not.
 BATCHED = (True, True, False, False, False)
 
 
-def dense_weights(keys: jax.Array, values: jax.Array, taps: int, cin: int, cout: int) -> jax.Array:
-    """Live weights [Cout, Cin, taps]; padding is dropped, whatever its value is."""
+def dense_weights(
+    keys: Int32[Array, " n"], values: Float32[Array, " n"], taps: int, cin: int, cout: int
+) -> Float32[Array, "{cout} {cin} {taps}"]:
+    """Live weights; padding is dropped, whatever its value is."""
     size = cout * cin * taps
     keys = jnp.where(keys < 0, size, keys)
     return (
@@ -19,8 +23,10 @@ def dense_weights(keys: jax.Array, values: jax.Array, taps: int, cin: int, cout:
     )
 
 
-def at_live_weights(keys: jax.Array, dense: jax.Array) -> jax.Array:
-    """The entries [N] of dense [taps, Cin, Cout] at the keys of live weights, 0 at padding."""
+def at_live_weights(
+    keys: Int32[Array, " n"], dense: Float32[Array, "t i o"]
+) -> Float32[Array, " n"]:
+    """The entries of dense weights at the keys of live weights, 0 at padding."""
     flat = jnp.transpose(dense, (2, 1, 0)).reshape(-1)
     live = (keys >= 0) & (keys < flat.size)
     return jnp.where(live, flat[jnp.where(live, keys, 0)], 0)

@@ -19,26 +19,26 @@ def compact(model: Any, optimizer: nnx.Optimizer, *, shrink: bool = False) -> No
 
     In each filter, and in each slot that the optimizer keeps for it (moments, accumulators, gradients of
     `optax.MultiSteps`, low-passed biases, warnings), the live weights move to the front in their old order.
-    Behind them stands padding: keys of padding, 0, and `pruned`. Slots are found by the parameter's path.
+    Padding follows: keys of padding, 0, and `pruned`. Slots are found by the parameter's path.
 
-    By default shapes stay, so that nothing is compiled again and `compact` works inside `nnx.jit`; kernels
-    stop at the padding. `shrink=True` cuts the arrays too, for memory and export: to the largest number of
-    live weights, rounded up to a step of 1/8 of the power of two below it, at least 1. Each new length
-    compiles a training step again, at most eight times while a filter shrinks to half.
+    By default shapes stay, so nothing is recompiled and `compact` works inside `nnx.jit`; kernels stop at the
+    padding. `shrink=True` also cuts the arrays, for memory and export: to the largest number of live weights,
+    rounded up to a step of 1/8 of the power of two below it, at least 1. Each new length compiles the
+    training step again, at most eight times while a filter shrinks to half.
 
     The network computes the same as before, up to the order in which its float32 sums are formed: a kernel
     chooses its form by the number of live weights. Sums that float32 represents exactly do not change by a
-    bit; others change in their last digits, and a response whose rank ties with the selection's cut to that
-    accuracy may give way to another. So it is with training where the optimizer treats each weight by itself
-    (Adagrad, Adam, momentum, ...); norms over all gradients lose the pruned weights' share.
+    bit. Others change in their last digits, and a response whose rank ties with the selection's cut to that
+    accuracy may be replaced by another. The same holds for training if the optimizer treats each weight
+    separately (Adagrad, Adam, momentum, ...); norms over all gradients lose the pruned weights' share.
 
-    Only zeros are removed. A pruned weight that is not 0 has been moved by something behind the pruning in
-    the chain (momentum, weight decay, a scaling) or by hand: that raises. Inside `nnx.jit`, where values are
-    not known yet, such a weight stays stored and keeps its mark, so that the next call outside raises.
+    Only zeros are removed. A pruned weight that is not 0 was moved by something after the pruning in the
+    chain (momentum, weight decay, a scaling) or by hand, which raises. Inside `nnx.jit`, where values are not
+    known yet, such a weight stays stored and keeps its mark, so that the next call outside raises.
 
-    A filter that has padding at the start, say because `kernel` and `kernel_keys` were set by hand, gets it
-    marked as pruned: call `compact` once before training. Without that, padding stays at 0 all the same (its
-    gradient and its excess density are 0), and is pruned as any small weight is.
+    If a filter has padding at the start, say because `kernel` and `kernel_keys` were set by hand, call
+    `compact` once before training, which marks the padding as pruned. Without that, padding still stays at 0
+    (its gradient and its excess density are 0), and is pruned like any small weight.
 
     Args:
       model: the NNX module, changed in place.
@@ -47,9 +47,9 @@ def compact(model: Any, optimizer: nnx.Optimizer, *, shrink: bool = False) -> No
       shrink: whether to shorten the arrays; not inside `nnx.jit`.
 
     Warns:
-      UserWarning: if weights of anything but the filters are pruned, of dense layers or biases: they stay in
-        place as zeros, and the network may no longer learn. `ilajax.optim.sparse_training` prunes filters
-        alone. There is no warning inside `nnx.jit`, where values are not known yet.
+      UserWarning: if weights outside the filters are pruned, such as those of dense layers or biases. They
+        stay in place as zeros, and the network may no longer learn. `ilajax.optim.sparse_training` prunes
+        filters only. There is no warning inside `nnx.jit`, where values are not known yet.
 
     Raises:
       TypeError: if `optimizer` is not an `nnx.Optimizer`.
@@ -86,7 +86,7 @@ def compact(model: Any, optimizer: nnx.Optimizer, *, shrink: bool = False) -> No
 class _Slot(NamedTuple):
     """One array of the optimizer's state that belongs to a parameter."""
 
-    path: Path  # of the parameter, perhaps with more behind it
+    path: Path  # of the parameter, perhaps with more after it
     variable: nnx.Variable
     is_pruned: bool
 
@@ -140,7 +140,7 @@ def _check_ties(convs: list[tuple[Path, Conv]]) -> None:
 
 
 def _warn_beyond_filters(slots: list[_Slot], filters: set[Path]) -> None:
-    """One warning that names all parameters outside of `filters` that have lost weights."""
+    """Gives one warning that names all parameters outside `filters` that have lost weights."""
     marks = {s.path: s.variable[...] for s in slots if s.is_pruned and s.path not in filters}
     if any(isinstance(mark, jax.core.Tracer) for mark in marks.values()):
         return
@@ -169,7 +169,7 @@ def _own(path: Path, conv: Conv, slots: list[_Slot]) -> list[_Slot]:
 
 
 def _check_only_zeros(filters: list[_Filter]) -> None:
-    """Raises where a pruned weight is not 0, or keys are out of order; inside `nnx.jit` nobody can look."""
+    """Raises if a pruned weight is not 0, or keys are out of order; does not look inside `nnx.jit`."""
     looked_at = [(f.conv.kernel_keys[...], _pruned(f), _moved(f)) for f in filters]
     if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(looked_at)):
         return
@@ -183,7 +183,7 @@ def _check_only_zeros(filters: list[_Filter]) -> None:
     if moved:
         raise ValueError(
             f"weights that one_warning_shot_pruning has set to 0 for good are not 0: {', '.join(moved)}. To "
-            f"remove them would change the network. What stands behind the pruning in the chain (momentum, "
+            f"remove them would change the network. Something after the pruning in the chain (momentum, "
             f"weight decay, a scaling) moves them: put one_warning_shot_pruning last, as "
             f"ilajax.optim.sparse_training does. Where weights were set by hand, create the optimizer anew."
         )
@@ -235,7 +235,7 @@ def _follows(slot: _Slot, values: jax.Array) -> bool:
     shape = slot.variable.shape
     if shape[max(0, len(shape) - values.ndim) :] == values.shape:
         return True
-    # Some optimizers put a scalar or one element where they keep nothing for a parameter.
+    # Some optimizers keep a scalar or one element for a parameter for which they need nothing.
     if slot.variable.size <= 1:
         return False
     raise ValueError(

@@ -1,4 +1,4 @@
-"""L2 regularisation that pushes weights down where feature maps are too dense, and up where too sparse."""
+"""L2 regularisation that pushes weights down if feature maps are too dense, and up if they are too sparse."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,17 +23,17 @@ def density_biased_l2(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds the gradient of scale / 2 * sum (w + b)^2, with b from the excess density, to the updates.
 
-    A part of `ilajax.optim.sparse_training`, which is what to train with; this is for chains of your own.
+    This is a part of `ilajax.optim.sparse_training`. Train with that, and use this in chains of your own.
 
-    With e = rho - rho_up, how far the density of a weight's output channel stands above its bound,
+    With e = rho - rho_up, the density of a weight's output channel minus its bound,
 
       b_new = offset + b1 * e   if e > 0   (the channel exceeds its resources)
               b2 * e            else       (it leaves some unused)
       b <- momentum * b + (1 - momentum) * b_new, starting at 0
       update <- update + scale * (w + b)
 
-    Values, not magnitudes, are pushed: the ReLU behind a filter (`select="positive"`) turns lower weights
-    into fewer responses. It stands first in a chain, so that the optimizer scales it like any gradient:
+    This pushes values, not magnitudes: the ReLU after a filter (`select="positive"`) turns lower weights into
+    fewer responses. Put it first in a chain, so that the optimizer scales it like any gradient:
 
       >>> regulariser = ilajax.optim.density_biased_l2(0.1, offset=0.1, b1=0.1, b2=0.1)
       >>> tx = optax.chain(regulariser, optax.adagrad(1e-3))
@@ -123,7 +123,7 @@ _MISSING = object()
 
 
 def _wide(w: jax.Array) -> Any:
-    # A low-pass in bfloat16 would stand still: its steps are below one part in 256.
+    # A low-pass in bfloat16 would not move: its steps are below one part in 256.
     return jnp.promote_types(w.dtype, jnp.float32)
 
 
@@ -156,7 +156,7 @@ def _check_made_for(path: Any, b: jax.Array, w: jax.Array) -> None:
     if b.shape != w.shape:
         raise ValueError(
             f"the optimizer's state for {jax.tree_util.keystr(path)} has shape {b.shape}, but the parameter "
-            f"has shape {w.shape}. Was the model shortened, loaded or refilled by itself? Create the "
+            f"has shape {w.shape}. Was the model shortened, loaded or refilled alone? Create the "
             f"optimizer after that, or load both: ilajax.nn.load_state((model, optimizer), ...)."
         )
 

@@ -1,4 +1,4 @@
-"""Reads off a model how far its densities stand above or below their bounds."""
+"""Reads from a model how far its densities are above or below their bounds."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from ilajax.nn.conv import Conv, iter_convs
 def excess_density(model: Any, wrt: Any = nnx.Param) -> Any:
     """The excess density e = rho - rho_up of every parameter's output channel.
 
-    rho is what each `ilajax.nn.Conv` measured in its last call in training, rho_up its density bound. Each
-    step of `ilajax.optim.sparse_training` asks for it. It works under `nnx.jit`. Where nothing has been
-    measured, nothing is known: that raises, and under `jit`, where values are not known yet, e is 0, with
-    which no weight is pushed up or down (plain L2 remains of `ilajax.optim.density_biased_l2`).
+    rho is what each `ilajax.nn.Conv` measured in its last call in training, and rho_up is its density bound.
+    Each step of `ilajax.optim.sparse_training` needs e. This works under `nnx.jit`. If a layer has measured
+    nothing yet, that raises. Under `jit`, where values are not known, e is then 0, which pushes no weight up
+    or down (`ilajax.optim.density_biased_l2` becomes plain L2).
 
     Args:
       model: an NNX module, sparse layers anywhere in it.
@@ -54,7 +54,7 @@ def excess_density(model: Any, wrt: Any = nnx.Param) -> Any:
 
 
 def _check_measured(densities: dict[tuple[Any, ...], jax.Array]) -> None:
-    """Looks at what is concrete, under `jit` too where the model is closed over."""
+    """Checks what is concrete; under `jit` too, if the model is closed over."""
     concrete = {p: d for p, d in densities.items() if not isinstance(d, jax.core.Tracer)}
     values = jax.device_get(list(concrete.values()))  # one wait for all
     unknown = [
@@ -67,7 +67,7 @@ def _check_measured(densities: dict[tuple[Any, ...], jax.Array]) -> None:
             f"model must have measured its densities, but these layers have not: {', '.join(unknown)}. Call "
             f"the model in training, not after model.eval(), before excess_density, and let the measurement "
             f"out: by nnx.grad or nnx.value_and_grad; with jax.grad, by nnx.merge(..., copy=True) and by "
-            f"returning nnx.state(model, ilajax.nn.Density) beside the loss."
+            f"returning nnx.state(model, ilajax.nn.Density) with the loss."
         )
 
 

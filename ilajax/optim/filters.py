@@ -8,22 +8,22 @@ from ilajax.nn.conv import iter_convs
 
 
 def filters(model: Any, wrt: Any = nnx.Param) -> nnx.State:
-    """Tells the filters of a model's `ilajax.nn.Conv` from all its other parameters, for `optax.masked`.
+    """Marks the filters of a model's `ilajax.nn.Conv` among all its parameters, for `optax.masked`.
 
-    Biases and dense layers are left out. Both start near 0, the first by custom and the second where they
-    are wide, so that a rule made for filters would prune them away.
+    Biases and dense layers are left out. Biases start at 0 and wide dense layers close to it, so a rule made
+    for filters would prune them away.
 
-    The mask depends on the model's structure alone, never on its weights. It still fits after
+    The mask depends only on the model's structure, never on its weights. It still fits after
     `ilajax.optim.compact(..., shrink=True)`, and after weights have been restored from a checkpoint.
 
     Args:
-      model: an NNX module, sparse layers anywhere in it.
+      model: an NNX module with sparse layers anywhere in it.
       wrt: the filter that the optimizer is made with.
 
     Returns:
-      A tree like `nnx.state(model, wrt)` of bools: True for the `kernel` of each `ilajax.nn.Conv`, a shared
-      or stacked one too, else False. It is an `nnx.State`, as the parameters are in an `nnx.Optimizer`:
-      `optax.masked` compares the types of both trees and takes no plain dict.
+      A tree like `nnx.state(model, wrt)` of bools: True for the `kernel` of each `ilajax.nn.Conv`, also of a
+      shared or stacked one, and False for the rest. It is an `nnx.State`, like the parameters in an
+      `nnx.Optimizer`: `optax.masked` compares the types of both trees and accepts no plain dict.
 
     Example:
       >>> model = ilajax.nn.Conv(1, 2, (3,), density_bound=0.5, rngs=nnx.Rngs(0))

@@ -23,10 +23,10 @@ class OneWarningShotPruningState(NamedTuple):
 def one_warning_shot_pruning(threshold: float) -> optax.GradientTransformationExtraArgs:
     """Sets weights to 0 for good that are below a threshold at the ends of two epochs in a row.
 
-    A part of `ilajax.optim.sparse_training`, which is what to train with: there it prunes the filters of
-    `ilajax.nn.Conv` alone. By itself it prunes every parameter it is given: wide dense layers, whose weights
-    all start small, and biases, which start at 0, would be gone for good at the second epoch's end. Mask it
-    in a chain of your own:
+    This is a part of `ilajax.optim.sparse_training`. Train with that: it prunes only the filters of
+    `ilajax.nn.Conv`. Alone, this prunes every parameter that it gets: wide dense layers, whose weights all
+    start small, and biases, which start at 0, would be gone for good at the end of the second epoch. In a
+    chain of your own, mask it:
 
       >>> model = ilajax.nn.Conv(1, 2, (3,), density_bound=0.5, rngs=nnx.Rngs(0))
       >>> pruning = ilajax.optim.one_warning_shot_pruning(1e-3)
@@ -39,13 +39,13 @@ def one_warning_shot_pruning(threshold: float) -> optax.GradientTransformationEx
       |w| < threshold and warned:      it is pruned, its update is exactly -w
       otherwise:                       it loses its warning
 
-    and from then on the update of a pruned weight is 0. One small value is no reason to prune: the weight may
-    just pass through zero on its way to the other sign. NaN is never pruned.
+    and from then on the update of a pruned weight is 0. One small value is not enough to prune: the weight
+    may be passing through zero on its way to the other sign. NaN is never pruned.
 
-    **It must come last in a chain.** Behind it, an optimizer would scale the update -w, and its momentum or
-    weight decay would move pruned weights away from 0 again. In front of it they may do as they like. A
-    pruned weight that is not 0 raises at an epoch's end, and in `ilajax.optim.compact`; under `jit`, where
-    values are not known yet, in `compact` alone.
+    **It must come last in a chain.** An optimizer after it would scale the update -w, and its momentum or
+    weight decay would move pruned weights away from 0 again. Before it, they do no harm. A pruned weight that
+    is not 0 raises at an epoch's end, and in `ilajax.optim.compact`; under `jit`, where values are not known
+    yet, only in `compact`.
 
     It works on any tree of parameters; weights of dense layers stay in place as zeros. `ilajax.optim.compact`
     takes the pruned weights of sparse layers out of storage.
@@ -54,13 +54,13 @@ def one_warning_shot_pruning(threshold: float) -> optax.GradientTransformationEx
       threshold: magnitude below which a weight counts as small, 0 (nothing is pruned) or more.
 
     Returns:
-      A transformation `update(updates, state, params, *, epoch_end)`. `epoch_end` is a bool, which may be
-      traced: one compiled step serves all steps of an epoch. Inside `optax.MultiSteps`, state changes only
+      A transformation `update(updates, state, params, *, epoch_end)`. `epoch_end` is a bool and may be
+      traced, so one compiled step serves all steps of an epoch. Inside `optax.MultiSteps`, state changes only
       in steps that emit an update, so `epoch_end` must be True in one of these.
 
     Raises:
       ValueError: if the threshold is negative or not finite; in an update, if params are missing, or at an
-        epoch's end outside of `jit` if weights that were pruned are not 0.
+        epoch's end outside `jit` if weights that were pruned are not 0.
       TypeError: in an update, if `epoch_end` is not a bool.
 
     Example:
@@ -74,7 +74,7 @@ def one_warning_shot_pruning(threshold: float) -> optax.GradientTransformationEx
 
     Source: Hackel et al., section 3, "Parameter pruning".
     """
-    # A threshold injected by optax.inject_hyperparams is an array: nothing to look at.
+    # A threshold injected by optax.inject_hyperparams is an array, which is not checked.
     if isinstance(threshold, int | float) and not (0 <= threshold < math.inf):
         raise ValueError(f"threshold must be a finite number, 0 or more, got {threshold}.")
 
@@ -129,11 +129,11 @@ def one_warning_shot_pruning(threshold: float) -> optax.GradientTransformationEx
 
 
 def _check_nothing_moved(ends: jax.Array, pruned: optax.Params, params: optax.Params) -> None:
-    """Raises where pruned weights are not 0; between epochs and under `jit` it does not look, nor wait."""
+    """Raises if pruned weights are not 0; between epochs and under `jit` it neither looks nor waits."""
     arrays = jax.tree.leaves((ends, pruned, params))
     if any(isinstance(array, jax.core.Tracer) for array in arrays) or not ends:
         return
-    # Inside of a trace they may be concrete too: optax.apply_if_finite puts the chain into a jax.lax.cond.
+    # Inside a trace they may be concrete too: optax.apply_if_finite puts the chain into a jax.lax.cond.
     with jax.ensure_compile_time_eval():
         moved = jax.device_get(jax.tree.map(lambda p, w: jnp.sum(p & (w != 0)), pruned, params))
     named = [

@@ -29,14 +29,14 @@ def sparse_training(
     One chain, whose order matters:
 
       1. `density_biased_l2` adds scale * (w + b) to the gradients of each `ilajax.nn.Conv`, its bias too,
-         with b from how far the densities stand above or below their bounds.
+         where b depends on how far the densities are above or below their bounds.
       2. `optimizer` turns gradients into updates.
       3. `one_warning_shot_pruning` sets weights to 0 for good that are below `threshold` at the ends of two
-         epochs in a row, **in the filters of `ilajax.nn.Conv` alone**. Elsewhere it would do harm: a wide
+         epochs in a row, **only in the filters of `ilajax.nn.Conv`**. Elsewhere it would do harm: a wide
          dense layer starts with all its weights below the threshold, and biases start at 0.
 
-    Each step tells it the measured densities and whether an epoch ends, and `ilajax.optim.compact` takes
-    pruned weights out of storage, once an epoch:
+    Each step passes the measured densities and whether an epoch ends. Once an epoch, `ilajax.optim.compact`
+    takes pruned weights out of storage:
 
       >>> model = ilajax.nn.Conv(1, 8, (3,), density_bound=0.25, rngs=nnx.Rngs(0))
       >>> recipe = ilajax.optim.sparse_training(model, optax.adagrad(0.01))
@@ -54,8 +54,8 @@ def sparse_training(
 
     Args:
       model: the NNX module to be trained, with an `ilajax.nn.Conv` anywhere in it. Only its structure is
-        read: it may be restored or compacted afterwards.
-      optimizer: any Optax optimizer; with `optax.MultiSteps` in here, epochs may end at any step.
+        read, so it may be restored or compacted afterwards.
+      optimizer: any Optax optimizer; if it is an `optax.MultiSteps`, epochs may end at any step.
       scale: strength of the regularisation, lambda, 0 (none) or more.
       offset: additional bias where a bound is exceeded, o, 0 or more.
       b1: bias for each unit of density above the bound, 0 or more.
@@ -65,13 +65,12 @@ def sparse_training(
       wrt: the filter that the `nnx.Optimizer` is made with.
 
     Returns:
-      A transformation `update(updates, state, params, *, excess_density, epoch_end, **extra_args)`, in which
-      `optimizer` gets all extra arguments too.
+      A transformation `update(updates, state, params, *, excess_density, epoch_end, **extra_args)`, which
+      passes all extra arguments to `optimizer` too.
 
     Raises:
-      TypeError: if `optimizer` is no Optax transformation.
-      ValueError: if `model` has no `ilajax.nn.Conv` whose filter `wrt` selects, or a number lies outside its
-        range.
+      TypeError: if `optimizer` is not an Optax transformation.
+      ValueError: if `model` has no `ilajax.nn.Conv` whose filter `wrt` selects, or a number is out of range.
 
     Source: Hackel et al., section 3, "Adaptive density regularisation" and "Parameter pruning".
     """
@@ -93,7 +92,7 @@ def sparse_training(
         )
     regulariser = density_biased_l2(scale, offset=offset, b1=b1, b2=b2, momentum=momentum)
     return optax.chain(
-        # No state for what has no bound: a wide dense layer's would be as large as all the rest.
+        # No state for parameters without a bound: a wide dense layer's would be as large as all the rest.
         optax.masked(regulariser, _bounded(model, wrt)),
         optimizer,
         optax.masked(one_warning_shot_pruning(threshold), mask),

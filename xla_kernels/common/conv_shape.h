@@ -13,7 +13,7 @@ struct ConvShape {
   int64_t batch = kUnread, in_channels = kUnread, slots = kUnread, weights = kUnread;
   int64_t out_channels = kUnread, capacity = kUnread;
   int64_t key_channels = kUnread;  // 1: one support for all input channels
-  int64_t groups = 1;  // independent calls in the batch, each with its own filter gradient
+  int64_t groups = kUnread;  // independent calls in the batch, each with a gradient of its filter
   Window w;
 
   ILAJAX_HOST_DEVICE bool shared() const { return key_channels == 1; }
@@ -22,7 +22,8 @@ struct ConvShape {
   }
 
   // What the shapes of buffers do not say.
-  ffi::Error Check(const char* op) const {
+  ffi::Error Check(const char* op) {
+    if (groups == kUnread) groups = 1;
     ILAJAX_RETURN_IF_ERROR(CheckKeyChannels(op, key_channels, in_channels));
     ILAJAX_RETURN_IF_ERROR(CheckCapacity(op, capacity));
     if (groups < 1 || batch % groups != 0) {

@@ -6,12 +6,13 @@
 // one are counted, which says where it goes. No sort, and nothing depends on the order of threads:
 // atomics only count.
 //
-//   LaunchSelect           one launch where a block takes a whole segment: at most 4 passes over the
-//                          values for the cut, which stay in the L2 cache, and one that emits. Long
-//                          segments are split into chunks over several blocks: a launch for each
-//                          pass (they find nothing to do where the candidates fit), one that counts,
-//                          one that emits, and 4 KiB of histograms for a segment.
-//   FindCut, EmitKept, ... the same for one block, for other kernels.
+//   LaunchSelect             one launch where a block takes a whole segment: at most 4 passes over
+//                            the values for the cut, which stay in the L2 cache, and one that
+//                            emits. Long segments are split into chunks over several blocks: a
+//                            launch for each pass (they find nothing to do where the candidates
+//                            fit), one that counts, one that emits, and 4 KiB of histograms for a
+//                            segment.
+//   FindCut, EmitKept, ...   the same for one block, for other kernels.
 //
 // Memory traffic: keys and values once for each pass; kept keys and values are written once, in
 // order.

@@ -45,6 +45,20 @@ struct Planned {
   std::string limit;  // why the kernel cannot do it here; empty if it can
 };
 
+// Named, since nvcc takes no such requirement within a lambda.
+template <typename Shape>
+concept HasGroups = requires(Shape s) { s.groups; };
+template <typename Op>
+concept HasLimit = requires { &Op::Limit; };
+
+// The bytes of a workspace, with another batch than the shape's.
+template <typename Layout, typename Shape, typename Plan>
+int64_t WorkspaceOf(Shape s, const Plan& plan, int64_t items, int64_t groups) {
+  s.batch = items;
+  if constexpr (HasGroups<Shape>) s.groups = groups;
+  return SizeOf<Layout>(s, plan);
+}
+
 // A plan, or what is wrong with the problem.
 template <typename Op>
 ffi::Error MakePlan(const Problem& problem, Planned& planned) {
@@ -59,23 +73,15 @@ ffi::Error MakePlan(const Problem& problem, Planned& planned) {
     return DispatchFloat(problem.dtype, [&]<typename T>() -> ffi::Error {
       const auto plan = Op::template Make<T>(s, problem.tuning);
       planned.has_plan = true;
-      planned.numbers.resize(kPlanSize<typename Op::Plan>);
-      std::memcpy(planned.numbers.data(), &plan, planned.numbers.size() * sizeof(int64_t));
-      const auto size = [&](int64_t items, int64_t groups) {
-        typename Op::Call::Shape of = s;
-        of.batch = items;
-        if constexpr (requires { of.groups; }) of.groups = groups;
-        return SizeOf<typename Op::template Layout<T>>(of, plan);
-      };
-      int64_t groups = 1;
-      if constexpr (requires { s.groups; }) groups = s.groups;
-      planned.workspace = size(s.batch, groups);
-      planned.fixed = size(0, 0);
-      planned.each_item = size(1, 0) - planned.fixed;
-      planned.each_group = size(0, 1) - planned.fixed;
-      if constexpr (requires { Op::Limit(s, plan, problem.tuning); }) {
-        planned.limit = Op::Limit(s, plan, problem.tuning);
-      }
+      constexpr size_t kSize = kPlanSize<typename Op::Plan>;
+      planned.numbers.resize(kSize);
+      if (kSize > 0) std::memcpy(planned.numbers.data(), &plan, kSize * sizeof(int64_t));
+      using Layout = typename Op::template Layout<T>;
+      planned.workspace = SizeOf<Layout>(s, plan);
+      planned.fixed = WorkspaceOf<Layout>(s, plan, 0, 0);
+      planned.each_item = WorkspaceOf<Layout>(s, plan, 1, 0) - planned.fixed;
+      planned.each_group = WorkspaceOf<Layout>(s, plan, 0, 1) - planned.fixed;
+      if constexpr (HasLimit<Op>) planned.limit = Op::Limit(s, plan, problem.tuning);
       return ffi::Error::Success();
     });
   }

@@ -1,9 +1,17 @@
-// Vectors of eight floats, and code compiled for more than one instruction set.
+// Vectors of eight floats, and loops compiled for more than one instruction set.
 //
-// A file of inner loops, marked ILAJAX_SIMD, is included by simd_targets.h once for each
-// instruction set, into a namespace of its own; `HasAvx2` tells at run time which to call.
-// Everything else is compiled for the baseline, so that no function of an unsupported instruction
-// set can be linked in the place of another.
+// What is shipped runs on any x86-64 (or another processor), and uses AVX2 where there is some. A
+// file of inner loops, lines/loops.inc, is compiled twice in one translation unit: simd_targets.h
+// includes it into namespace `baseline`, for what every processor has, and into namespace `avx2`,
+// where a pragma lets the compiler use AVX2 and fused multiply-adds. Both namespaces end in a struct
+// `Loops` with the same members, so that the code around them is a template of Loops, and HasAvx2()
+// chooses once at run time (lines/loops.h). Everything outside of those files is compiled for the
+// baseline: an inline function of another instruction set, kept by the linker in the place of its
+// twin, would stop an older processor.
+//
+// Loops are written with GCC's vector types, which Clang has as well: on the baseline the compiler
+// makes two vectors of four of each. A constant number of vectors is a template parameter, so that
+// sums stay in registers; `#pragma GCC unroll` sees to that.
 
 #ifndef ILAJAX_XLA_KERNELS_COMMON_SIMD_H_
 #define ILAJAX_XLA_KERNELS_COMMON_SIMD_H_

@@ -1,19 +1,26 @@
-// Includes the file ILAJAX_SIMD_FILE, inside namespace ilajax, once for each instruction set: as
-// namespace baseline and, where the compiler's own target is not already as wide, as namespace
-// avx2. No include guard: each .cc with loops of its own includes this once.
+// Includes the file ILAJAX_SIMD_FILE once for each instruction set, see simd.h. No include guard:
+// each header with loops of its own includes this once.
 
-#define ILAJAX_SIMD
 namespace ilajax::baseline {
 #include ILAJAX_SIMD_FILE
 }  // namespace ilajax::baseline
-#undef ILAJAX_SIMD
 
 #if ILAJAX_HAS_AVX2_TARGET
-#define ILAJAX_SIMD __attribute__((target("avx2,fma,bmi,bmi2,popcnt")))
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,popcnt"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2,popcnt")
+#endif
 namespace ilajax::avx2 {
 #include ILAJAX_SIMD_FILE
 }  // namespace ilajax::avx2
-#undef ILAJAX_SIMD
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
 #else
 namespace ilajax::avx2 {
 using baseline::Loops;

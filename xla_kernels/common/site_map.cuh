@@ -1,7 +1,7 @@
 // The stored entries of a sample in site-major form, for look-ups by key.
 //
-//   words    {bits, first}    for each 32 sites: which of them any channel stores, and the number of
-//                             the first one's record
+//   words    {bits, first}    for each 32 sites: which of them any channel stores, and the number
+//                             of the first one's record
 //   records  {mask, offset}   for each stored site: which channels store it, and where their values
 //                             begin; the highest bit of the offset tells that one is inf or NaN
 //   values   f32              for each record its channels' values, one behind the other
@@ -13,8 +13,9 @@
 // The map covers the sites [begin, begin + sites) of the grid, a slab of it where memory is short.
 // Built in one pass: a block takes kMapChunk sites, finds each channel's entries by search, and
 // knows where its records and values begin from the searches alone: before them stand at most as
-// many as the channels have entries below. Whatever the keys, everything stays inside its buffers. Of a
-// channel's entries with one key, which breaks its contract, any one wins, by the order of threads.
+// many as the channels have entries below. Whatever the keys, everything stays inside its buffers.
+// Of a channel's entries with one key, which breaks its contract, any one wins, by the order of
+// threads.
 
 #ifndef ILAJAX_XLA_KERNELS_COMMON_SITE_MAP_CUH_
 #define ILAJAX_XLA_KERNELS_COMMON_SITE_MAP_CUH_
@@ -86,7 +87,7 @@ struct SiteMapView {
         sites(static_cast<uint32_t>(map.sites)),
         capacity(static_cast<uint32_t>(min(map.capacity(group), int64_t{0xffffffff}))) {}
 
-  // The record {mask, offset} of a site counted from the map's first; mask 0 where nothing is stored.
+  // The record {mask, offset} of a site, counted from the map's first; mask 0 where none is stored.
   __device__ uint2 Find(uint32_t site) const {
     if (site >= sites) return make_uint2(0, 0);
     const uint2 word = words[site >> 5];

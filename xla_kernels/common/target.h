@@ -1,15 +1,16 @@
 // A target: what a custom call takes, how its work is cut, and its workspace, each stated once.
 //
-// An op's spec.h has a struct for each call, the same on both platforms:
+// An op's spec.h lists what XLA passes, the same on both platforms: operands, results and attributes
+// in their order, and for each buffer its sizes by the names that they have in a struct of sizes.
 //
-//   struct KSelectFwd {
-//     using Shape = KSelectShape;               the sizes that its kernels go by
-//     S32 keys; ... Span plan;                  what XLA passes, in this order
-//     static auto Bind();                       the same, in XLA's words
-//     static ffi::Error Read(Shapes, Shape&);   the sizes, from the shapes of the buffers
-//   };
+//   #define ILAJAX_K_SELECT_BWD(ARG, RET, ATTR)
+//     ARG(S32, keys, batch, channels, slots)
+//     ...
+//     ATTR(int64_t, sites)
+//   ILAJAX_CALL(KSelectBwd, KSelectShape, "k_select", ILAJAX_K_SELECT_BWD)
 //
-// and the op's cpu.cc and cuda.cu have a struct for each handler:
+// That makes a struct with a member for each, and what binds it to XLA and reads its sizes. The op's
+// cpu.cc and cuda.cu have a struct for each handler:
 //
 //   struct KSelectForward {
 //     using Call = KSelectFwd;
@@ -51,46 +52,39 @@ using S32 = ffi::Buffer<ffi::S32>;
 using F32 = ffi::Buffer<ffi::F32>;
 using U8 = ffi::Buffer<ffi::U8>;
 using Values = ffi::AnyBuffer;  // float32, bfloat16 or float16: in a call all of them the same
-template <typename Buffer>
-using Ret = ffi::Result<Buffer>;
 
 constexpr int64_t kUnread = -1;
 
-// Reads sizes from the dimensions of buffers, given a name and the sizes of each: what has been
-// read before must be the same again.
-struct NamedSizes {
+// The sizes of a buffer; none: it is the workspace.
+struct BufferSizes {
   std::string_view name;
-  std::initializer_list<int64_t*> sizes;
+  std::array<int64_t*, 4> sizes = {};
+  size_t rank;
+
+  template <typename... Sizes>
+  explicit BufferSizes(std::string_view buffer, Sizes&... all)
+      : name(buffer), sizes{&all...}, rank(sizeof...(all)) {}
 };
+
+// Reads sizes from the dimensions of buffers: what has been read before must be the same again.
 inline ffi::Error ReadSizes(std::string_view op, Shapes shapes,
-                            std::initializer_list<NamedSizes> buffers) {
-  if (shapes.size() != buffers.size()) {
-    return InvalidArgument(op, ": ", shapes.size(), " buffers, expected ", buffers.size());
-  }
-  const Span* shape = shapes.data();
-  for (const auto& [name, sizes] : buffers) {
-    bool fits = shape->size() == sizes.size();
-    const int64_t* size = shape->begin();
-    for (int64_t* read : sizes) {
-      if (!fits) break;
-      if (*read == kUnread) *read = *size;
-      fits = *read == *size++;
+                            std::initializer_list<BufferSizes> buffers) {
+  auto shape = shapes.begin();
+  for (const auto& [name, sizes, rank] : buffers) {
+    if (rank == 0) continue;
+    if (shape == shapes.end()) return InvalidArgument(op, ": ", name, " is missing");
+    bool fits = shape->size() == rank;
+    for (size_t i = 0; i < rank && fits; ++i) {
+      if (*sizes[i] == kUnread) *sizes[i] = shape->begin()[i];
+      fits = *sizes[i] == shape->begin()[i];
     }
     if (!fits) {
       std::ostringstream message;
       for (int64_t got : *shape) message << (message.tellp() ? ", " : "") << got;
       message << "], expected [";
-      const char* comma = "";
-      for (const int64_t* read : sizes) {
-        message << comma;
-        comma = ", ";
-        if (*read == kUnread) {
-          message << "any";
-        } else {
-          message << *read;
-        }
-      }
-      return InvalidArgument(op, ": ", name, " has shape [", message.str(), "]");
+      for (size_t i = 0; i < rank; ++i) message << (i ? ", " : "") << *sizes[i];
+      return InvalidArgument(op, ": ", name, " has shape [", message.str(), "], where ", kUnread,
+                             " is any size");
     }
     ++shape;
   }
@@ -115,7 +109,9 @@ ffi::Error ReadPlan(Span numbers, Plan& plan) {
   if (numbers.size() != kPlanSize<Plan>) {
     return InvalidArgument("a plan of ", numbers.size(), " numbers, expected ", kPlanSize<Plan>);
   }
-  std::memcpy(static_cast<void*>(&plan), numbers.begin(), kPlanSize<Plan> * sizeof(int64_t));
+  if (kPlanSize<Plan> > 0) {
+    std::memcpy(static_cast<void*>(&plan), numbers.begin(), kPlanSize<Plan> * sizeof(int64_t));
+  }
   return ffi::Error::Success();
 }
 
@@ -191,6 +187,36 @@ constexpr auto Handler() {
 }
 
 }  // namespace ilajax
+
+// A struct for a call, from a list as above. `Sizes` has Check(), for what shapes do not say.
+#define ILAJAX_CALL(Name, Sizes, op, LIST)                                                    \
+  struct Name {                                                                               \
+    using Shape = Sizes;                                                                      \
+    static constexpr const char* kName = op;                                                  \
+    LIST(ILAJAX_ARG_MEMBER, ILAJAX_RET_MEMBER, ILAJAX_ATTR_MEMBER)                            \
+    static auto Bind() {                                                                      \
+      return ffi::Ffi::Bind() LIST(ILAJAX_ARG_BIND, ILAJAX_RET_BIND, ILAJAX_ATTR_BIND);       \
+    }                                                                                         \
+    struct Reader : Sizes {                                                                   \
+      ffi::Error Read(Shapes shapes) {                                                        \
+        return ReadSizes(kName, shapes, {LIST(ILAJAX_SIZES, ILAJAX_SIZES, ILAJAX_NO_SIZES)}); \
+      }                                                                                       \
+    };                                                                                        \
+    static ffi::Error Read(Shapes shapes, Sizes& sizes) {                                     \
+      Reader reader = {sizes};                                                                \
+      ILAJAX_RETURN_IF_ERROR(reader.Read(shapes));                                            \
+      sizes = reader;                                                                         \
+      return sizes.Check(kName);                                                              \
+    }                                                                                         \
+  };
+#define ILAJAX_ARG_MEMBER(type, name, ...) type name;
+#define ILAJAX_RET_MEMBER(type, name, ...) ffi::Result<type> name;
+#define ILAJAX_ATTR_MEMBER(type, name) type name;
+#define ILAJAX_ARG_BIND(type, name, ...) .Arg<type>()
+#define ILAJAX_RET_BIND(type, name, ...) .Ret<type>()
+#define ILAJAX_ATTR_BIND(type, name) .Attr<type>(#name)
+#define ILAJAX_SIZES(type, name, ...) BufferSizes(#name __VA_OPT__(, ) __VA_ARGS__),
+#define ILAJAX_NO_SIZES(type, name)
 
 // Defines a target's handler, called `Name`, and its planner, NamePlan, by the struct `Op`.
 #define ILAJAX_CPU_TARGET(Name, Op) ILAJAX_TARGET(Name, Op, ::xla::ffi::ThreadPool, {})

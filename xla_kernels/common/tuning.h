@@ -27,7 +27,7 @@ struct Tuning {
   int64_t entries = 0;  // that are sorted at once; 0: those of a few planes
   int64_t stage = 0;    // responses of a channel between two selections; 0: as the cache allows
   // The dense form of a line: bytes that are laid out at once; a channel has to store one in so
-  // many sites; and percent of the other form's cost that it may take (experiments.dense_form).
+  // many sites; and percent of the other form's cost that it may take (benchmarks.dense_form).
   int64_t dense_bytes = 1 << 20;
   int64_t dense_share = 32;
   int64_t dense_percent = 65;

@@ -24,7 +24,7 @@ struct BackwardPlan {
 };
 
 // Whether the sums of the weights fit into shared memory beside the taps on every device: a plan,
-// which knows none, makes room for them elsewhere.
+// which knows none, keeps them in the workspace.
 bool SumsInShared(const ConvShape& s) {
   const int64_t blocks = CeilDiv(s.out_channels, kBlock);
   return TapBytes(s.w, CeilDiv(blocks, 32)) + s.w.taps * blocks * kBlock * kGradientWarps * 4 <=

@@ -72,7 +72,7 @@ struct ForwardLayout {
 
 // Shared memory of a block, without the weights that may fit as well.
 int64_t TileBytes(const Window& w, int64_t groups, int64_t tile, bool responds) {
-  return TapBytes(w, groups) + (responds ? kBlock * kBinWords * 4 : 0) + tile / 32 * 8 + tile * 2;
+  return TapBytes(w, groups) + (responds ? kBlock * kBinWords * 4 : 0) + tile / 32 * 4 + tile * 2;
 }
 
 template <int R, Pass P>

@@ -1,4 +1,4 @@
-// Marks the sites of a tile that any stored entry reaches: the input's bitmap, dilated; see cuda.cu.
+// Marks the sites of a tile that stored entries reach: the input's bitmap, dilated; see cuda.cu.
 
 #ifndef ILAJAX_XLA_KERNELS_CONV_CUDA_TILE_MARK_CUH_
 #define ILAJAX_XLA_KERNELS_CONV_CUDA_TILE_MARK_CUH_

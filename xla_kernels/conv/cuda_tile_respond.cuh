@@ -54,11 +54,11 @@ struct ReadSite {
   }
 };
 
-// Adds a group of one or two input channels, where most of the time goes to look-ups: a thread
-// first collects which taps find anything, then goes through its own.
+// Adds one or two input channels, where most of the time goes to look-ups: a thread first collects
+// which taps find anything, then goes through its own.
 template <int R>
 __device__ __forceinline__ void AddFewChannels(const SiteMapView& map, const Axes<R>& axes,
-                                               const TapList<R>& taps, int g, const float* weights,
+                                               const TapList<R>& taps, const float* weights,
                                                const ReadSite<R>& read, float (&sums)[kBlock]) {
   for (int base = 0; base < taps.count; base += 32) {
     uint32_t hits = 0;
@@ -75,7 +75,7 @@ __device__ __forceinline__ void AddFewChannels(const SiteMapView& map, const Axe
       const uint2 record = map.Find(read.flat + tap.flat);
       const float* values = map.values + (record.y & ~kNotFinite);
       const float4* tap_weights = reinterpret_cast<const float4*>(weights + tap.tap * kBlock);
-      for (uint32_t rest = record.x & taps.Live(g, tap.tap); rest != 0; rest &= rest - 1) {
+      for (uint32_t rest = record.x & taps.Live(0, tap.tap); rest != 0; rest &= rest - 1) {
         const int c = __ffs(rest) - 1;
         AddProducts(sums, values[__popc(record.x & ((1u << c) - 1))],
                     tap_weights + c * taps.taps * 2, !(record.y & kNotFinite));
@@ -84,8 +84,8 @@ __device__ __forceinline__ void AddFewChannels(const SiteMapView& map, const Axe
   }
 }
 
-// Adds a group of more channels, where products count: all threads of the warp are at the same tap
-// and channel, and read its weights at once.
+// Adds a group of channels where there are more, so that products count: all threads of the warp
+// are at the same tap and channel, and read its weights at once.
 template <int R>
 __device__ __forceinline__ void AddChannels(const SiteMapView& map, const Axes<R>& axes,
                                             const TapList<R>& taps, int g, const float* weights,
@@ -116,14 +116,13 @@ __device__ __forceinline__ void Respond(const Forward& f, const Axes<R>& axes,
   const ReadSite<R> read(axes, f.map, active, key);
 #pragma unroll
   for (int j = 0; j < kBlock; ++j) sums[j] = 0.0f;
+  if (f.map.channels <= 2) {
+    AddFewChannels(SiteMapView(f.map, item, 0), axes, taps, weights, read, sums);
+    return;
+  }
   for (int g = 0; g < f.map.groups(); ++g) {
-    const SiteMapView map(f.map, item, g);
     const float* group_weights = weights + int64_t{g} * kMapGroup * taps.taps * kBlock;
-    if (f.map.channels <= 2) {
-      AddFewChannels(map, axes, taps, g, group_weights, read, sums);
-    } else {
-      AddChannels(map, axes, taps, g, group_weights, read, sums);
-    }
+    AddChannels(SiteMapView(f.map, item, g), axes, taps, g, group_weights, read, sums);
   }
 }
 

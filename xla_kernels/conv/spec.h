@@ -11,97 +11,37 @@
 
 namespace ilajax {
 
-struct ConvFwd {
-  using Shape = ConvShape;
-  static constexpr const char* kName = "conv";
+// A weight's key is (oc * Cin + ic) * taps + tap; anything else is padding. Responses are the
+// candidates before the selection.
+#define ILAJAX_CONV_FWD(ARG, RET, ATTR)                  \
+  ARG(S32, keys, batch, key_channels, slots)             \
+  ARG(Values, values, batch, in_channels, slots)         \
+  ARG(S32, kernel_keys, weights)                         \
+  ARG(F32, weights, weights)                             \
+  ARG(F32, bias, out_channels)                           \
+  RET(S32, out_keys, batch, out_channels, capacity)      \
+  RET(Values, out_values, batch, out_channels, capacity) \
+  RET(S32, responses, batch, out_channels)               \
+  RET(U8, workspace)                                     \
+  ATTR(std::string_view, select)                         \
+  ATTR(Span, window)                                     \
+  ATTR(Span, plan)
+ILAJAX_CALL(ConvFwd, ConvShape, "conv", ILAJAX_CONV_FWD)
 
-  S32 keys;
-  Values values;
-  S32 kernel_keys;  // (oc * Cin + ic) * taps + tap; anything else is padding
-  F32 weights;
-  F32 bias;
-  Ret<S32> out_keys;
-  Ret<Values> out_values;
-  Ret<S32> responses;  // candidates before the selection
-  Ret<U8> workspace;
-  std::string_view select;
-  Span window, plan;
-
-  static auto Bind() {
-    return ffi::Ffi::Bind()
-        .Arg<S32>()
-        .Arg<Values>()
-        .Arg<S32>()
-        .Arg<F32>()
-        .Arg<F32>()
-        .Ret<S32>()
-        .Ret<Values>()
-        .Ret<S32>()
-        .Ret<U8>()
-        .Attr<std::string_view>("select")
-        .Attr<Span>("window")
-        .Attr<Span>("plan");
-  }
-  static ffi::Error Read(Shapes shapes, ConvShape& s) {
-    ILAJAX_RETURN_IF_ERROR(ReadSizes(kName, shapes,
-                                     {{"keys", {&s.batch, &s.key_channels, &s.slots}},
-                                      {"values", {&s.batch, &s.in_channels, &s.slots}},
-                                      {"kernel_keys", {&s.weights}},
-                                      {"weights", {&s.weights}},
-                                      {"bias", {&s.out_channels}},
-                                      {"out_keys", {&s.batch, &s.out_channels, &s.capacity}},
-                                      {"out_values", {&s.batch, &s.out_channels, &s.capacity}},
-                                      {"responses", {&s.batch, &s.out_channels}}}));
-    return s.Check(kName);
-  }
-};
-
-struct ConvBwd {
-  using Shape = ConvShape;
-  static constexpr const char* kName = "conv";
-
-  S32 keys;
-  Values values;
-  S32 kernel_keys;
-  F32 weights;
-  S32 out_keys;
-  Values cotangent;  // of out_values
-  Ret<Values> values_bar;
-  Ret<F32> weights_bar;
-  Ret<F32> bias_bar;
-  Ret<U8> workspace;
-  Span window, plan;
-
-  static auto Bind() {
-    return ffi::Ffi::Bind()
-        .Arg<S32>()
-        .Arg<Values>()
-        .Arg<S32>()
-        .Arg<F32>()
-        .Arg<S32>()
-        .Arg<Values>()
-        .Ret<Values>()
-        .Ret<F32>()
-        .Ret<F32>()
-        .Ret<U8>()
-        .Attr<Span>("window")
-        .Attr<Span>("plan");
-  }
-  static ffi::Error Read(Shapes shapes, ConvShape& s) {
-    s.groups = kUnread;
-    ILAJAX_RETURN_IF_ERROR(ReadSizes(kName, shapes,
-                                     {{"keys", {&s.batch, &s.key_channels, &s.slots}},
-                                      {"values", {&s.batch, &s.in_channels, &s.slots}},
-                                      {"kernel_keys", {&s.weights}},
-                                      {"weights", {&s.weights}},
-                                      {"out_keys", {&s.batch, &s.out_channels, &s.capacity}},
-                                      {"cotangent", {&s.batch, &s.out_channels, &s.capacity}},
-                                      {"values_bar", {&s.batch, &s.in_channels, &s.slots}},
-                                      {"weights_bar", {&s.groups, &s.weights}},
-                                      {"bias_bar", {&s.groups, &s.out_channels}}}));
-    return s.Check(kName);
-  }
-};
+#define ILAJAX_CONV_BWD(ARG, RET, ATTR)                 \
+  ARG(S32, keys, batch, key_channels, slots)            \
+  ARG(Values, values, batch, in_channels, slots)        \
+  ARG(S32, kernel_keys, weights)                        \
+  ARG(F32, weights, weights)                            \
+  ARG(S32, out_keys, batch, out_channels, capacity)     \
+  ARG(Values, cotangent, batch, out_channels, capacity) \
+  RET(Values, values_bar, batch, in_channels, slots)    \
+  RET(F32, weights_bar, groups, weights)                \
+  RET(F32, bias_bar, groups, out_channels)              \
+  RET(U8, workspace)                                    \
+  ATTR(Span, window)                                    \
+  ATTR(Span, plan)
+ILAJAX_CALL(ConvBwd, ConvShape, "conv", ILAJAX_CONV_BWD)
 
 }  // namespace ilajax
 

@@ -12,36 +12,18 @@ namespace ilajax {
 
 struct FromDenseShape {
   int64_t batch = kUnread, sites = kUnread, channels = kUnread, capacity = kUnread;
+
+  ffi::Error Check(const char* op) const { return CheckCapacity(op, capacity); }
 };
 
-struct FromDenseFwd {
-  using Shape = FromDenseShape;
-  static constexpr const char* kName = "from_dense";
-
-  Values x;
-  Ret<S32> keys;
-  Ret<Values> values;
-  Ret<U8> workspace;
-  std::string_view select;
-  Span plan;
-
-  static auto Bind() {
-    return ffi::Ffi::Bind()
-        .Arg<Values>()
-        .Ret<S32>()
-        .Ret<Values>()
-        .Ret<U8>()
-        .Attr<std::string_view>("select")
-        .Attr<Span>("plan");
-  }
-  static ffi::Error Read(Shapes shapes, FromDenseShape& s) {
-    ILAJAX_RETURN_IF_ERROR(ReadSizes(kName, shapes,
-                                     {{"x", {&s.batch, &s.sites, &s.channels}},
-                                      {"keys", {&s.batch, &s.channels, &s.capacity}},
-                                      {"values", {&s.batch, &s.channels, &s.capacity}}}));
-    return CheckCapacity(kName, s.capacity);
-  }
-};
+#define ILAJAX_FROM_DENSE_FWD(ARG, RET, ATTR)    \
+  ARG(Values, x, batch, sites, channels)         \
+  RET(S32, keys, batch, channels, capacity)      \
+  RET(Values, values, batch, channels, capacity) \
+  RET(U8, workspace)                             \
+  ATTR(std::string_view, select)                 \
+  ATTR(Span, plan)
+ILAJAX_CALL(FromDenseFwd, FromDenseShape, "from_dense", ILAJAX_FROM_DENSE_FWD)
 
 }  // namespace ilajax
 

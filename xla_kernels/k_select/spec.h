@@ -14,64 +14,27 @@ struct KSelectShape {
   int64_t batch = kUnread, channels = kUnread, slots = kUnread, capacity = kUnread;
 
   ILAJAX_HOST_DEVICE int64_t segments() const { return batch * channels; }
+  ffi::Error Check(const char* op) const { return CheckCapacity(op, capacity); }
 };
 
-struct KSelectFwd {
-  using Shape = KSelectShape;
-  static constexpr const char* kName = "k_select";
+#define ILAJAX_K_SELECT_FWD(ARG, RET, ATTR)           \
+  ARG(S32, keys, batch, channels, slots)              \
+  ARG(Values, values, batch, channels, slots)         \
+  RET(S32, kept_keys, batch, channels, capacity)      \
+  RET(Values, kept_values, batch, channels, capacity) \
+  RET(U8, workspace)                                  \
+  ATTR(int64_t, sites)                                \
+  ATTR(std::string_view, select)                      \
+  ATTR(Span, plan)
+ILAJAX_CALL(KSelectFwd, KSelectShape, "k_select", ILAJAX_K_SELECT_FWD)
 
-  S32 keys;
-  Values values;
-  Ret<S32> kept_keys;
-  Ret<Values> kept_values;
-  Ret<U8> workspace;
-  int64_t sites;
-  std::string_view select;
-  Span plan;
-
-  static auto Bind() {
-    return ffi::Ffi::Bind()
-        .Arg<S32>()
-        .Arg<Values>()
-        .Ret<S32>()
-        .Ret<Values>()
-        .Ret<U8>()
-        .Attr<int64_t>("sites")
-        .Attr<std::string_view>("select")
-        .Attr<Span>("plan");
-  }
-  static ffi::Error Read(Shapes shapes, KSelectShape& s) {
-    ILAJAX_RETURN_IF_ERROR(ReadSizes(kName, shapes,
-                                     {{"keys", {&s.batch, &s.channels, &s.slots}},
-                                      {"values", {&s.batch, &s.channels, &s.slots}},
-                                      {"kept_keys", {&s.batch, &s.channels, &s.capacity}},
-                                      {"kept_values", {&s.batch, &s.channels, &s.capacity}}}));
-    return CheckCapacity(kName, s.capacity);
-  }
-};
-
-struct KSelectBwd {
-  using Shape = KSelectShape;
-  static constexpr const char* kName = "k_select";
-
-  S32 keys;
-  S32 kept_keys;
-  Values cotangent;  // of kept_values
-  Ret<Values> values_bar;
-  int64_t sites;
-
-  static auto Bind() {
-    return ffi::Ffi::Bind().Arg<S32>().Arg<S32>().Arg<Values>().Ret<Values>().Attr<int64_t>(
-        "sites");
-  }
-  static ffi::Error Read(Shapes shapes, KSelectShape& s) {
-    return ReadSizes(kName, shapes,
-                     {{"keys", {&s.batch, &s.channels, &s.slots}},
-                      {"kept_keys", {&s.batch, &s.channels, &s.capacity}},
-                      {"cotangent", {&s.batch, &s.channels, &s.capacity}},
-                      {"values_bar", {&s.batch, &s.channels, &s.slots}}});
-  }
-};
+#define ILAJAX_K_SELECT_BWD(ARG, RET, ATTR)         \
+  ARG(S32, keys, batch, channels, slots)            \
+  ARG(S32, kept_keys, batch, channels, capacity)    \
+  ARG(Values, cotangent, batch, channels, capacity) \
+  RET(Values, values_bar, batch, channels, slots)   \
+  ATTR(int64_t, sites)
+ILAJAX_CALL(KSelectBwd, KSelectShape, "k_select", ILAJAX_K_SELECT_BWD)
 
 }  // namespace ilajax
 

@@ -29,18 +29,17 @@ struct PoolShape {
   int64_t most_cells() const { return slots < w.output_sites ? slots : w.output_sites; }
   bool Cuts() const { return capacity < most_cells(); }
 
-  // What the shapes of buffers do not say.
-  ffi::Error Check() const {
-    ILAJAX_RETURN_IF_ERROR(CheckKeyChannels("pool", key_channels, channels));
+  ffi::Error Check(const char* op) const {
+    ILAJAX_RETURN_IF_ERROR(CheckKeyChannels(op, key_channels, channels));
     if (key_channels < channels && Cuts()) {
-      return InvalidArgument("pool: a selection that cuts needs keys for each channel");
+      return InvalidArgument(op, ": a selection that cuts needs keys for each channel");
     }
     for (int a = 0; a < w.rank; ++a) {
       if (w.output_shape[a] != CeilDiv(w.input_shape[a], w.strides[a]) || w.low[a] != 0) {
-        return InvalidArgument("pool: cells must cover the grid without overlap");
+        return InvalidArgument(op, ": cells must cover the grid without overlap");
       }
     }
-    return CheckCapacity("pool", capacity);
+    return CheckCapacity(op, capacity);
   }
 };
 
@@ -51,74 +50,28 @@ inline ffi::Error ReadMode(std::string_view mode, bool& average) {
   return InvalidArgument("pool: mode is \"", mode, "\"");
 }
 
-struct PoolFwd {
-  using Shape = PoolShape;
-  static constexpr const char* kName = "pool";
+#define ILAJAX_POOL_FWD(ARG, RET, ATTR)                \
+  ARG(S32, keys, batch, key_channels, slots)           \
+  ARG(Values, values, batch, channels, slots)          \
+  RET(S32, pooled_keys, batch, key_channels, capacity) \
+  RET(Values, pooled, batch, channels, capacity)       \
+  RET(U8, workspace)                                   \
+  ATTR(std::string_view, mode)                         \
+  ATTR(Span, window)                                   \
+  ATTR(Span, plan)
+ILAJAX_CALL(PoolFwd, PoolShape, "pool", ILAJAX_POOL_FWD)
 
-  S32 keys;
-  Values values;
-  Ret<S32> pooled_keys;
-  Ret<Values> pooled;
-  Ret<U8> workspace;
-  std::string_view mode;
-  Span window, plan;
-
-  static auto Bind() {
-    return ffi::Ffi::Bind()
-        .Arg<S32>()
-        .Arg<Values>()
-        .Ret<S32>()
-        .Ret<Values>()
-        .Ret<U8>()
-        .Attr<std::string_view>("mode")
-        .Attr<Span>("window")
-        .Attr<Span>("plan");
-  }
-  static ffi::Error Read(Shapes shapes, PoolShape& s) {
-    ILAJAX_RETURN_IF_ERROR(ReadSizes(kName, shapes,
-                                     {{"keys", {&s.batch, &s.key_channels, &s.slots}},
-                                      {"values", {&s.batch, &s.channels, &s.slots}},
-                                      {"pooled_keys", {&s.batch, &s.key_channels, &s.capacity}},
-                                      {"pooled", {&s.batch, &s.channels, &s.capacity}}}));
-    return s.Check();
-  }
-};
-
-struct PoolBwd {
-  using Shape = PoolShape;
-  static constexpr const char* kName = "pool";
-
-  S32 keys;
-  Values values;
-  S32 pooled_keys;
-  Values cotangent;  // of pooled
-  Ret<Values> values_bar;
-  Ret<U8> workspace;
-  std::string_view mode;
-  Span window, plan;
-
-  static auto Bind() {
-    return ffi::Ffi::Bind()
-        .Arg<S32>()
-        .Arg<Values>()
-        .Arg<S32>()
-        .Arg<Values>()
-        .Ret<Values>()
-        .Ret<U8>()
-        .Attr<std::string_view>("mode")
-        .Attr<Span>("window")
-        .Attr<Span>("plan");
-  }
-  static ffi::Error Read(Shapes shapes, PoolShape& s) {
-    ILAJAX_RETURN_IF_ERROR(ReadSizes(kName, shapes,
-                                     {{"keys", {&s.batch, &s.key_channels, &s.slots}},
-                                      {"values", {&s.batch, &s.channels, &s.slots}},
-                                      {"pooled_keys", {&s.batch, &s.key_channels, &s.capacity}},
-                                      {"cotangent", {&s.batch, &s.channels, &s.capacity}},
-                                      {"values_bar", {&s.batch, &s.channels, &s.slots}}}));
-    return s.Check();
-  }
-};
+#define ILAJAX_POOL_BWD(ARG, RET, ATTR)                \
+  ARG(S32, keys, batch, key_channels, slots)           \
+  ARG(Values, values, batch, channels, slots)          \
+  ARG(S32, pooled_keys, batch, key_channels, capacity) \
+  ARG(Values, cotangent, batch, channels, capacity)    \
+  RET(Values, values_bar, batch, channels, slots)      \
+  RET(U8, workspace)                                   \
+  ATTR(std::string_view, mode)                         \
+  ATTR(Span, window)                                   \
+  ATTR(Span, plan)
+ILAJAX_CALL(PoolBwd, PoolShape, "pool", ILAJAX_POOL_BWD)
 
 }  // namespace ilajax
 

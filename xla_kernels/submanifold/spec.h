@@ -4,107 +4,54 @@
 #define ILAJAX_XLA_KERNELS_SUBMANIFOLD_SPEC_H_
 
 #include <cstdint>
+#include <string_view>
 
 #include "xla_kernels/common/conv_shape.h"
 #include "xla_kernels/common/target.h"
 
 namespace ilajax {
 
-// Keys are [B, 1, K], one support for all channels of input and output.
-inline ffi::Error CheckSubmanifold(const char* op, ConvShape& s) {
-  s.capacity = s.slots;
-  if (s.key_channels != 1) return InvalidArgument(op, ": keys must be those of all channels");
-  for (int a = 0; a < s.w.rank; ++a) {
-    if (s.w.strides[a] != 1 || s.w.input_shape[a] != s.w.output_shape[a]) {
-      return InvalidArgument(op, ": input and output must have one grid, and stride 1");
+// Keys are [B, 1, K], one support for all channels of input and output. Responses are those that are
+// not zero.
+struct SubmanifoldShape : ConvShape {
+  ffi::Error Check(const char* op) {
+    capacity = slots;
+    if (key_channels != 1) return InvalidArgument(op, ": keys must be those of all channels");
+    for (int a = 0; a < w.rank; ++a) {
+      if (w.strides[a] != 1 || w.input_shape[a] != w.output_shape[a]) {
+        return InvalidArgument(op, ": input and output must have one grid, and stride 1");
+      }
     }
-  }
-  return s.Check(op);
-}
-
-struct SubmanifoldFwd {
-  using Shape = ConvShape;
-  static constexpr const char* kName = "submanifold";
-
-  S32 keys;
-  Values values;
-  S32 kernel_keys;  // (oc * Cin + ic) * taps + tap; anything else is padding
-  F32 weights;
-  F32 bias;
-  Ret<Values> features;
-  Ret<S32> responses;  // that are not zero
-  Ret<U8> workspace;
-  Span window, plan;
-
-  static auto Bind() {
-    return ffi::Ffi::Bind()
-        .Arg<S32>()
-        .Arg<Values>()
-        .Arg<S32>()
-        .Arg<F32>()
-        .Arg<F32>()
-        .Ret<Values>()
-        .Ret<S32>()
-        .Ret<U8>()
-        .Attr<Span>("window")
-        .Attr<Span>("plan");
-  }
-  static ffi::Error Read(Shapes shapes, ConvShape& s) {
-    ILAJAX_RETURN_IF_ERROR(ReadSizes(kName, shapes,
-                                     {{"keys", {&s.batch, &s.key_channels, &s.slots}},
-                                      {"values", {&s.batch, &s.in_channels, &s.slots}},
-                                      {"kernel_keys", {&s.weights}},
-                                      {"weights", {&s.weights}},
-                                      {"bias", {&s.out_channels}},
-                                      {"features", {&s.batch, &s.out_channels, &s.slots}},
-                                      {"responses", {&s.batch, &s.out_channels}}}));
-    return CheckSubmanifold(kName, s);
+    return ConvShape::Check(op);
   }
 };
 
-struct SubmanifoldBwd {
-  using Shape = ConvShape;
-  static constexpr const char* kName = "submanifold";
+#define ILAJAX_SUBMANIFOLD_FWD(ARG, RET, ATTR)      \
+  ARG(S32, keys, batch, key_channels, slots)        \
+  ARG(Values, values, batch, in_channels, slots)    \
+  ARG(S32, kernel_keys, weights)                    \
+  ARG(F32, weights, weights)                        \
+  ARG(F32, bias, out_channels)                      \
+  RET(Values, features, batch, out_channels, slots) \
+  RET(S32, responses, batch, out_channels)          \
+  RET(U8, workspace)                                \
+  ATTR(Span, window)                                \
+  ATTR(Span, plan)
+ILAJAX_CALL(SubmanifoldFwd, SubmanifoldShape, "submanifold", ILAJAX_SUBMANIFOLD_FWD)
 
-  S32 keys;
-  Values values;
-  S32 kernel_keys;
-  F32 weights;
-  Values cotangent;  // of features
-  Ret<Values> values_bar;
-  Ret<F32> weights_bar;
-  Ret<F32> bias_bar;
-  Ret<U8> workspace;
-  Span window, plan;
-
-  static auto Bind() {
-    return ffi::Ffi::Bind()
-        .Arg<S32>()
-        .Arg<Values>()
-        .Arg<S32>()
-        .Arg<F32>()
-        .Arg<Values>()
-        .Ret<Values>()
-        .Ret<F32>()
-        .Ret<F32>()
-        .Ret<U8>()
-        .Attr<Span>("window")
-        .Attr<Span>("plan");
-  }
-  static ffi::Error Read(Shapes shapes, ConvShape& s) {
-    s.groups = kUnread;
-    ILAJAX_RETURN_IF_ERROR(ReadSizes(kName, shapes,
-                                     {{"keys", {&s.batch, &s.key_channels, &s.slots}},
-                                      {"values", {&s.batch, &s.in_channels, &s.slots}},
-                                      {"kernel_keys", {&s.weights}},
-                                      {"weights", {&s.weights}},
-                                      {"cotangent", {&s.batch, &s.out_channels, &s.slots}},
-                                      {"values_bar", {&s.batch, &s.in_channels, &s.slots}},
-                                      {"weights_bar", {&s.groups, &s.weights}},
-                                      {"bias_bar", {&s.groups, &s.out_channels}}}));
-    return CheckSubmanifold(kName, s);
-  }
-};
+#define ILAJAX_SUBMANIFOLD_BWD(ARG, RET, ATTR)       \
+  ARG(S32, keys, batch, key_channels, slots)         \
+  ARG(Values, values, batch, in_channels, slots)     \
+  ARG(S32, kernel_keys, weights)                     \
+  ARG(F32, weights, weights)                         \
+  ARG(Values, cotangent, batch, out_channels, slots) \
+  RET(Values, values_bar, batch, in_channels, slots) \
+  RET(F32, weights_bar, groups, weights)             \
+  RET(F32, bias_bar, groups, out_channels)           \
+  RET(U8, workspace)                                 \
+  ATTR(Span, window)                                 \
+  ATTR(Span, plan)
+ILAJAX_CALL(SubmanifoldBwd, SubmanifoldShape, "submanifold", ILAJAX_SUBMANIFOLD_BWD)
 
 }  // namespace ilajax
 

@@ -4,6 +4,7 @@
 #define ILAJAX_XLA_KERNELS_TO_DENSE_SPEC_H_
 
 #include <cstdint>
+#include <string_view>
 
 #include "xla_kernels/common/target.h"
 
@@ -19,43 +20,20 @@ struct ToDenseShape {
   ILAJAX_HOST_DEVICE int64_t KeyOffset(int64_t segment) const {
     return (key_channels == 1 ? segment / channels : segment) * slots;
   }
+  ffi::Error Check(const char* op) const { return CheckKeyChannels(op, key_channels, channels); }
 };
 
-struct ToDenseFwd {
-  using Shape = ToDenseShape;
-  static constexpr const char* kName = "to_dense";
+#define ILAJAX_TO_DENSE_FWD(ARG, RET, ATTR)   \
+  ARG(S32, keys, batch, key_channels, slots)  \
+  ARG(Values, values, batch, channels, slots) \
+  RET(Values, dense, batch, channels, sites)
+ILAJAX_CALL(ToDenseFwd, ToDenseShape, "to_dense", ILAJAX_TO_DENSE_FWD)
 
-  S32 keys;
-  Values values;
-  Ret<Values> dense;
-
-  static auto Bind() { return ffi::Ffi::Bind().Arg<S32>().Arg<Values>().Ret<Values>(); }
-  static ffi::Error Read(Shapes shapes, ToDenseShape& s) {
-    ILAJAX_RETURN_IF_ERROR(ReadSizes(kName, shapes,
-                                     {{"keys", {&s.batch, &s.key_channels, &s.slots}},
-                                      {"values", {&s.batch, &s.channels, &s.slots}},
-                                      {"dense", {&s.batch, &s.channels, &s.sites}}}));
-    return CheckKeyChannels(kName, s.key_channels, s.channels);
-  }
-};
-
-struct ToDenseBwd {
-  using Shape = ToDenseShape;
-  static constexpr const char* kName = "to_dense";
-
-  S32 keys;
-  Values dense_bar;
-  Ret<Values> values_bar;
-
-  static auto Bind() { return ffi::Ffi::Bind().Arg<S32>().Arg<Values>().Ret<Values>(); }
-  static ffi::Error Read(Shapes shapes, ToDenseShape& s) {
-    ILAJAX_RETURN_IF_ERROR(ReadSizes(kName, shapes,
-                                     {{"keys", {&s.batch, &s.key_channels, &s.slots}},
-                                      {"dense_bar", {&s.batch, &s.channels, &s.sites}},
-                                      {"values_bar", {&s.batch, &s.channels, &s.slots}}}));
-    return CheckKeyChannels(kName, s.key_channels, s.channels);
-  }
-};
+#define ILAJAX_TO_DENSE_BWD(ARG, RET, ATTR)      \
+  ARG(S32, keys, batch, key_channels, slots)     \
+  ARG(Values, dense_bar, batch, channels, sites) \
+  RET(Values, values_bar, batch, channels, slots)
+ILAJAX_CALL(ToDenseBwd, ToDenseShape, "to_dense", ILAJAX_TO_DENSE_BWD)
 
 }  // namespace ilajax
 
