@@ -8,6 +8,8 @@ from pathlib import Path
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
+import ilajax
+
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()[^)#:\s]+(?=[)#])")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
@@ -30,6 +32,8 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     """Links are written for a reader of the repository; here they become those of the site."""
     here = page.file.src_uri
+    if here == "api/operations.md":
+        markdown = with_operations(markdown)
 
     def of_the_site(link):
         path = _in_repository(here, link[0])
@@ -38,6 +42,18 @@ def on_page_markdown(markdown, page, config, files):
         return posixpath.relpath(_in_site(path), posixpath.dirname(here) or ".")
 
     return LINK.sub(of_the_site, markdown)
+
+
+def with_operations(markdown: str) -> str:
+    """The page of operations with those of ilajax.ops that no other page of the reference has."""
+    elsewhere = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    names = [
+        name
+        for name in ilajax.__all__
+        if getattr(getattr(ilajax, name), "__module__", "").startswith("ilajax.ops.")
+        and f"::: ilajax.{name}\n" not in elsewhere
+    ]
+    return markdown + "".join(f"\n::: ilajax.{name}\n" for name in names)
 
 
 def on_page_content(content, page, config, files):

@@ -131,16 +131,7 @@ def run() -> None:
 def compare(case: Case) -> str:
     """How the kernel's results differ from the reference's; "" if they do not."""
 
-    def results(backend: str) -> list[np.ndarray]:
-        def both(x: Any, kernel: Any) -> Any:
-            out, pull = jax.vjp(case.function, x, kernel)
-            gradients = jax.tree.leaves(pull(jax.tree.map(_cotangent, out)))
-            return out, [g for g in gradients if g.dtype != jax.dtypes.float0]
-
-        with _backend(backend), _workspace(case.workspace):
-            return [np.asarray(a) for a in jax.tree.leaves(jax.jit(both)(*case.operands))]
-
-    for kernel, reference in zip(results("native"), results("reference"), strict=True):
+    for kernel, reference in zip(results(case, "native"), results(case, "reference"), strict=True):
         one, other = kernel.astype(np.float64), reference.astype(np.float64)
         tolerance = 0.0 if case.exact else 1e-6
         wrong = ~np.isclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
@@ -151,6 +142,18 @@ def compare(case: Case) -> str:
                 f"{at} the kernel has {kernel[at]}, the reference {reference[at]}."
             )
     return ""
+
+
+def results(case: Case, backend: str) -> list[np.ndarray]:
+    """Outputs and gradients on a backend, "native" or "reference"."""
+
+    def both(x: Any, kernel: Any) -> Any:
+        out, pull = jax.vjp(case.function, x, kernel)
+        gradients = jax.tree.leaves(pull(jax.tree.map(_cotangent, out)))
+        return out, [g for g in gradients if g.dtype != jax.dtypes.float0]
+
+    with _backend(backend), _workspace(case.workspace):
+        return [np.asarray(a) for a in jax.tree.leaves(jax.jit(both)(*case.operands))]
 
 
 def cases() -> list[Case]:

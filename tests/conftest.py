@@ -1,7 +1,9 @@
 """Fixtures of the whole suite: the backends, and NaN as an error."""
 
 import collections
+import importlib
 import os
+import pkgutil
 
 # Tests compile small programs for most of their time: XLA's optimizer would take twice as long as it saves.
 # Set before JAX is imported; the kernels are compiled by their own compiler, and as they are shipped.
@@ -16,16 +18,17 @@ import jax
 import jaxtyping
 import pytest
 
+from ilajax import ops
 from ilajax.ffi import routes
-from ilajax.ops import conv, convert, k_select, pool, submanifold, weights
 
 if not routes.native_platforms():
     # Where no kernel could be built, tests run on the reference, and it is no surprise.
     os.environ.setdefault("ILAJAX_BACKEND", "reference")
 
 # Shapes in annotations (ilajax/ops/_shapes.py) hold in every test.
-for module in (conv, convert, k_select, pool, submanifold, weights):
-    for name, function in vars(module).items():
+for found in pkgutil.iter_modules(ops.__path__, "ilajax.ops."):
+    module = importlib.import_module(found.name)
+    for name, function in list(vars(module).items()):
         if any(hasattr(a, "dim_str") for a in getattr(function, "__annotations__", {}).values()):
             setattr(module, name, jaxtyping.jaxtyped(function, typechecker=beartype.beartype))
 

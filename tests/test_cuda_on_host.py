@@ -58,7 +58,7 @@ def test_every_kernel_runs(tmp_path):
     """
     chosen = build.BUILDS[os.environ.get("CUDA_ON_HOST_BUILD", "plain")]
     log = tmp_path / "executed"
-    run.run(chosen, [build.HERE / "check_kernels.py", run.TESTS / "ops" / "test_workspace.py"], log)
+    run.run(chosen, run.cases(), log)
 
     lines = log.read_text().splitlines()
     log.write_text("\n".join(line for line in lines if int(line, 16) != int(lines[0], 16)))

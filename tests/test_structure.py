@@ -172,10 +172,9 @@ def test_a_target_has_its_files(target, handler):
     assert defines(KERNELS / stem / "cpu.cc", "CPU", handler)
     assert f"ILAJAX_CALL({handler}, " in (KERNELS / stem / "spec.h").read_text()
 
-    ops = [
-        path for path in (ROOT / "ilajax" / "ops").glob("*.py") if f'"{target}"' in path.read_text()
-    ]
-    assert len(ops) == 1, f"{target} must be called by one file in ops/, got {ops}"
+    declaration = f'ffi.declare("{stem}")'
+    ops = [p for p in (ROOT / "ilajax" / "ops").glob("*.py") if declaration in p.read_text()]
+    assert len(ops) == 1, f"{stem} must be declared by one file in ops/, got {ops}"
     assert (ROOT / "tests" / "ops" / f"test_{ops[0].stem}.py").exists()
 
 

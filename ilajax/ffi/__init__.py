@@ -2,13 +2,14 @@
 
 from ilajax.ffi.calls import dispatch, result
 from ilajax.ffi.meshes import Outputs, place, split_by_type, vary_together
-from ilajax.ffi.routes import Backend, Route, backend
+from ilajax.ffi.routes import Backend, Route, backend, declare
 
 __all__ = [
     "Backend",
     "Outputs",
     "Route",
     "backend",
+    "declare",
     "dispatch",
     "place",
     "result",

@@ -23,8 +23,8 @@ from ilajax.ffi import gpus, stamp
 from ilajax.ffi.registry import extensions
 
 CHOICES = ("auto", "native", "reference")
-# Operations with kernels; those that are not listed are plain jax.numpy, everywhere.
-OPERATIONS = ("conv", "from_dense", "k_select", "pool", "submanifold", "to_dense")
+# Operations with kernels, as ilajax/ops declares them; all others are plain jax.numpy, everywhere.
+OPERATIONS: list[str] = []
 PACKAGES = ("ilajax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 _warned: set[str] = set()
@@ -75,6 +75,13 @@ class Backend:
             said = missing or "Its kernels are installed."
             lines += ["", f"no device of {platform} here. {said}".replace("\n", "\n    ")]
         return "\n".join(lines)
+
+
+def declare(operation: str) -> tuple[str, str]:
+    """Makes an operation one that has kernels; returns the names of its targets, forward and backward."""
+    OPERATIONS.append(operation)
+    OPERATIONS.sort()
+    return f"ilajax_{operation}_fwd", f"ilajax_{operation}_bwd"
 
 
 def backend() -> Backend:
@@ -195,7 +202,7 @@ def _sent_to_reference() -> frozenset[str]:
     names = frozenset(name.strip() for name in given.split(",") if name.strip())
     if unknown := names - set(OPERATIONS):
         raise ValueError(
-            f"ILAJAX_REFERENCE must list some of {OPERATIONS}, separated by commas, got {given!r}: "
+            f"ILAJAX_REFERENCE must list some of {tuple(OPERATIONS)}, separated by commas, got {given!r}: "
             f"{', '.join(sorted(unknown))} is none of them."
         )
     return names

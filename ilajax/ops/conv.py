@@ -19,6 +19,8 @@ from ilajax.sparse_tensor import VALUE_DTYPES, SparseTensor, check_sparse
 
 SUPPORTS = ("dilate", "input")
 
+_FORWARD, _BACKWARD = ffi.declare("conv")
+
 
 class ConvResult(NamedTuple):
     """What `conv` returns.
@@ -205,7 +207,7 @@ def _forward(
 ) -> _Outputs:
     return _Outputs(
         *ffi.dispatch(
-            "ilajax_conv_fwd",
+            _FORWARD,
             functools.partial(_forward_reference, config),
             (keys, values, kernel_keys, weights, bias),
             BATCHED,
@@ -237,7 +239,7 @@ def _vjp_backward(config, residuals, cotangents):
     """
     keys, values, kernel_keys, weights, out_keys = residuals
     values_bar, weights_bar, bias_bar = ffi.dispatch(
-        "ilajax_conv_bwd",
+        _BACKWARD,
         functools.partial(_backward_reference, config),
         (keys, values, kernel_keys, weights, out_keys, cotangents.values),
         (True, True, False, False, True, True),

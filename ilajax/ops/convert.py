@@ -13,6 +13,9 @@ from ilajax.ops._shapes import Array, Float, Int32
 from ilajax.ops.k_select import Selected, check_capacity, check_select, select_reference
 from ilajax.sparse_tensor import VALUE_DTYPES, SparseTensor, check_sparse
 
+_SCATTER, _GATHER = ffi.declare("to_dense")
+_FROM_DENSE, _ = ffi.declare("from_dense")  # its gradient is to_dense
+
 
 def to_dense(x: SparseTensor) -> jax.Array:
     """The dense array [B, *S, C] of a sparse tensor; its gradient is gathered at the stored keys.
@@ -46,7 +49,7 @@ def _scatter(
         return (jax.vmap(jax.vmap(segment))(keys, values),)
 
     each = (ffi.result((values.shape[1], sites), values.dtype),)
-    return ffi.dispatch("ilajax_to_dense_fwd", reference, (keys, values), (True, True), each)[0]
+    return ffi.dispatch(_SCATTER, reference, (keys, values), (True, True), each)[0]
 
 
 def _gather(
@@ -57,7 +60,7 @@ def _gather(
         return (jnp.take_along_axis(planes, keys, axis=2, mode="fill", fill_value=0),)
 
     each = (ffi.result((planes.shape[1], keys.shape[2]), planes.dtype),)
-    return ffi.dispatch("ilajax_to_dense_bwd", reference, (keys, planes), (True, True), each)[0]
+    return ffi.dispatch(_GATHER, reference, (keys, planes), (True, True), each)[0]
 
 
 def _drop_outside(keys: Int32[Array, "b ck k"], sites: int) -> Int32[Array, "b ck k"]:
@@ -158,8 +161,9 @@ def _from_dense(config: _Config, x: jax.Array) -> Selected:
 
     shape = (x.shape[2], config.capacity)
     each = (ffi.result(shape, jnp.int32), ffi.result(shape, x.dtype))
-    target = "ilajax_from_dense_fwd"
-    return Selected(*ffi.dispatch(target, reference, (x,), (True,), each, select=config.select))
+    return Selected(
+        *ffi.dispatch(_FROM_DENSE, reference, (x,), (True,), each, select=config.select)
+    )
 
 
 def _from_dense_forward(config, x):

@@ -15,6 +15,8 @@ from ilajax.sparse_tensor import SparseTensor, check_sparse
 
 SELECTS = ("value", "positive", "magnitude")
 
+_FORWARD, _BACKWARD = ffi.declare("k_select")
+
 
 def k_select(x: SparseTensor, capacity: int, *, select: str = "value") -> SparseTensor:
     """Keeps the `capacity` strongest stored entries of each sample and channel.
@@ -156,7 +158,7 @@ def _forward(
     shape = (values.shape[1], config.capacity)
     return Selected(
         *ffi.dispatch(
-            "ilajax_k_select_fwd",
+            _FORWARD,
             reference,
             (keys, values),
             (True, True),
@@ -193,7 +195,7 @@ def match(
         return (lookup_reference(keys, kept_keys, cotangent, sites),)
 
     return ffi.dispatch(
-        "ilajax_k_select_bwd",
+        _BACKWARD,
         reference,
         (keys, kept_keys, cotangent),
         (True,) * 3,

@@ -14,6 +14,8 @@ from ilajax.ops._supports import place_alike
 from ilajax.ops.k_select import check_capacity, lookup_reference, select_reference
 from ilajax.sparse_tensor import SparseTensor, check_sparse
 
+_FORWARD, _BACKWARD = ffi.declare("pool")
+
 
 def max_pool(
     x: SparseTensor, window: int | Sequence[int], *, capacity: int | None = None
@@ -167,7 +169,7 @@ def _forward(
     config: _Config, keys: Int32[Array, "b ck k"], values: Float[Array, "b c k"]
 ) -> ffi.Outputs:
     return ffi.dispatch(
-        "ilajax_pool_fwd",
+        _FORWARD,
         functools.partial(_forward_reference, config),
         (keys, values),
         (True, True),
@@ -193,7 +195,7 @@ def _vjp_backward(config, residuals, cotangents):
     """
     keys, values, pooled_keys = residuals
     (values_bar,) = ffi.dispatch(
-        "ilajax_pool_bwd",
+        _BACKWARD,
         functools.partial(_backward_reference, config),
         (keys, values, pooled_keys, cotangents[1]),
         (True,) * 4,

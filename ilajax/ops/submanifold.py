@@ -10,6 +10,8 @@ from ilajax.geometry import Window
 from ilajax.ops._shapes import Array, Bool, Float, Float32, Int32
 from ilajax.ops.weights import BATCHED, at_live_weights, dense_weights, sum_products
 
+_FORWARD, _BACKWARD = ffi.declare("submanifold")
+
 
 def submanifold_conv(
     window: Window,
@@ -42,7 +44,7 @@ def _forward(
     bias: Float32[Array, " o"],
 ) -> ffi.Outputs:
     return ffi.dispatch(
-        "ilajax_submanifold_fwd",
+        _FORWARD,
         functools.partial(_forward_reference, window),
         (keys, values, kernel_keys, weights, bias),
         BATCHED,
@@ -63,7 +65,7 @@ def _vjp_backward(window, residuals, cotangents):
     """That of `conv`, where the kept outputs are the input's own sites."""
     keys, values, kernel_keys, weights = residuals
     values_bar, weights_bar, bias_bar = ffi.dispatch(
-        "ilajax_submanifold_bwd",
+        _BACKWARD,
         functools.partial(_backward_reference, window),
         (keys, values, kernel_keys, weights, cotangents[0]),
         (True, True, False, False, True),

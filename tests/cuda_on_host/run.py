@@ -46,6 +46,17 @@ def run(
     assert not missing, f"no case runs {', '.join(missing)}"
 
 
+def cases() -> list[Path]:
+    """Files that between them run every kernel: chosen cases, and the tests of ops that have none there."""
+    chosen = build.HERE / "check_kernels.py"
+    tests = [
+        TESTS / "ops" / f"test_{path.stem}.py"
+        for path in (build.REPOSITORY / "ilajax" / "ops").glob("*.py")
+        if "ffi.declare(" in path.read_text() and f"test_{path.stem}," not in chosen.read_text()
+    ]
+    return [chosen, TESTS / "ops" / "test_workspace.py", *tests]
+
+
 def _library(name: str) -> str:
     """The full path of one of the compiler's libraries."""
     command = [build.CXX, f"-print-file-name={name}"]
