@@ -3,15 +3,15 @@
     python -m benchmarks.data_parallel                       # on all devices of this machine
     python -m benchmarks.data_parallel --cpu-devices 4       # on a CPU that plays four devices
 
-    # In two processes, which may stand on two machines; each holds half of every batch:
+    # In two processes, which may run on two machines; each holds half of every batch:
     python -m benchmarks.data_parallel --processes 2 --process 0 --coordinator localhost:9999 &
     python -m benchmarks.data_parallel --processes 2 --process 1 --coordinator localhost:9999
 
     # Goes on from the last checkpoint, in one process or in another number of them:
     python -m benchmarks.data_parallel --resume --epochs 4
 
-The weights are on every device, and each device has its share of the batch. What tells this from a program
-for one device is in `main`, in the first lines of `train`, and in `loader`; docs/scaling_out.md explains.
+What tells this from a program for one device is in `main`, in the first lines of `train`, and in `loader`;
+docs/scaling_out.md explains.
 """
 
 import argparse
@@ -30,32 +30,35 @@ from experiments.checkpoints import Checkpoints, remove_checkpoints
 from experiments.data.loader import batches
 from experiments.data.solids import CLASSES, Solids, make_solids
 
-RESOLUTION = 16
+RESOLUTION, BATCH_SIZE = 16, 16
 BOUNDS = (0.08, 0.24)
 Row = dict[str, float]
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Trains, prints a line for each epoch, and returns them."""
-    options = _parser().parse_args(arguments)
-    start_devices(options)
-    if options.batch_size % jax.device_count():
-        raise SystemExit(
-            f"--batch-size {options.batch_size} must be a multiple of the {jax.device_count()} devices."
-        )
-    axis_type = AxisType.Auto if options.auto else AxisType.Explicit
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(axis_type,))
-    with jax.set_mesh(mesh):
-        return train(options, mesh)
-
-
-def start_devices(options: argparse.Namespace) -> None:
-    """Before anything else touches JAX: finds this process's devices, and the other processes."""
+    parser = frame.parser("benchmarks.data_parallel", __doc__)
+    add = parser.add_argument
+    add("--epochs", type=frame.positive_int, default=2, metavar="N", help="epochs")
+    add("--solids", type=frame.positive_int, default=256, metavar="N", help="solids to train on")
+    add("--seed", type=frame.seed, default=0, metavar="N", help="of weights, solids and order")
+    add("--cpu-devices", type=int, metavar="N", help="makes the CPU play N devices")
+    add("--processes", type=frame.positive_int, default=1, metavar="N", help="processes in all")
+    add("--process", type=int, default=0, metavar="I", help="which of them this one is")
+    add("--coordinator", default="localhost:9999", metavar="HOST:PORT", help="of process 0")
+    frame.add_out(parser, "runs/data_parallel")
+    add("--resume", action="store_true", help="go on from the newest checkpoint, if any")
+    options = parser.parse_args(arguments)
+    # Before anything else touches JAX: finds this process's devices, and the other processes.
     if options.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", options.cpu_devices)
     if options.processes > 1:
         jax.distributed.initialize(options.coordinator, options.processes, options.process)
+    axis_type = AxisType.Explicit  # AxisType.Auto does as well
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        return train(options, mesh)
 
 
 def train(options: argparse.Namespace, mesh: jax.sharding.Mesh) -> list[Row]:
@@ -67,10 +70,9 @@ def train(options: argparse.Namespace, mesh: jax.sharding.Mesh) -> list[Row]:
     modules = {"net": net, "optimizer": optimizer}
     rows: list[Row] = []
     folder = options.out / "checkpoints"
-    if not options.resume:
-        if jax.process_index() == 0:
-            remove_checkpoints(folder)
-        multihost_utils.sync_global_devices("old checkpoints are gone")
+    if not options.resume and jax.process_index() == 0:
+        remove_checkpoints(folder)
+    multihost_utils.sync_global_devices("old checkpoints are gone")
     with Checkpoints(folder) as checkpoints:
         # Variables come back to the devices that these modules are on, whatever they were saved from.
         latest = checkpoints.restore_newest(modules, print)
@@ -78,7 +80,7 @@ def train(options: argparse.Namespace, mesh: jax.sharding.Mesh) -> list[Row]:
             rows = checkpoints.notes(latest)["rows"]
         for epoch in range(len(rows) + 1, options.epochs + 1):
             losses = []
-            order = batches(len(solids), options.batch_size, seed=options.seed, epoch=epoch)
+            order = batches(len(solids), BATCH_SIZE, seed=options.seed, epoch=epoch)
             for step, (x, labels) in enumerate(loader(solids, order, mesh), 1):
                 losses.append(train_step(net, optimizer, x, labels, step == len(order)))
             rows.append({"loss": float(np.mean(losses))} | densities(net))
@@ -137,27 +139,8 @@ def train_step(
 
 def densities(net: nnx.Module) -> Row:
     """The mean response density of each sparse layer, over all devices."""
-    return {
-        ".".join(map(str, path)): float(layer.density[...].mean())
-        for path, layer in ilajax.nn.iter_convs(net)
-    }
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = frame.parser("benchmarks.data_parallel", __doc__)
-    add = parser.add_argument
-    add("--epochs", type=frame.positive_int, default=2, metavar="N", help="epochs")
-    add("--batch-size", type=frame.positive_int, default=16, metavar="N", help="of all devices")
-    add("--solids", type=frame.positive_int, default=256, metavar="N", help="solids to train on")
-    add("--seed", type=frame.seed, default=0, metavar="N", help="of weights, solids and order")
-    add("--auto", action="store_true", help="a mesh of Auto axes; by default they are Explicit")
-    add("--cpu-devices", type=int, metavar="N", help="makes the CPU play N devices")
-    add("--processes", type=frame.positive_int, default=1, metavar="N", help="processes in all")
-    add("--process", type=int, default=0, metavar="I", help="which of them this one is")
-    add("--coordinator", default="localhost:9999", metavar="HOST:PORT", help="of process 0")
-    frame.add_out(parser, "runs/data_parallel")
-    add("--resume", action="store_true", help="go on from the newest checkpoint, if any")
-    return parser
+    layers = ilajax.nn.iter_convs(net)
+    return {".".join(map(str, path)): float(conv.density[...].mean()) for path, conv in layers}
 
 
 if __name__ == "__main__":

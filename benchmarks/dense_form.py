@@ -12,16 +12,17 @@ time of the model's choice over that of the quicker form. Change the prices, and
 import dataclasses
 import functools
 import itertools
-import math
+import statistics
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 import ilajax
-from benchmarks import RESULTS, timing, workloads
+from benchmarks import RESULTS, report, timing, workloads
 from benchmarks.peers import Layer
+from benchmarks.report import Record
 from experiments import frame
 from ilajax.ffi import plans
 
@@ -34,20 +35,13 @@ WAYS: dict[str, dict[str, int]] = {
 
 
 class Case(NamedTuple):
-    """A layer from C to C channels.
-
-    Attributes:
-      resolution, channels: of the grid, and C.
-      sites: "random", others for each channel, or "shell": most of a thin surface, whatever the density.
-      density: share of the sites that a channel stores.
-      live: share of the weights.
-    """
+    """A layer from C to C channels."""
 
     resolution: int
     channels: int
-    sites: str
-    density: float
-    live: float
+    sites: str  # "random", others for each channel, or "shell": most of a thin surface
+    density: float  # share of the sites that a channel stores
+    live: float  # share of the weights
 
     @property
     def name(self) -> str:
@@ -56,14 +50,14 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case(*case)
+    Case(resolution, channels, "random", density, live)
     for resolution, channels, densities in (
         (8, 32, (0.1, 0.3, 1.0)),
         (16, 16, (0.05, 0.15, 0.5)),
         (32, 8, (0.05, 0.15, 0.5)),
         (32, 24, (0.05, 0.15)),
     )
-    for case in itertools.product((resolution,), (channels,), ("random",), densities, (0.1, 0.3, 1))
+    for density, live in itertools.product(densities, (0.1, 0.3, 1))
 ] + [
     Case(resolution, channels, "shell", 2 / resolution, live)
     for resolution, channels in ((16, 24), (32, 8), (32, 16))
@@ -73,12 +67,11 @@ CASES = [
 
 def make_layer(case: Case) -> Layer:
     """The layer of a case, on a batch of four."""
-    size = (case.resolution,) * 3
     if case.sites == "shell":
         x = workloads.shell(case.resolution, case.channels, batch=4)
     else:
         x = workloads.random_sites(case.resolution, case.channels, batch=4, density=case.density)
-    capacity = max(x.capacity, ilajax.capacity(case.density, size))
+    capacity = max(x.capacity, ilajax.capacity(case.density, x.spatial_shape))
     kernel = workloads.kernel(case.channels, case.channels, density=case.live)
     return Layer(x, kernel, jnp.zeros(case.channels), capacity, backward=True)
 
@@ -103,7 +96,7 @@ def candidates(layer: Layer) -> dict[tuple[str, str], timing.Candidate]:
     return found
 
 
-def measure(case: Case, budget: float) -> list[dict[str, Any]]:
+def measure(case: Case, budget: float) -> list[Record]:
     """A record for each direction."""
     timings = timing.side_by_side(candidates(make_layer(case)), budget=budget)
     records = []
@@ -114,54 +107,40 @@ def measure(case: Case, budget: float) -> list[dict[str, Any]]:
     return records
 
 
-def summary(records: Sequence[dict[str, Any]]) -> str:
-    """How much time the choice loses."""
-    losses = [record["loss"] for record in records]
-    mean = math.exp(sum(map(math.log, losses)) / len(losses))
-    return f"loss of the choice: {mean:.3f} in the geometric mean, {max(losses):.2f} at most"
+def cells(record: Record) -> tuple[str, ...]:
+    """A line of the table."""
+    times = (timing.show(record[way]) for way in WAYS)
+    return (f"{record['case']}, {record['direction']}", *times, f"{record['loss']:.2f}")
 
 
-def cells(records: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A head, and a line for each record."""
-    body = [
-        (
-            f"{record['case']}, {record['direction']}",
-            *(timing.show(record[way]) for way in WAYS),
-            f"{record['loss']:.2f}",
-        )
-        for record in records
-    ]
-    return [("layer", *WAYS, "loss"), *body]
-
-
-def main(arguments: list[str] | None = None, cases: Sequence[Case] = CASES) -> list[dict[str, Any]]:
-    """Runs the experiment; returns its records."""
+def main(arguments: list[str] | None = None, cases: Sequence[Case] = CASES) -> list[Record]:
+    """Measures all cases; returns their records."""
     parser = frame.parser("benchmarks.dense_form", __doc__)
-    parser.add_argument(
-        "--budget", type=frame.positive, default=0.5, metavar="S", help="seconds for each call"
-    )
+    add = parser.add_argument
+    add("--budget", type=frame.positive, default=0.5, metavar="S", help="seconds for each call")
     frame.add_report(parser, "dense_form.{json,md}", RESULTS)
     options = parser.parse_args(arguments)
-    provenance = timing.provenance("benchmarks.dense_form", arguments)
-    records: list[dict[str, Any]] = []
+    records: list[Record] = []
     with frame.Reporter() as reporter:
         reporter.begin("cases", len(cases), 0)
         for case in cases:
             new = measure(case, options.budget)
             records += new
-            for line in cells(new)[1:]:
-                reporter.print("{:54} {:>9} {:>9} {:>9} {:>6}".format(*line))
+            for record in new:
+                reporter.print("{:54} {:>9} {:>9} {:>9} {:>6}".format(*cells(record)))
             reporter.step(case.name)
-        reporter.print(summary(records))
+        losses = [record["loss"] for record in records]
+        mean, most = statistics.geometric_mean(losses), max(losses)
+        summary = f"loss of the choice: {mean:.3f} in the geometric mean, {most:.2f} at most"
+        reporter.print(summary)
         if options.report:
-            frame.write_json(options.report / "dense_form.json", provenance | {"records": records})
-            body = [f"`{provenance['command']}` at commit {provenance['commit']}.", ""]
-            body += [f"{timing.headline(provenance)}.", "", f"{summary(records)}.", ""]
-            frame.write_section(
-                options.report / "dense_form.md",
-                "Every layer",
-                "\n".join(body + frame.markdown_table(cells(records))),
-                title="The dense form of lines, and its cost model",
+            provenance = timing.provenance("benchmarks.dense_form", arguments)
+            table = frame.markdown_table([("layer", *WAYS, "loss"), *map(cells, records)])
+            report.write(
+                options.report / "dense_form",
+                "The dense form of lines, and its cost model",
+                provenance | {"records": records},
+                [f"{summary}.", "", *table],
             )
     return records
 

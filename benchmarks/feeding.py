@@ -4,7 +4,7 @@
     python -m benchmarks.feeding --data kicad --data-dir ../shared/data/kicad
     python -m benchmarks.feeding --resolution 64 --batch-size 32
     python -m benchmarks.feeding --no-step --batches 10000                  # memory, without training
-    python -m benchmarks.feeding --report                     # writes benchmarks/results/feeding-... too
+    python -m benchmarks.feeding --report                     # benchmarks/results/feeding-...
 
 OctNet3 trains, with the paper's bounds. Three figures: the share of the time that the step's process waits
 for a batch, how often the step is compiled, and how the memory of all processes grows.
@@ -14,28 +14,26 @@ import argparse
 import contextlib
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 import psutil
 from flax import nnx
 
 import ilajax
-from benchmarks import RESULTS
+from benchmarks import RESULTS, report
+from benchmarks.rows import training_step
 from benchmarks.timing import headline, provenance, show
 from experiments import frame
 from experiments.data.loader import feed
 from experiments.data.sets import Dataset, add_data, load_dataset, where
-from experiments.frame import Cells, summary_table
-from experiments.training import as_it_is, train_step
+from experiments.frame import Cells
 from ilajax.models.octnet3 import TABLE_2
 
-RESOLUTION, BATCH_SIZE = 32, 8
 RESOLUTIONS = tuple(r for r, net in TABLE_2.items() if len(net.input_shape) == 3)
 COMPILED = "/jax/core/compile/backend_compile_duration"  # the event that JAX reports
 MOMENTS = 10  # at which memory is read
@@ -51,8 +49,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             **where(options),
             resolution=options.resolution,
             capacity=options.capacity,
-            seed=options.seed,
-            jitter=options.jitter,
+            seed=0,
             train_size=options.shapes,
             test_size=0,
         )
@@ -70,46 +67,57 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     with frame.Reporter() as reporter:
         reporter.print(headline(record))
         record |= measure(options, data, reporter)
-        cells = [_summary(record), _memory(record)]
-        for table in cells:
-            reporter.print(summary_table(table))
-        written = [options.out / "feeding.md", options.out / "feeding.json"]
-        frame.write_json(written[1], record)
-        _write(written[0], record, cells)
-        if options.report:
-            written += frame.report(options.report, _stem(options), written)
-        reporter.print("wrote " + ", ".join(map(str, written)))
+        summary, memory = _summary(record), _memory(record)
+        reporter.print(frame.summary_table(summary))
+        reporter.print(frame.summary_table(memory))
+    if options.report:
+        size, batch = options.resolution, options.batch_size
+        step = "-no-step" if options.no_step else ""
+        stem = options.report / f"feeding-{options.data}-{size}-b{batch}{step}"
+        slots = f"{record['samples']:,} samples, {record['capacity']:,} slots each"
+        bounds = ", ".join(map(str, record["bounds"]))
+        body = [f"Data: {options.data}, {slots}.", f"OctNet3-{size}^3 with the bounds {bounds}."]
+        for table in (summary, memory):
+            body += ["", *frame.markdown_table(table)]
+        report.write(stem, "Feeding", record, body)
     return record
 
 
 def measure(options: argparse.Namespace, data: Dataset, reporter: frame.Reporter) -> dict[str, Any]:
     """Takes the batches one by one, and trains on each unless there is `no_step`."""
-    # More epochs than are taken: a worker that has no more to do ends, and its memory with it.
-    epochs = options.batches + 100
     fed = feed(
         data.training,
         options.batch_size,
-        seed=options.seed,
-        epochs=epochs,
+        seed=0,
+        # More than are taken: a worker that has no more to do ends, and its memory with it.
+        epochs=options.batches + 100,
         workers=options.workers,
     )
     step = None if options.no_step else _step(options, len(data.class_names))
     marks = {round(options.batches * n / MOMENTS) for n in range(1, MOMENTS + 1)}
-    waiting, stepping, cut, memory = [], [], 0, []
+    waiting, stepping, cut, memory, compiled = [], [], 0, [], []
+
+    def listen(event: str, _: float, **about: Any) -> None:
+        if event == COMPILED:
+            compiled.append(about.get("fun_name"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     reporter.begin("feeding", options.batches, 0)
-    with contextlib.closing(fed), _compilations() as compiled:
+    with contextlib.closing(fed):
         for number in range(1, options.batches + 1):
             start = time.perf_counter()
             batch = next(fed)
             arrived = time.perf_counter()
             if step:
-                step(batch.inputs, batch.labels)
+                jax.block_until_ready(step(batch.inputs, batch.labels))
             waiting.append(arrived - start)
             stepping.append(time.perf_counter() - arrived)
             cut += int(batch.overflow.sum())
             reporter.step(f"{show(waiting[-1])} for a batch, {show(stepping[-1])} for a step")
             if number in marks:
-                memory.append({"batches": number, **_resident()})
+                workers = sorted(worker.pid for worker in multiprocessing.active_children())
+                parent, *others = (psutil.Process(n).memory_info().rss for n in (None, *workers))
+                memory.append({"batches": number, "parent": parent, "workers": others})
     # The first batch waits for the workers to start, and the first step is compiled.
     seconds = {"waiting": sum(waiting[1:]), "stepping": sum(stepping[1:])}
     return {
@@ -124,51 +132,9 @@ def measure(options: argparse.Namespace, data: Dataset, reporter: frame.Reporter
     }
 
 
-def _step(options: argparse.Namespace, classes: int) -> Callable[..., None]:
-    """A training step that returns when it has ended."""
-    model = ilajax.models.OctNet3(
-        options.resolution, num_classes=classes, rngs=nnx.Rngs(options.seed)
-    )
-    recipe = ilajax.optim.sparse_training(model, optax.adam(5e-4))
-    optimizer = nnx.Optimizer(model, recipe, wrt=nnx.Param)
-    model.train()
-    step = nnx.cached_partial(train_step, model, optimizer)
-
-    def call(x: ilajax.SparseTensor, labels: jax.Array) -> None:
-        jax.block_until_ready(step(x, labels, jnp.asarray(False), to_input=as_it_is))
-
-    return call
-
-
-@contextlib.contextmanager
-def _compilations() -> Iterator[list[str]]:
-    """The names of the functions that JAX compiles meanwhile."""
-    names: list[str] = []
-
-    def listen(event: str, duration_secs: float, **about: Any) -> None:
-        if event == COMPILED:
-            names.append(about.get("fun_name", ""))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def _resident() -> dict[str, Any]:
-    """Resident memory in bytes: of this process, and of each worker."""
-    workers = sorted(worker.pid for worker in multiprocessing.active_children())
-    return {
-        "parent": psutil.Process().memory_info().rss,
-        "workers": [psutil.Process(worker).memory_info().rss for worker in workers],
-    }
-
-
-def _stem(options: argparse.Namespace) -> str:
-    """Of the report's files: what was fed, and to what."""
-    step = "-no-step" if options.no_step else ""
-    return f"feeding-{options.data}-{options.resolution}-b{options.batch_size}{step}"
+def _step(options: argparse.Namespace, classes: int) -> Callable[..., Any]:
+    model = ilajax.models.OctNet3(options.resolution, num_classes=classes, rngs=nnx.Rngs(0))
+    return training_step(model, ilajax.optim.sparse_training(model, optax.adam(5e-4)))
 
 
 def _summary(record: dict[str, Any]) -> list[Cells]:
@@ -193,52 +159,27 @@ def _summary(record: dict[str, Any]) -> list[Cells]:
 
 
 def _memory(record: dict[str, Any]) -> list[Cells]:
-    return [
-        ("after batches", "resident memory", "of the workers"),
-        *(
-            (
-                f"{at['batches']:,}",
-                f"{at['parent'] / 1e6:,.0f} MB",
-                " + ".join(f"{size / 1e6:,.0f}" for size in at["workers"]) + " MB",
-            )
-            for at in record["memory"]
-        ),
-    ]
-
-
-def _write(path: Path, record: dict[str, Any], tables: list[list[Cells]]) -> None:
-    lines = ["# Feeding", "", f"`{record['command']}`", "", f"{headline(record)}."]
-    resolution, data = record["options"]["resolution"], record["options"]["data"]
-    bounds = ", ".join(map(str, record["bounds"]))
-    lines += [
-        "",
-        f"Data: {data}, {record['samples']:,} samples, {record['capacity']:,} slots each.",
-    ]
-    lines += [f"OctNet3-{resolution}^3 with the bounds {bounds}."]
-    for cells in tables:
-        lines += ["", *frame.markdown_table(cells)]
-    frame.write_text(path, "\n".join(lines) + "\n")
+    cells: list[Cells] = [("after batches", "resident memory", "of the workers")]
+    for at in record["memory"]:
+        workers = " + ".join(f"{size / 1e6:,.0f}" for size in at["workers"])
+        cells.append((f"{at['batches']:,}", f"{at['parent'] / 1e6:,.0f} MB", f"{workers} MB"))
+    return cells
 
 
 def _parser() -> argparse.ArgumentParser:
     parser, whole = frame.parser("benchmarks.feeding", __doc__), frame.positive_int
+    workers = frame.number(int, lambda n: n >= 0, "a whole number of at least 0")
+    several = frame.number(int, lambda n: n >= 2, "a whole number of at least 2")
     add = parser.add_argument
     add_data(parser)
-    add("--resolution", type=int, choices=RESOLUTIONS, default=RESOLUTION, help="of each axis")
-    add("--jitter", type=frame.not_negative, default=0.0, metavar="V", help="moves, in voxels")
+    add("--resolution", type=int, choices=RESOLUTIONS, default=32, help="of each axis")
     add("--shapes", type=whole, default=400, metavar="N", help="shapes to make")
-    add("--batches", type=batch_count, default=1000, metavar="N", help="batches to take")
-    add("--batch-size", type=whole, default=BATCH_SIZE, metavar="N", help="samples a step")
+    add("--batches", type=several, default=1000, metavar="N", help="batches to take")
+    add("--batch-size", type=whole, default=8, metavar="N", help="samples a step")
     add("--workers", type=workers, default=2, metavar="N", help="processes that make batches")
-    add("--seed", type=frame.seed, default=0, metavar="N", help="of weights, order and turns")
     add("--no-step", action="store_true", help="take the batches without training on them")
-    frame.add_out(parser, "runs/feeding")
     frame.add_report(parser, "feeding-DATA-R-bN.{md,json}, or feeding-DATA-R-bN-no-step,", RESULTS)
     return parser
-
-
-workers = frame.number(int, lambda n: n >= 0, "a whole number of at least 0")
-batch_count = frame.number(int, lambda n: n >= 2, "a whole number of at least 2")
 
 
 if __name__ == "__main__":

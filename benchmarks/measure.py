@@ -6,103 +6,109 @@ their own. A layer is timed there as one program of several independent calls, o
 the outputs, exceed the cache; programs are queued and waited for once.
 """
 
-import dataclasses
 import functools
 import math
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.profiler import ProfileData
 
-from benchmarks import ceilings, counts, device_time, peers, timing
+from benchmarks import peers, timing, work
 from benchmarks.peers import Layer, Program
-from benchmarks.problems import Problem
-from benchmarks.rows import Row
+from benchmarks.rows import Problem, Row
 
 Record = dict[str, Any]
 Task = Callable[[], Record]
 
 DEVICES = ("cpu", "gpu")
+# The most important first. Profiling may slow down what follows, so it is a batch of its own.
+BATCHES = ("ilajax", "profile", "peers", "in turn")
 FLUSH = 256 << 20  # bytes: more than the second-level cache of any GPU holds
 WORKSPACE = {"cpu": 32 << 20, "gpu": 256 << 20}  # bytes it may have, or 8 for each site of a grid
+# How XLA starts what it runs: launches captured in a CUDA graph, which it may have to update; one by one; and
+# as it decides itself.
+WAYS: dict[str, dict[str, Any]] = {
+    "captured": {
+        "xla_gpu_enable_command_buffer": "FUSION,CUSTOM_CALL",
+        "xla_gpu_graph_min_graph_size": 1,
+    },
+    "launched": {"xla_gpu_enable_command_buffer": ""},
+    "default": {},
+}
+# Platform -> how a profile's planes and lines of what runs there begin.
+TRACKS = {"gpu": ("/device:GPU", "Stream"), "cpu": ("/host:CPU", "")}
+MOST_KERNELS = 40
 
 
-@dataclasses.dataclass(frozen=True)
-class Effort:
-    """What is spent on a figure.
+class Effort(NamedTuple):
+    """What is spent on a figure."""
 
-    Attributes:
-      budget: seconds for each candidate that is called in turn with others.
-      inputs: most calls of a program in a queue.
-      seconds: of a queue.
-      repeats: queues.
-    """
+    budget: float = 5.0  # seconds for each candidate that is called in turn with others
+    inputs: int = 32  # most calls of a program in a queue
+    seconds: float = 0.04  # of a queue
+    repeats: int = 9  # queues
 
-    budget: float = 5.0
-    inputs: int = 32
-    seconds: float = 0.04
-    repeats: int = 9
-
-    def count(self, *arrays: Any) -> int:
+    def calls(self, *arrays: Any) -> int:
         """How many calls it takes to move `FLUSH` bytes."""
         moved = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(arrays))
         return max(1, min(self.inputs, math.ceil(FLUSH / moved)))
+
+    def spread(self, call: timing.Candidate, calls: int) -> Record:
+        """The times of a program that contains `calls` calls."""
+        seconds = timing.queued(call, calls, seconds=self.seconds, repeats=self.repeats)
+        return timing.spread(seconds)
 
 
 SMALL = Effort(0.01, 2, 0.005, 3)
 
 
+class Step(NamedTuple):
+    """A task by its name, the candidate that it is about ("": all), and when it is run."""
+
+    batch: str
+    who: str
+    name: str
+    task: Task
+
+
+def steps(
+    row: Row, device: str, effort: Effort = SMALL, limits: work.Ceilings | None = None
+) -> Iterator[Step]:
+    """What measures a row on a device; a dense convolution serves several rows."""
+    partial = functools.partial
+    if device == "cpu" or not row.problems:
+        yield Step("in turn", "", row.name, partial(in_turn, row, device, effort, limits))
+        return
+    for who, problem in row.problems.items():
+        name = f"{row.name}, {who}"
+        yield Step("ilajax", who, name, partial(time_layer, problem, effort))
+        yield Step("profile", who, f"{name}, profile", partial(profile_layer, problem))
+    problem = next(iter(row.problems.values()))
+    for who in filter(peers.installed, row.peers(device)):
+        if who in peers.PRECISIONS:
+            for layout in peers.LAYOUTS:
+                name = f"{problem.dense}, {who}, {layout}"
+                yield Step("peers", who, name, partial(time_dense, problem, who, layout, effort))
+        else:
+            name = f"{row.name}, {who}"
+            yield Step("peers", who, name, partial(time_peer, problem, who, effort))
+
+
 def tasks(
-    rows: Sequence[Row],
-    device: str,
-    effort: Effort,
-    limits: ceilings.Ceilings | None = None,
+    rows: Sequence[Row], device: str, effort: Effort, limits: work.Ceilings | None = None
 ) -> dict[str, dict[str, Task]]:
-    """Batch -> name -> task, in an order in which the most important come first.
-
-    Profiling may slow down what follows, so it is a batch of its own.
-
-    Args:
-      rows: what to measure, all of them on `device`.
-      device: one of `DEVICES`.
-      effort: what to spend.
-      limits: the processor's ceilings, of which layers then get their shares.
-    """
-    found: dict[str, dict[str, Task]] = {"ilajax": {}, "profile": {}, "peers": {}, "in turn": {}}
+    """Batch -> name -> task; with a processor's ceilings layers get their shares of them."""
+    found: dict[str, dict[str, Task]] = {batch: {} for batch in BATCHES}
     for row in rows:
-        if device == "cpu" or not row.problems:
-            found["in turn"][row.name] = functools.partial(in_turn, row, device, effort, limits)
-            continue
-        for who, problem in row.problems.items():
-            ours, profile = sources(row, who)
-            found["ilajax"][ours] = functools.partial(time_layer, problem, effort)
-            found["profile"][profile] = functools.partial(profile_layer, problem)
-        problem = next(iter(row.problems.values()))
-        for who in filter(peers.installed, row.peers(device)):
-            ways = (
-                [
-                    functools.partial(time_dense, problem, who, layout, effort)
-                    for layout in peers.LAYOUTS
-                ]
-                if who in peers.PRECISIONS
-                else [functools.partial(time_peer, problem, who, effort)]
-            )
-            for name, way in zip(sources(row, who), ways, strict=True):
-                found["peers"].setdefault(name, way)
+        for batch, _, name, task in steps(row, device, effort, limits):
+            found[batch].setdefault(name, task)
     return found
-
-
-def sources(row: Row, who: str) -> list[str]:
-    """The tasks that measure a candidate on a GPU; a dense convolution serves several rows."""
-    if who in row.problems:
-        return [f"{row.name}, {who}", f"{row.name}, {who}, profile"]
-    if who in peers.PRECISIONS:
-        dense = next(iter(row.problems.values())).dense
-        return [f"{dense}, {who}, {layout}" for layout in peers.LAYOUTS]
-    return [f"{row.name}, {who}"]
 
 
 def attempt(task: Task) -> Record:
@@ -116,22 +122,16 @@ def attempt(task: Task) -> Record:
 
 
 def records(rows: Iterable[Row], device: str, done: Mapping[str, Record]) -> list[Record]:
-    """The rows of which tasks have ended: each candidate's figures, and what became of the targets.
-
-    Args:
-      rows: that were measured.
-      device: where.
-      done: the records of the tasks, by name.
-    """
+    """The rows of which tasks are done: each candidate's figures, and what became of the targets."""
     found = []
     for row in rows:
-        record: Record = {"row": row.name, "candidates": {}}
-        if row.name in done:
-            record |= done[row.name]
-        else:
-            for who in [*row.problems, *row.peers(device)]:
-                if parts := [done[name] for name in sources(row, who) if name in done]:
-                    record["candidates"][who] = _merged(parts)
+        parts: dict[str, list[Record]] = {}
+        for step in steps(row, device):
+            if step.name in done:
+                parts.setdefault(step.who, []).append(done[step.name])
+        (whole,) = parts.pop("", [{}])
+        candidates = {who: _merged(records) for who, records in parts.items()}
+        record: Record = {"row": row.name, "candidates": candidates} | whole
         if missing := [name for name in row.peers(device) if not peers.installed(name)]:
             record["missing"] = missing
         if record["candidates"] or "error" in record:
@@ -153,20 +153,18 @@ def _merged(parts: Iterable[Record]) -> Record:
 def _judge(row: Row, device: str, candidates: dict[str, Record]) -> None:
     first, *_ = row.candidates
     ours = candidates.get(first, {}).get("median_s")
-    if row.most_s is not None and device == "gpu" and ours is not None:
+    if ours is None:
+        return
+    if row.most_s is not None and device == "gpu":
         candidates[first] |= {"most_s": row.most_s, "met": ours <= row.most_s}
     for who, target in row.targets[device].items():
         theirs = candidates.get(who, {})
-        if ours is None or "median_s" not in theirs:
-            continue
-        ratio = theirs.setdefault("ratio", theirs["median_s"] / ours)
-        theirs |= {"target": target, "met": None if target is None else ratio >= target}
+        if "median_s" in theirs:
+            ratio = theirs.setdefault("ratio", theirs["median_s"] / ours)
+            theirs |= {"target": target, "met": None if target is None else ratio >= target}
 
 
-# --- On any device, in turn --------------------------------------------------------------------------
-
-
-def in_turn(row: Row, device: str, effort: Effort, limits: ceilings.Ceilings | None) -> Record:
+def in_turn(row: Row, device: str, effort: Effort, limits: work.Ceilings | None) -> Record:
     """All candidates in one go, so that their ratios hold although the machine's speed drifts."""
     layers = {name: problem.layer() for name, problem in row.problems.items()}
     calls: dict[str, timing.Candidate] = {
@@ -176,7 +174,7 @@ def in_turn(row: Row, device: str, effort: Effort, limits: ceilings.Ceilings | N
     differences: dict[str, float] = {}
     if others := row.peers(device):
         compared, differences = peers.comparison(next(iter(layers.values())), others)
-        calls = {**calls, **{name: compared[name] for name in differences}}
+        calls |= {name: compared[name] for name in differences}
     timings = timing.side_by_side(calls, budget=effort.budget)
     candidates = {name: timings.record(name) for name in calls}
     first, *others = calls
@@ -189,65 +187,76 @@ def in_turn(row: Row, device: str, effort: Effort, limits: ceilings.Ceilings | N
     for name, layer in layers.items():
         candidates[name] |= facts(layer, device)
         if limits is not None:
-            counted = counts.count(layer)
-            reached = ceilings.reached(counted, timings.median(name), limits)
-            candidates[name]["work"] = counted.record() | {"reached": reached}
+            counts = work.count(layer)
+            reached = work.reached(counts, timings.median(name), limits)
+            candidates[name]["work"] = counts | {"reached": reached}
     return {"candidates": candidates}
 
 
 def facts(layer: Layer, device: str) -> Record:
     """What the work of a layer depends on, and its memory."""
-    memory = layer.compiled.memory_analysis()
+    memory, responses = layer.compiled.memory_analysis(), layer.output.responses
+    bound = None  # none is stated for gradients and for shared keys
+    if not layer.backward and layer.capacity is not None:
+        slots = layer.x.batch_size * layer.kernel.out_channels * layer.capacity
+        bound = (4 + layer.x.dtype.itemsize) * slots + 4 * responses.size
     return {
         "input_entries": int(layer.x.counts.sum()),
         "input_density": float(layer.x.density.mean()),
         "weights": int(layer.kernel.count),
         "capacity": layer.capacity,
         "output_entries": int(layer.output.features.counts.sum()),
-        "most_candidates": int(layer.output.responses.max()),
+        "most_candidates": int(responses.max()),
         "backward": layer.backward,
         "output_bytes": memory.output_size_in_bytes,
-        "output_bound": _output_bound(layer),
+        "output_bound": bound,
         "workspace_bytes": memory.temp_size_in_bytes,
         "workspace_bound": max(8 * layer.x.sites, WORKSPACE[device]),
     }
-
-
-def _output_bound(layer: Layer) -> int | None:
-    """Of keys, values and numbers of candidates; none is stated for gradients and for shared keys."""
-    if layer.backward or layer.capacity is None:
-        return None
-    slots = layer.x.batch_size * layer.kernel.out_channels * layer.capacity
-    return (4 + layer.x.dtype.itemsize) * slots + 4 * layer.output.responses.size
-
-
-# --- On a GPU ----------------------------------------------------------------------------------------
 
 
 def time_layer(problem: Problem, effort: Effort) -> Record:
     """ilajax's time in the quickest way, its memory, and whether all ways give the same bits."""
     layer = problem.layer()
     program = Program(layer.function, layer.operands)
-    record, calls = _queue(problem, program, effort, device_time.WAYS)
+    record, calls = _queue(problem, program, effort, WAYS)
     first, *others = (call() for call in calls.values())
     same = all(bool(_same_bits(first, other)) for other in others)
     error = {} if same else {"error": "The bits differ from call to call."}
     return {**record, **facts(layer, "gpu"), "same_bits": same, **error}
 
 
-def profile_layer(problem: Problem) -> Record:
-    """What one call of ilajax launches."""
+def profile_layer(problem: Problem, times: int = 3) -> Record:
+    """What runs on the device in one call of ilajax: launches, their time, and both for each kernel."""
     layer = problem.layer()
-    programs, _ = device_time.in_ways(jax.jit(layer.function).lower(*layer.operands))
+    programs, _ = _compiled(jax.jit(layer.function).lower(*layer.operands), WAYS)
     program = programs.get("launched", programs["default"])
-    return device_time.profile(functools.partial(program, *layer.operands))
+    jax.block_until_ready(program(*layer.operands))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(times):
+                jax.block_until_ready(program(*layer.operands))
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        data = ProfileData.from_file(str(path))
+    in_plane, in_line = TRACKS[jax.default_backend()]
+    kernels: dict[str, list[float]] = {}
+    for plane in data.planes:
+        for line in plane.lines if plane.name.startswith(in_plane) else ():
+            for event in line.events if line.name.startswith(in_line) else ():
+                entry = kernels.setdefault(event.name[:200], [0, 0.0])
+                entry[0] += 1 / times
+                entry[1] += event.duration_ns / 1e3 / times
+    if not kernels:
+        raise RuntimeError(f"The profile shows nothing on {in_plane}: is CUPTI installed?")
+    launches, busy = (sum(column) for column in zip(*kernels.values(), strict=True))
+    longest = sorted(kernels.items(), key=lambda item: -item[1][1])[:MOST_KERNELS]
+    return {"launches": launches, "busy_s": busy / 1e6, "kernels_us": dict(longest)}
 
 
 def time_dense(problem: Problem, who: str, layout: str, effort: Effort) -> Record:
     """XLA's dense convolution, which is cuDNN's on a GPU; in float32 it must compute what ilajax does."""
     layer = problem.layer()
     peer = peers.dense(layer, layout, peers.PRECISIONS[who])
-    assert peer.program is not None
     record, calls = _queue(problem, peer.program, effort, {"default": {}})
     if who == "XLA dense":
         result, *_ = calls["default"]()
@@ -262,8 +271,20 @@ def time_peer(problem: Problem, who: str, effort: Effort) -> Record:
     layer = problem.layer()
     peer = peers.PEERS[who](layer)
     difference = peers.checked_difference(layer, peer, peer.call(), who)
-    seconds = device_time.queued(peer.call, 1, seconds=effort.seconds, repeats=effort.repeats)
-    return timing.spread(seconds) | {"difference": difference}
+    return effort.spread(peer.call, 1) | {"difference": difference}
+
+
+def _compiled(
+    lowered: jax.stages.Lowered, ways: Mapping[str, Record]
+) -> tuple[dict[str, jax.stages.Compiled], dict[str, str]]:
+    """A program, compiled in each of `ways`, and why in some it is not: XLA's options come and go."""
+    compiled, errors = {}, {}
+    for way, options in ways.items():
+        try:
+            compiled[way] = lowered.compile(compiler_options=options)
+        except Exception as error:
+            errors[way] = str(error)[:300]
+    return compiled, errors
 
 
 def _queue(
@@ -271,21 +292,15 @@ def _queue(
 ) -> tuple[Record, dict[str, timing.Candidate]]:
     """Times a program of several calls, compiled in each of `ways`; returns the programs' calls too."""
     x, *rest = program.operands
-    count = effort.count(x, jax.eval_shape(program.function, x, *rest))
-    features = [problem.features(seed) for seed in range(1, count)]
-    xs = [x, *map(program.to_input, features)]
+    count = effort.calls(x, jax.eval_shape(program.function, x, *rest))
+    xs = [x, *(program.to_input(problem.features(seed)) for seed in range(1, count))]
 
     def chain(xs, *rest):
         return [program.function(x, *rest) for x in xs]
 
-    compiled, errors = device_time.in_ways(jax.jit(chain).lower(xs, *rest), ways)
+    compiled, errors = _compiled(jax.jit(chain).lower(xs, *rest), ways)
     calls = {way: functools.partial(one, xs, *rest) for way, one in compiled.items()}
-    times = {
-        way: timing.spread(
-            device_time.queued(call, count, seconds=effort.seconds, repeats=effort.repeats)
-        )
-        for way, call in calls.items()
-    }
+    times = {way: effort.spread(call, count) for way, call in calls.items()}
     best = min(times.values(), key=lambda one: one["median_s"])
     return {**best, "inputs": count, "ways": times | errors}, calls
 
@@ -293,8 +308,7 @@ def _queue(
 @jax.jit
 def _same_bits(first: Any, second: Any) -> jax.Array:
     def bits(a):
-        unsigned = {2: jnp.uint16, 4: jnp.uint32}[a.dtype.itemsize]
-        return jax.lax.bitcast_convert_type(a, unsigned)
+        return jax.lax.bitcast_convert_type(a, {2: jnp.uint16, 4: jnp.uint32}[a.dtype.itemsize])
 
-    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
-    return jnp.stack([(bits(a) == bits(b)).all() for a, b in pairs]).all()
+    same = jax.tree.map(lambda a, b: (bits(a) == bits(b)).all(), first, second)
+    return jnp.stack(jax.tree.leaves(same)).all()

@@ -1,7 +1,7 @@
 """One convolution, computed by ilajax, by XLA's and PyTorch's dense convolutions, and by spconv.
 
-Each gives a `Peer`: a call to be timed, and what it computes in a common form, so that who is timed is
-first seen to compute the same.
+Each is a `Peer`: a call to be timed, and what it computes in a common form, so that who is timed is first
+seen to compute the same.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ilajax
-from benchmarks.timing import Candidate, cores, quickest
+from benchmarks.timing import Candidate, cores, side_by_side
 
 TOLERANCE = 1e-4  # of the largest entry, for float32 sums in another order
 
@@ -24,16 +24,12 @@ LAYOUTS = {
     "channels last": ("NDHWC", "DHWIO", "NDHWC"),
     "channels first": ("NCDHW", "OIDHW", "NCDHW"),
 }
+# Where XLA may round to TF32.
+PRECISIONS = {"XLA dense": jax.lax.Precision.HIGHEST, "XLA dense, TF32": jax.lax.Precision.DEFAULT}
 
 
 class Program(NamedTuple):
-    """A peer that JAX compiles.
-
-    Attributes:
-      function: computes a layer, of `operands`.
-      operands: the first of them is the input.
-      to_input: turns another input into such an operand.
-    """
+    """What JAX compiles: a function of operands, of which `to_input` makes the first from another input."""
 
     function: Callable[..., Any]
     operands: tuple[Any, ...]
@@ -41,13 +37,10 @@ class Program(NamedTuple):
 
 
 class Peer(NamedTuple):
-    """Another way to compute a layer.
+    """Another way to compute a layer: `call`, which runs `program` if it is JAX's.
 
-    Attributes:
-      call: computes it.
-      read: turns what `call` returns into ([B, *S, Cout] features, the kernel's gradient in Flax's layout
-        or None).
-      program: what `call` runs, if it is JAX's.
+    `read` turns what `call` returns into ([B, *S, Cout] features, the kernel's gradient in Flax's layout or
+    None).
     """
 
     call: Candidate
@@ -59,13 +52,8 @@ class Peer(NamedTuple):
 class Layer:
     """A 3-D convolution with bias, stride 1, padding "SAME" and, but for support="input", a ReLU.
 
-    Attributes:
-      x: the input.
-      kernel: the filters.
-      bias: float32[Cout].
-      capacity: slots of the output; None with support="input".
-      backward: whether the gradients of input, filters and bias are computed too.
-      support: "dilate" or "input".
+    With `backward` the gradients of input, filters and bias are computed too. The output has `capacity`
+    slots; with support="input" that is None.
     """
 
     x: ilajax.SparseTensor
@@ -82,14 +70,12 @@ class Layer:
 
     @functools.cached_property
     def output(self) -> ilajax.ops.conv.ConvResult:
-        """What ilajax computes."""
         return jax.jit(self.forward)(self.x, self.kernel, self.bias)
 
     @functools.cached_property
     def cotangent(self) -> ilajax.SparseTensor:
         """1 at the output's stored sites. Dense networks get it scattered: then all gradients agree."""
-        features = self.output.features
-        return features.with_values(jnp.ones_like(features.values)).map(lambda v: v)
+        return self.output.features.map(jnp.ones_like)
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -113,11 +99,9 @@ class Layer:
 
     @functools.cached_property
     def compiled(self) -> jax.stages.Compiled:
-        """ilajax's program."""
         return jax.jit(self.function).lower(*self.operands).compile()
 
     def call(self) -> Any:
-        """Runs ilajax's program."""
         return self.compiled(*self.operands)
 
     def read(self, result: Any) -> tuple[ilajax.SparseTensor, jax.Array | None]:
@@ -130,16 +114,8 @@ class Layer:
 
 
 def comparison(layer: Layer, names: Sequence[str]) -> tuple[dict[str, Candidate], dict[str, float]]:
-    """ilajax, and those of `names` that are installed, ready to be timed.
-
-    Returns:
-      The calls by name, "ilajax" first, and by how much each of the others differs from it.
-
-    Raises:
-      RuntimeError: if one computes something else.
-    """
-    calls: dict[str, Candidate] = {"ilajax": layer.call}
-    differences = {}
+    """ilajax, and those of `names` that are installed, ready to be timed, and how far each is from ilajax."""
+    calls, differences = {"ilajax": layer.call}, {}
     for name in filter(installed, names):
         peer = PEERS[name](layer)
         differences[name] = checked_difference(layer, peer, peer.call(), name)
@@ -153,17 +129,9 @@ def installed(name: str) -> bool:
 
 
 def checked_difference(layer: Layer, peer: Peer, result: Any, name: str) -> float:
-    """`largest_difference`, which must not be large."""
-    difference = largest_difference(layer, peer, result)
-    if not difference <= TOLERANCE:
-        raise RuntimeError(f"{name} differs from ilajax by {difference:.2g} of the largest entry.")
-    return difference
+    """How far a peer's result is from ilajax, in units of the largest entry; an error if that is far.
 
-
-def largest_difference(layer: Layer, peer: Peer, result: Any) -> float:
-    """How far what a peer's `call` returned is from ilajax: at stored sites, and in the kernel's gradient.
-
-    In units of the largest entry. At other sites a peer has what the selection cut off.
+    Stored sites count, and the kernel's gradient. At other sites a peer has what the selection cut off.
     """
     features, gradient = layer.read(layer.call())
     grid, other_gradient = peer.read(result)
@@ -171,15 +139,19 @@ def largest_difference(layer: Layer, peer: Peer, result: Any) -> float:
     if gradient is not None and other_gradient is not None:
         live = gradient != 0  # pruned weights get no gradient
         differences.append(_difference(gradient, jnp.where(live, other_gradient, 0)))
-    return float(max(differences))
+    difference = float(jnp.stack(differences).max())
+    if not difference <= TOLERANCE:
+        raise RuntimeError(f"{name} differs from ilajax by {difference:.2g} of the largest entry.")
+    return difference
 
 
 @jax.jit
 def _difference_of_features(features: ilajax.SparseTensor, grid: jax.Array) -> jax.Array:
     flat = grid.reshape(grid.shape[0], -1, grid.shape[-1])
-    stored = features.unshare().keys < features.sites
-    sites = jnp.where(stored, features.unshare().keys, 0)
-    seen = jnp.moveaxis(jnp.take_along_axis(flat, jnp.moveaxis(sites, 1, 2), axis=1), 2, 1)
+    keys = features.unshare().keys
+    stored = keys < features.sites
+    sites = jnp.moveaxis(jnp.where(stored, keys, 0), 1, 2)
+    seen = jnp.moveaxis(jnp.take_along_axis(flat, sites, axis=1), 2, 1)
     return _difference(jnp.where(stored, features.values, 0), jnp.where(stored, seen, 0))
 
 
@@ -187,131 +159,118 @@ def _difference(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.abs(a - b).max(initial=0) / jnp.maximum(jnp.abs(a).max(initial=0), 1e-30)
 
 
-def _xla_dense(layer: Layer, precision: jax.lax.Precision = jax.lax.Precision.HIGHEST) -> Peer:
-    """`lax.conv_general_dilated` and a ReLU, in the quicker of two layouts."""
-    found = {name: dense(layer, name, precision) for name in LAYOUTS}
-    return found[quickest({name: peer.call for name, peer in found.items()})]
+def _grid(x: ilajax.SparseTensor, layout: str) -> jax.Array:
+    features = ilajax.to_dense(x)
+    return jnp.moveaxis(features, -1, 1) if layout == "channels first" else features
 
 
-def dense(
-    layer: Layer, layout: str, precision: jax.lax.Precision = jax.lax.Precision.HIGHEST
-) -> Peer:
-    """XLA's dense convolution and a ReLU.
+def _operands(layer: Layer, layout: str) -> tuple[jax.Array, ...]:
+    """Dense input, filters, bias, and if the layer is differentiated the cotangent."""
+    w = layer.kernel.to_dense()
+    if layout == "channels first":
+        w = jnp.transpose(w, (4, 3, 0, 1, 2))
+    operands = (_grid(layer.x, layout), w, layer.bias)
+    return (*operands, _grid(layer.cotangent, layout)) if layer.backward else operands
 
-    Args:
-      layer: the layer.
-      layout: one of `LAYOUTS`.
-      precision: by default float32 on a GPU too, as ilajax's sums.
-    """
-    first = layout == "channels first"
+
+def _read(layer: Layer, layout: str, result: Any) -> tuple[Any, Any]:
+    """As `Peer.read`, of features, or of (features, (a gradient of each operand))."""
+    y, w = (result[0], result[1][1]) if layer.backward else (result, None)
+    if layout == "channels first":
+        y, w = jnp.moveaxis(y, 1, -1), None if w is None else jnp.transpose(w, (2, 3, 4, 1, 0))
+    return y, w
+
+
+def _quickest(found: Sequence[Peer]) -> Peer:
+    """By one call each after one that warms up."""
+    calls = {n: peer.call for n, peer in enumerate(found)}
+    timings = side_by_side(calls, budget=0, rounds=1, least=1)
+    return found[min(calls, key=timings.median)]
+
+
+def dense(layer: Layer, layout: str, precision: jax.lax.Precision) -> Peer:
+    """XLA's dense convolution and a ReLU."""
+    per_channel = (-1, 1, 1, 1) if layout == "channels first" else (-1,)
 
     def forward(x, w, bias):
         y = jax.lax.conv_general_dilated(
             *(x, w, (1, 1, 1), "SAME"), dimension_numbers=LAYOUTS[layout], precision=precision
         )
-        return jax.nn.relu(y + bias.reshape((-1, 1, 1, 1) if first else (-1,)))
+        return jax.nn.relu(y + bias.reshape(per_channel))
 
     def step(x, w, bias, g):
         y, pull = jax.vjp(forward, x, w, bias)
         return y, pull(g)
 
-    def grid(x: ilajax.SparseTensor) -> jax.Array:
-        features = ilajax.to_dense(x)
-        return jnp.moveaxis(features, -1, 1) if first else features
-
-    def read(result):
-        y, w = (result[0], result[1][1]) if layer.backward else (result, None)
-        if first:
-            y, w = jnp.moveaxis(y, 1, -1), None if w is None else jnp.transpose(w, (2, 3, 4, 1, 0))
-        return y, w
-
-    w = layer.kernel.to_dense()
-    operands = (grid(layer.x), jnp.transpose(w, (4, 3, 0, 1, 2)) if first else w, layer.bias)
-    if layer.backward:
-        operands = (*operands, grid(layer.cotangent))
     function = step if layer.backward else forward
+    operands = _operands(layer, layout)
+    program = Program(function, operands, functools.partial(_grid, layout=layout))
     call = functools.partial(jax.jit(function), *operands)
-    return Peer(call, read, Program(function, operands, grid))
+    return Peer(call, functools.partial(_read, layer, layout), program)
+
+
+def _xla_dense(layer: Layer) -> Peer:
+    """Float32, as ilajax's sums, in the quicker of two layouts."""
+    return _quickest([dense(layer, layout, PRECISIONS["XLA dense"]) for layout in LAYOUTS])
 
 
 def _torch_dense(layer: Layer) -> Peer:
     """PyTorch's conv3d (oneDNN) and a ReLU on all cores, in the quicker of two memory formats."""
     torch = _torch()
-    found = {
-        str(f): _torch_dense_in(layer, f) for f in (torch.contiguous_format, torch.channels_last_3d)
-    }
-    return found[quickest({name: peer.call for name, peer in found.items()})]
-
-
-def _torch_dense_in(layer: Layer, memory_format: Any) -> Peer:
-    torch = _torch()
-
-    def tensor(array):
-        return torch.from_numpy(np.array(array)).contiguous(memory_format=memory_format)
-
-    x = tensor(jnp.moveaxis(ilajax.to_dense(layer.x), -1, 1))
-    w = tensor(jnp.transpose(layer.kernel.to_dense(), (4, 3, 0, 1, 2)))
-    bias = torch.from_numpy(np.array(layer.bias))
+    layout = "channels first"
     same = [size // 2 for size in layer.kernel.window_shape]
 
-    def forward():
-        return torch.relu(torch.nn.functional.conv3d(x, w, bias, padding=same))
+    def peer(memory_format: Any) -> Peer:
+        def tensor(array):
+            made = torch.from_numpy(np.array(array))
+            return made.contiguous(memory_format=memory_format) if made.ndim == 5 else made
 
-    if layer.backward:
-        g = tensor(jnp.moveaxis(ilajax.to_dense(layer.cotangent), -1, 1))
-        operands = [operand.requires_grad_() for operand in (x, w, bias)]
+        x, w, bias, *g = map(tensor, _operands(layer, layout))
+        given = [operand.requires_grad_(layer.backward) for operand in (x, w, bias)]
 
-    def call():
-        torch.set_num_threads(cores())
-        if layer.backward:
-            y = forward()
-            return y, torch.autograd.grad(y, operands, g)
-        with torch.inference_mode():
-            return forward()
+        def call():
+            torch.set_num_threads(cores())
+            with torch.inference_mode(not layer.backward):
+                y = torch.relu(torch.nn.functional.conv3d(x, w, bias, padding=same))
+                return (y, torch.autograd.grad(y, given, g)) if layer.backward else y
 
-    def read(result):
-        y, w = (result[0], result[1][1]) if layer.backward else (result, None)
-        y = y.detach().movedim(1, -1).numpy()
-        return y, None if w is None else w.permute(2, 3, 4, 1, 0).numpy()
+        def read(result):
+            arrays = jax.tree.map(lambda tensor: tensor.detach().numpy(), result)
+            return _read(layer, layout, arrays)
 
-    return Peer(call, read)
+        return Peer(call, read)
+
+    return _quickest([peer(torch.contiguous_format), peer(torch.channels_last_3d)])
 
 
 def _spconv(layer: Layer) -> Peer:
     """SparseConv3d and a ReLU, or SubMConv3d, on the GPU or one core; each call builds its maps anew."""
     torch = _torch()
-    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     import spconv.pytorch as spconv
 
-    if not layer.x.shared or layer.backward:
-        raise ValueError("spconv is timed on a shared support, forward only.")
-    keys = np.asarray(layer.x.keys[:, 0])
-    batch, slot = np.nonzero(keys < layer.x.sites)
-    position = np.unravel_index(keys[batch, slot], layer.x.spatial_shape)
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    x, shape = layer.x, list(layer.x.spatial_shape)
+    keys = np.asarray(x.keys[:, 0])
+    batch, slot = np.nonzero(keys < x.sites)
+    position = np.unravel_index(keys[batch, slot], shape)
     indices = torch.from_numpy(np.stack([batch, *position], axis=1).astype(np.int32)).to(device)
-    features = torch.from_numpy(np.asarray(layer.x.values)[batch, :, slot].copy()).to(device)
-    cin, cout = layer.kernel.in_channels, layer.kernel.out_channels
+    features = torch.from_numpy(np.asarray(x.values)[batch, :, slot].copy()).to(device)
+    channels = layer.kernel.in_channels, layer.kernel.out_channels
     window = list(layer.kernel.window_shape)
     submanifold = layer.support == "input"
-    padding = [size // 2 for size in window]
     module = (spconv.SubMConv3d if submanifold else spconv.SparseConv3d)(
-        cin, cout, window, padding=padding, bias=True
+        *channels, window, padding=[size // 2 for size in window], bias=True
     )
+    weight = np.moveaxis(np.array(layer.kernel.to_dense()), -1, 0)  # (Cout, *window, Cin)
     with torch.no_grad():
-        # Its layout is (Cout, *window, Cin).
-        module.weight.copy_(
-            torch.from_numpy(np.array(jnp.moveaxis(layer.kernel.to_dense(), -1, 0)))
-        )
+        module.weight.copy_(torch.from_numpy(weight))
         module.bias.copy_(torch.from_numpy(np.array(layer.bias)))
     module.to(device)
 
     def call():
         torch.set_num_threads(1)
         with torch.no_grad():
-            x = spconv.SparseConvTensor(
-                features, indices, list(layer.x.spatial_shape), layer.x.batch_size
-            )
-            y = module(x)
+            y = module(spconv.SparseConvTensor(features, indices, shape, x.batch_size))
             if not submanifold:
                 y = y.replace_feature(torch.relu(y.features))
             if device == "cuda":
@@ -319,18 +278,13 @@ def _spconv(layer: Layer) -> Peer:
             return y
 
     def read(result):
-        y = np.zeros((layer.x.batch_size, *layer.x.spatial_shape, cout), np.float32)
+        y = np.zeros((x.batch_size, *shape, channels[1]), np.float32)
         y[tuple(result.indices.cpu().numpy().T)] = result.features.cpu().numpy()
         return y, None
 
     return Peer(call, read)
 
 
-# Where XLA may round to TF32.
-PRECISIONS = {
-    "XLA dense": jax.lax.Precision.HIGHEST,
-    "XLA dense, TF32": jax.lax.Precision.DEFAULT,
-}
 PEERS: dict[str, Callable[[Layer], Peer]] = {
     "XLA dense": _xla_dense,
     "PyTorch dense": _torch_dense,

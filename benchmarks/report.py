@@ -1,12 +1,14 @@
-"""The records of rows as tables: on the terminal, and in a page."""
+"""The records of rows as tables on the terminal, and as pages with the command that made them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from benchmarks import ceilings
+from benchmarks import work
 from benchmarks.rows import MOST_LAUNCHES
-from benchmarks.timing import show
-from experiments.frame import Cells, markdown_table
+from benchmarks.timing import headline, show
+from experiments import frame
+from experiments.frame import Cells
 
 Record = dict[str, Any]
 
@@ -29,22 +31,32 @@ NOTES = {
         "channel. Launches, and their time, are from a profile of one call, with all that XLA adds.",
     ],
 }
+HEAD = ("row", "median (min to max)", "against", "median (min to max)", "ratio", "target", "met")
+COLUMNS = "{:40} {:33} {:15} {:33} {:24} {:>7} {}"
 MET = {None: "", True: "yes", False: "NO"}
 
 
-def sections(
-    records: Sequence[Record], limits: ceilings.Ceilings | None = None
-) -> Iterator[tuple[str, list[str]]]:
-    """Heading and lines of each table that has any."""
-    ceiling_lines = [f"- {line}" for line in ceilings.lines(limits)] if limits is not None else []
-    for heading, make in ((TIMES, times), (WORK, work), (MEMORY, memory)):
+def write(stem: Path, title: str, record: Record, body: Sequence[str]) -> None:
+    """Writes a record, which has a `timing.provenance`, as `stem`.json, and its page as `stem`.md."""
+    frame.write_json(stem.with_suffix(".json"), record)
+    origin = f"`{record['command']}` at commit {record['commit']}."
+    lines = [f"# {title}", "", origin, "", f"{headline(record)}.", "", *body]
+    frame.write_text(stem.with_suffix(".md"), "\n".join(lines).rstrip() + "\n")
+
+
+def page(records: Sequence[Record], limits: work.Ceilings | None = None) -> list[str]:
+    """The tables of a page, but for empty ones, each under its heading."""
+    lines = []
+    for heading, make in ((TIMES, times), (WORK, work_done), (MEMORY, memory)):
         head, *body = make(records)
         if body:
-            more = [*ceiling_lines, ""] if heading == WORK and ceiling_lines else []
-            yield heading, [*NOTES[heading], "", *more, *markdown_table([head, *body])]
-
-
-HEAD = ("row", "median (min to max)", "against", "median (min to max)", "ratio", "target", "met")
+            lines += [f"## {heading}", "", *NOTES[heading], ""]
+            if heading == WORK and limits:
+                copy, products = limits["copy"] / 1e9, limits["multiply_adds"] / 1e9
+                lines += [f"- copy from memory, all cores: {copy:.1f} GB/s"]
+                lines += [f"- float32 multiply-adds, all cores: {products:.1f} G/s", ""]
+            lines += [*frame.markdown_table([head, *body]), ""]
+    return lines
 
 
 def lines(records: Sequence[Record]) -> list[str]:
@@ -52,13 +64,11 @@ def lines(records: Sequence[Record]) -> list[str]:
     found = [COLUMNS.format(*cells).rstrip() for cells in times(records)[1:]]
     for record in records:
         parts = {"": record, **{f", {who}": one for who, one in record["candidates"].items()}}
-        failed = {who: one["error"] for who, one in parts.items() if "error" in one}
-        found += [f"{record['row']}{who}: {_last_line(text)}" for who, text in failed.items()]
+        for who, one in parts.items():
+            if "error" in one:
+                found.append(f"{record['row']}{who}: {one['error'].strip().splitlines()[-1]}")
         found += [f"{record['row']}: {who} is not installed" for who in record.get("missing", ())]
     return found
-
-
-COLUMNS = "{:40} {:33} {:15} {:33} {:24} {:>7} {}"
 
 
 def times(records: Sequence[Record]) -> list[Cells]:
@@ -79,33 +89,25 @@ def times(records: Sequence[Record]) -> list[Cells]:
     return found
 
 
-def work(records: Sequence[Record]) -> list[Cells]:
+def work_done(records: Sequence[Record]) -> list[Cells]:
     """A head, then a line for each layer whose work was counted."""
-    head = (
-        "row;median;entries;sites;candidates;kept;products;G products/s;of ceiling;MB;GB/s;of copy"
-    )
-    found: list[Cells] = [(*head.split(";"), "ns per product", "ns per candidate")]
-    for title, one in _layers(records):
-        if "work" not in one:
-            continue
-        counted, reached = one["work"], one["work"]["reached"]
-        per = [reached[f"ns_per_{each}"] for each in ("product", "candidate")]
-        found.append(
-            (
-                title,
-                show(one["median_s"]),
-                *(
-                    f"{counted[k]:,}"
-                    for k in ("entries", "sites", "candidates", "kept", "products")
-                ),
-                f"{reached['products_per_s'] / 1e9:.3g}",
-                f"{reached['multiply_add_share']:.1%}",
-                f"{counted['bytes'] / 1e6:.3g}",
-                f"{reached['bytes_per_s'] / 1e9:.3g}",
-                f"{reached['copy_share']:.1%}",
-                *("" if value is None else f"{value:.3g}" for value in per),
-            )
+    counted = ("entries", "sites", "candidates", "kept", "products")
+    per = ("ns_per_product", "ns_per_candidate")
+    shares = ("G products/s", "of ceiling", "MB", "GB/s", "of copy")
+    found: list[Cells] = [("row", "median", *counted, *shares, *(p.replace("_", " ") for p in per))]
+    for title, one in _candidates(records, "work"):
+        done, reached = one["work"], one["work"]["reached"]
+        cells = (
+            *(title, show(one["median_s"])),
+            *(f"{done[name]:,}" for name in counted),
+            f"{reached['products_per_s'] / 1e9:.3g}",
+            f"{reached['multiply_add_share']:.1%}",
+            f"{done['bytes'] / 1e6:.3g}",
+            f"{reached['bytes_per_s'] / 1e9:.3g}",
+            f"{reached['copy_share']:.1%}",
+            *("" if reached[name] is None else f"{reached[name]:.3g}" for name in per),
         )
+        found.append(cells)
     return found
 
 
@@ -113,44 +115,38 @@ def memory(records: Sequence[Record]) -> list[Cells]:
     """A head, then a line for each layer."""
     head = "row;workspace;bound;output;bound;candidates;capacity;same bits;launches;target;kernels"
     found: list[Cells] = [tuple(head.split(";"))]
-    for title, one in _layers(records):
-        sizes = [one.get(f"{what}_{of}") for what in ("workspace", "output") for of in BYTES]
-        counted = [one.get(name) for name in ("most_candidates", "capacity")]
+    sizes = ("workspace_bytes", "workspace_bound", "output_bytes", "output_bound")
+    for title, one in _candidates(records, "workspace_bytes", "launches"):
         launched = "launches" in one
-        found.append(
-            (
-                title,
-                *("" if size is None else f"{size / 2**20:.1f}" for size in sizes),
-                *("" if value is None else str(value) for value in counted),
-                MET[one.get("same_bits")],
-                f"{one['launches']:g}" if launched else "",
-                str(MOST_LAUNCHES) if launched and not one.get("backward") else "",
-                show(one["busy_s"]) if launched else "",
-            )
+        cells = (
+            title,
+            *("" if one.get(name) is None else f"{one[name] / 2**20:.1f}" for name in sizes),
+            *(str(one.get(name) or "") for name in ("most_candidates", "capacity")),
+            MET[one.get("same_bits")],
+            f"{one['launches']:g}" if launched else "",
+            str(MOST_LAUNCHES) if launched and not one.get("backward") else "",
+            show(one["busy_s"]) if launched else "",
         )
+        found.append(cells)
     return found
-
-
-BYTES = ("bytes", "bound")
 
 
 def verdict(records: Sequence[Record]) -> str:
     """How many targets are met."""
-    candidates = [one for record in records for one in record["candidates"].values()]
-    met = [one["met"] for one in candidates if one.get("met") is not None]
+    met = [one["met"] for _, one in _candidates(records, "met") if one["met"] is not None]
     return f"{sum(met)} of {len(met)} targets met, {errors(records)} errors"
 
 
 def errors(records: Sequence[Record]) -> int:
     """How many rows and candidates have failed."""
-    candidates = [one for record in records for one in record["candidates"].values()]
-    return sum("error" in one for one in [*records, *candidates])
+    return sum("error" in one for one in records) + len([*_candidates(records, "error")])
 
 
-def _layers(records: Sequence[Record]) -> Iterator[tuple[str, Record]]:
+def _candidates(records: Sequence[Record], *figures: str) -> Iterator[tuple[str, Record]]:
+    """Those with one of `figures`."""
     for record in records:
         for who, one in record["candidates"].items():
-            if "workspace_bytes" in one or "launches" in one:
+            if any(name in one for name in figures):
                 yield record["row"] if who == "ilajax" else f"{record['row']}, {who}", one
 
 
@@ -164,7 +160,3 @@ def _spread(one: Mapping[str, Any]) -> str:
     if "median_s" not in one:
         return "failed" if "error" in one else ""
     return "{} ({} to {})".format(*(show(one[f"{k}_s"]) for k in ("median", "min", "max")))
-
-
-def _last_line(text: str) -> str:
-    return text.strip().rpartition("\n")[2]

@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -29,16 +30,11 @@ PACKAGES = ("ilajax", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "spcon
 
 @dataclasses.dataclass(frozen=True)
 class Timings:
-    """Seconds of each candidate's calls.
-
-    Attributes:
-      calls: name -> round -> seconds; not every candidate takes part in every round.
-    """
+    """Calls: name -> round -> seconds. Not every candidate takes part in every round."""
 
     calls: Mapping[Hashable, Mapping[int, float]]
 
     def seconds(self, name: Hashable) -> list[float]:
-        """In the order of the rounds."""
         return list(self.calls[name].values())
 
     def median(self, name: Hashable) -> float:
@@ -62,16 +58,14 @@ class Timings:
         return found
 
     def ratio(self, name: Hashable, to: Hashable) -> float:
-        """The median of `ratios`."""
         return statistics.median(self.ratios(name, to))
 
     def record(self, name: Hashable) -> dict[str, Any]:
-        """For JSON."""
         return spread(self.seconds(name))
 
 
 def spread(seconds: Sequence[float]) -> dict[str, Any]:
-    """For JSON: the median, the least, the most and every call."""
+    """The median, the least, the most and every call, for JSON."""
     return {
         "median_s": statistics.median(seconds),
         "min_s": min(seconds),
@@ -90,16 +84,15 @@ def side_by_side(
 ) -> Timings:
     """Calls the candidates in turn, A B C A B C, and times each call until its results are there.
 
-    A first call of each is not counted: it compiles, and fills caches and pools.
+    A first call of each is not counted: it compiles, and fills caches and pools. Threads of a pool look for
+    more work for some milliseconds after a call, and would take the processor from the next candidate: hence
+    the pause before each call.
 
     Args:
       candidates: name -> function.
       budget: seconds for each candidate. One that is too slow for all rounds takes part in every second,
-        third, and so on.
+        third, and so on, but at least in `least`.
       rounds: most calls of a candidate.
-      least: fewest calls of a candidate, whatever the budget.
-      pause: seconds of rest before each call. Threads of a pool look for more work for some milliseconds
-        after a call, and would take the processor from the next candidate's.
     """
     turns = {}
     for name, call in candidates.items():
@@ -117,13 +110,24 @@ def side_by_side(
     return Timings(calls)
 
 
-def quickest(candidates: Mapping[str, Candidate], *, pause: float = 0.01) -> str:
-    """The name of the quickest candidate, by one call each after one that warms up."""
-    seconds = {}
-    for name, call in candidates.items():
-        _timed(call, pause)
-        seconds[name] = _timed(call, pause)
-    return min(seconds, key=seconds.__getitem__)
+def queued(call: Callable[[], Any], calls: int, *, seconds: float, repeats: int) -> list[float]:
+    """Times calls that are queued, so that the device has the next one before the last one ends.
+
+    `call` starts a program that contains `calls` of what is timed. There are `repeats` queues of about as
+    many `seconds`; the result is a call's time in each of them.
+    """
+
+    def queue(length: int) -> float:
+        start = time.perf_counter()
+        for _ in range(length):
+            result = call()
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) / length
+
+    for _ in range(2):  # compile and load; fill pools
+        queue(1)
+    length = max(1, min(50, int(seconds / queue(1))))
+    return [queue(length) / calls for _ in range(repeats)]
 
 
 def _timed(call: Candidate, pause: float) -> float:
@@ -141,17 +145,11 @@ def _timed(call: Candidate, pause: float) -> float:
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:
     """The power p of y ~ x^p that fits best, by least squares of the logarithms."""
-    fit = statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y])
-    return fit.slope
+    return statistics.linear_regression([*map(math.log, x)], [*map(math.log, y)]).slope
 
 
 def provenance(module: str, arguments: list[str] | None) -> dict[str, Any]:
-    """What a file of figures must say: command, machine, platforms with kernels, versions, commit.
-
-    Args:
-      module: what was run.
-      arguments: its arguments; None: those of this process.
-    """
+    """What a file of figures must say; `arguments` are those of `module`, None: those of this process."""
     given = sys.argv[1:] if arguments is None else arguments
     return {
         "command": shlex.join(["python", "-m", module, *given]),
@@ -167,13 +165,9 @@ def provenance(module: str, arguments: list[str] | None) -> dict[str, Any]:
 
 def machine() -> str:
     """The processor, how much of it, and the versions that count."""
-    name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [
-            line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = models[0].partition(":")[2].strip() if models else name
+    model = re.search(r"model name\s*: (.*\S)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    name = model[1] if model else platform.processor() or platform.machine()
     device = jax.devices()[0]
     accelerator = "" if device.platform == "cpu" else f", {device.device_kind}"
     versions = ", ".join(f"{package} {version(package)}" for package in ("ilajax", "jax", "flax"))
@@ -189,22 +183,17 @@ def headline(record: Mapping[str, Any]) -> str:
     """The machine of a `provenance`, and what runs: figures of the reference must not pass for a kernel's."""
     platform = {"gpu": "cuda"}.get(record["platform"], record["platform"])
     native = platform in record["kernels"] and record["backend"] != "reference"
-    return (
-        f"{record['machine']}; {'native kernels' if native else 'NO KERNELS, the reference runs'}"
-    )
+    runs = "native kernels" if native else "NO KERNELS, the reference runs"
+    return f"{record['machine']}; {runs}"
 
 
 def commit() -> str:
     """The commit that this file belongs to, with "+" if the working tree has changed since."""
-    root = Path(__file__).parents[1]
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+        return subprocess.check_output(
+            command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True
+        ).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

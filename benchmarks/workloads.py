@@ -4,7 +4,7 @@ Everything is a function of its seed, and nothing is cut: a capacity that is too
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -26,17 +26,13 @@ def random_sites(
     dtype: str = "float32",
     seed: int = 0,
 ) -> ilajax.SparseTensor:
-    """Uniformly random sites of a cubic grid, others for each sample and channel.
+    """Uniformly random sites of a cubic grid, others for each sample and channel; values in [0.1, 1.1).
 
     Args:
-      resolution: of each of the three axes.
-      channels: number of channels.
       batch: number of samples; from the fifth on they repeat.
       density: share of the sites that each channel stores; by default 1 / resolution, a surface's.
       disjoint: whether no site is stored by two channels.
       capacity: slots; by default as many as are stored.
-      dtype: of the values, which lie in [0.1, 1.1).
-      seed: of sites and values.
     """
     rng = np.random.default_rng(seed)
     sites = resolution**3
@@ -48,7 +44,7 @@ def random_sites(
             samples.append(list(np.sort(chosen.reshape(channels, stored), axis=1)))
         else:
             samples.append([np.sort(_some(sites, stored, rng)) for _ in range(channels)])
-    return _pack(samples, batch, channels, resolution, capacity, dtype, rng)
+    return _pack(samples, batch, channels, resolution, rng, capacity, dtype)
 
 
 def shell(
@@ -64,16 +60,12 @@ def shell(
 ) -> ilajax.SparseTensor:
     """The voxels that a sphere's surface meets, 6 pi radius^2 of them, which is a thin surface's density.
 
+    The centre is random, as far as the grid allows. What is not said here is as in `random_sites`.
+
     Args:
-      resolution: of each of the three axes.
-      channels: number of channels.
-      batch: number of samples; from the fifth on they repeat.
       subset: share of the shell that each channel stores, chosen at random; None: all of it, as a support
         that the channels share.
-      radius: in voxels; by default 0.45 * resolution. The centre is random, as far as the grid allows.
-      capacity: slots; by default as many as are stored.
-      dtype: of the values, which lie in [0.1, 1.1).
-      seed: of centre, subsets and values.
+      radius: in voxels; by default 0.45 * resolution.
     """
     rng = np.random.default_rng(seed)
     radius = 0.45 * resolution if radius is None else radius
@@ -85,7 +77,7 @@ def shell(
             samples.append([keys])
         else:
             samples.append([keys[rng.random(keys.size) < subset] for _ in range(channels)])
-    return _pack(samples, batch, channels, resolution, capacity, dtype, rng)
+    return _pack(samples, batch, channels, resolution, rng, capacity, dtype)
 
 
 def fitting_radius(resolution: int, slots: int) -> float:
@@ -96,10 +88,8 @@ def fitting_radius(resolution: int, slots: int) -> float:
 def sphere(resolution: int, radius: float, centre: Sequence[float]) -> np.ndarray:
     """Keys of the voxels that a sphere's surface meets, int64 in ascending order."""
     x, y = np.divmod(np.arange(resolution**2), resolution)
-    near2, far2 = (
-        sum(d**2 for d in pair)
-        for pair in zip(_reach(x, centre[0]), _reach(y, centre[1]), strict=True)
-    )
+    (near_x, far_x), (near_y, far_y) = _reach(x, centre[0]), _reach(y, centre[1])
+    near2, far2 = near_x**2 + near_y**2, far_x**2 + far_y**2
     # The part of the upper half that a column of voxels cuts out spans the heights from `low` to `high`;
     # the lower half is its mirror image.
     met = near2 < radius**2
@@ -117,12 +107,7 @@ def sphere(resolution: int, radius: float, centre: Sequence[float]) -> np.ndarra
 
 
 def solids(
-    resolution: int,
-    *,
-    batch: int = 1,
-    capacity: int | None = None,
-    dtype: str = "float32",
-    seed: int = 0,
+    resolution: int, *, batch: int = 1, seed: int = 0
 ) -> tuple[ilajax.SparseTensor, np.ndarray]:
     """Generated meshes: a random solid of `SOLIDS` each, stretched, turned and put into the grid.
 
@@ -133,45 +118,21 @@ def solids(
       The voxels, [B, r, r, r, 1], and int32[B], which of `SOLIDS` each is.
     """
     rng, surface = np.random.default_rng(seed).spawn(2)
-    names = list(SOLIDS)
-    labels = rng.integers(len(names), size=batch).astype(np.int32)
-    points = [
-        _placed(SOLIDS[names[label]](40 * resolution**2, surface), resolution, rng)
-        for label in labels
-    ]
-    return _voxels(points, resolution, capacity, dtype), labels
+    samplers = list(SOLIDS.values())
+    labels = rng.integers(len(samplers), size=batch).astype(np.int32)
+    surfaces = (samplers[label](40 * resolution**2, surface) for label in labels)
+    return _voxels([_placed(points, resolution, rng) for points in surfaces], resolution), labels
 
 
-def parts(
-    resolution: int,
-    data_dir: Path,
-    *,
-    batch: int = 1,
-    split: str = "train",
-    capacity: int | None = None,
-    dtype: str = "float32",
-    seed: int = 0,
-) -> tuple[ilajax.SparseTensor, np.ndarray]:
-    """Random parts of a point set, as voxels that hold 1.
+def parts(resolution: int, data_dir: Path, *, batch: int = 1, seed: int = 0) -> ilajax.SparseTensor:
+    """Random parts, all different, as voxels that hold 1.
 
-    Args:
-      resolution: of each of the three axes.
-      data_dir: a folder with `<split>.npz`, which holds `points`, uint16[N, P, 3] over the unit cube, and
-        `label`, int[N].
-      batch: number of parts, all different.
-      split: "train" or "test".
-      capacity: slots; by default as many as are stored.
-      dtype: of the values.
-      seed: of the choice.
-
-    Returns:
-      The voxels, [B, r, r, r, 1], and the labels, int32[B].
+    `data_dir` has a train.npz with `points`, uint16[N, P, 3] over the unit cube.
     """
-    with np.load(Path(data_dir) / f"{split}.npz") as data:
-        points, label = data["points"], data["label"]
-    chosen = np.random.default_rng(seed).choice(len(label), batch, replace=False)
-    scaled = points[chosen].astype(np.float64) * (resolution / 65535)
-    return _voxels(list(scaled), resolution, capacity, dtype), label[chosen].astype(np.int32)
+    with np.load(data_dir / "train.npz") as data:
+        points = data["points"]
+    chosen = np.random.default_rng(seed).choice(len(points), batch, replace=False)
+    return _voxels(points[chosen] * (resolution / 65535), resolution)
 
 
 def kernel(
@@ -192,8 +153,6 @@ def kernel(
     shape = (*window, in_channels, out_channels)
     weights = rng.normal(size=shape).astype(np.float32)
     mask = rng.random(shape) < density
-    if not mask.any():
-        mask.flat[rng.integers(mask.size)] = True
     if not cut:
         centre = tuple(size // 2 for size in window)
         weights = -np.abs(weights)
@@ -277,16 +236,13 @@ def _placed(points: np.ndarray, resolution: int, rng: np.random.Generator) -> np
     return ((turned - (low + high) / 2) * scale + 0.5) * resolution
 
 
-def _voxels(
-    points: Sequence[np.ndarray], resolution: int, capacity: int | None, dtype: str
-) -> ilajax.SparseTensor:
+def _voxels(points: Iterable[np.ndarray], resolution: int) -> ilajax.SparseTensor:
     """The voxels, of one channel, that hold points; coordinates are in voxels."""
     keys = []
     for position in points:
         x, y, z = np.floor(position).astype(np.int64).clip(0, resolution - 1).T
         keys.append([np.unique((x * resolution + y) * resolution + z)])
-    stored = _pack(keys, len(keys), 1, resolution, capacity, dtype, np.random.default_rng(0))
-    return stored.map(jnp.ones_like)
+    return _pack(keys, len(keys), 1, resolution, np.random.default_rng(0)).map(jnp.ones_like)
 
 
 def _pack(
@@ -294,9 +250,9 @@ def _pack(
     batch: int,
     channels: int,
     resolution: int,
-    capacity: int | None,
-    dtype: str,
     rng: np.random.Generator,
+    capacity: int | None = None,
+    dtype: str = "float32",
 ) -> ilajax.SparseTensor:
     """Random values at the keys of each (sample, channel), or (sample, all channels); samples repeat."""
     most = max(1, *(len(keys) for sample in samples for keys in sample))

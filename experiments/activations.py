@@ -16,14 +16,9 @@ Maps = dict[str, Any]
 def feature_maps(model: nnx.Module, x: Any) -> Maps:
     """The input, and what every convolution (with its activation) and pooling puts out.
 
-    The model stays as it is: nothing is measured, and no dropout draws.
+    The model, an OctNet3, sparse or dense, stays as it is: nothing is measured, and no dropout draws.
 
-    Args:
-      model: an OctNet3, sparse or dense.
-      x: what the model takes.
-
-    Returns:
-      SparseTensors, or arrays [B, *S, C], by name: "input", "conv1", ..., "pool1", ...
+    Returns SparseTensors, or arrays [B, *S, C], by name: "input", "conv1", ..., "pool1", ...
     """
     return _feature_maps(*nnx.split(model), x)
 
@@ -49,11 +44,15 @@ def _feature_maps(structure: nnx.GraphDef, state: nnx.State, x: Any) -> Maps:
     return maps
 
 
+def sparse_convs(model: nnx.Module) -> list[ilajax.nn.Conv]:
+    """The sparse convolutions, in the order of the layers."""
+    return [conv for _, conv in sorted(ilajax.nn.iter_convs(model))]
+
+
 def sparse_densities(model: nnx.Module) -> dict[str, float]:
     """Response density of each sparse convolution as it measured it last, before the selection."""
-    paths = _paths(model, ilajax.nn.Conv)
-    layers = dict(ilajax.nn.iter_convs(model))
-    return {f"conv{n}": float(layers[path].density[...].mean()) for n, path in enumerate(paths, 1)}
+    densities = (float(conv.density[...].mean()) for conv in sparse_convs(model))
+    return {f"conv{n}": density for n, density in enumerate(densities, 1)}
 
 
 def dense_densities(x: jax.Array, model: nnx.Module) -> dict[str, float]:
@@ -69,9 +68,7 @@ def dense_densities(x: jax.Array, model: nnx.Module) -> dict[str, float]:
 def activation_bytes(model: nnx.Module, x: Any) -> int:
     """Bytes of all feature maps, from the shapes of their keys and values, or of dense arrays.
 
-    Args:
-      model: an OctNet3, sparse or dense.
-      x: what the model takes; shapes and dtypes suffice.
+    Of what the model takes, `x`, shapes and dtypes suffice.
     """
     structure, state = nnx.split(model)
     maps = jax.eval_shape(functools.partial(_feature_maps, structure), state, x)

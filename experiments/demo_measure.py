@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
-import ilajax
 from benchmarks import peers
 from benchmarks.timing import Candidate, cores, side_by_side
+from experiments.activations import sparse_convs
 from experiments.training import train_step
 
 Input = Callable[[jax.Array], Any]
@@ -21,10 +20,8 @@ Input = Callable[[jax.Array], Any]
 class Step(NamedTuple):
     """A training step, ready to be timed.
 
-    Attributes:
-      call: does one step.
-      temporary: bytes of what it computes on the way, activations above all; None where nothing tells.
-      results: bytes of what it leaves behind: weights and the optimizer's state.
+    Temporary are the bytes of what it computes on the way, activations above all; results those of what it
+    leaves behind, weights and the optimizer's state. None where nothing tells.
     """
 
     call: Candidate
@@ -64,22 +61,14 @@ def steps(
 
 
 def torch_step(dense: nnx.Module, grid: np.ndarray, labels: np.ndarray, rate: float) -> Step:
-    """The equal network's step in PyTorch, with all cores; needs torch.
-
-    Args:
-      dense: the dense OctNet3, whose weights are copied.
-      grid: float32[B, *S, 1].
-      labels: int[B].
-      rate: Adam's.
-    """
+    """The step in PyTorch, with all cores, of a network like the dense OctNet3, on float32[B, *S, 1]."""
     import torch
 
     net = torch_twin(dense)
     optimizer = torch.optim.Adam(net.parameters(), lr=rate)
-    x = torch.from_numpy(np.moveaxis(grid, -1, 1).copy()).contiguous(
-        memory_format=torch.channels_last_3d
-    )
-    net = net.to(memory_format=torch.channels_last_3d)
+    layout = {"memory_format": torch.channels_last_3d}
+    x = torch.from_numpy(np.moveaxis(grid, -1, 1).copy()).contiguous(**layout)
+    net = net.to(**layout)
     wanted = torch.from_numpy(labels.astype(np.int64))
 
     def call() -> float:
@@ -128,20 +117,14 @@ def torch_twin(dense: nnx.Module) -> Any:
 def layer_times(
     initial: nnx.Module, trained: nnx.Module, maps: Mapping[str, Any], *, budget: float
 ) -> list[LayerTimes]:
-    """Each sparse convolution with the filters of two nets, on the same real inputs.
+    """Each sparse convolution with the filters before and after training, on the same real inputs.
 
-    Args:
-      initial: the net before training.
-      trained: the net after it.
-      maps: `activations.feature_maps` of the trained net: every layer's input stands in it.
-      budget: seconds for each layer and filter.
+    Every layer's input stands in `maps`, the `activations.feature_maps` of the trained net. The budget is
+    of seconds for each layer and filter.
     """
-    pairs = zip(
-        *(dict(ilajax.nn.iter_convs(net)).items() for net in (initial, trained)), strict=True
-    )
-    ordered = sorted(pairs, key=lambda pair: pair[0][0])
+    pairs = zip(sparse_convs(initial), sparse_convs(trained), strict=True)
     found = []
-    for number, ((_, before), (_, after)) in enumerate(ordered, 1):
+    for number, (before, after) in enumerate(pairs, 1):
         x = maps["input"] if number == 1 else maps[f"conv{number - 1}"]
         if number > 1 and number % 3 == 1:  # a block begins
             x = maps[f"pool{number // 3}"]
@@ -166,9 +149,4 @@ def layer_times(
 
 def sparse_weights(model: nnx.Module) -> int:
     """Live weights in the filters of the sparse layers."""
-    return sum(int(conv.sparse_kernel.count) for _, conv in ilajax.nn.iter_convs(model))
-
-
-def dense_optimizer(dense: nnx.Module, optimizer: optax.GradientTransformation) -> nnx.Optimizer:
-    """The dense twin's, which ignores densities and epochs."""
-    return nnx.Optimizer(dense, optax.with_extra_args_support(optimizer), wrt=nnx.Param)
+    return sum(int(conv.sparse_kernel.count) for conv in sparse_convs(model))

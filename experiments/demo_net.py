@@ -1,9 +1,9 @@
 """The demonstration's network, its optimizer, and how it is trained."""
 
 import argparse
-import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -11,7 +11,7 @@ from flax import nnx
 
 import ilajax
 from experiments import frame
-from experiments.activations import sparse_densities
+from experiments.activations import sparse_convs, sparse_densities
 from experiments.data.loader import Arrays
 from experiments.data.solids import CLASSES, Solids, SparseInput
 from experiments.demo_measure import sparse_weights
@@ -22,18 +22,14 @@ BOUNDS = {16: (0.08, 0.24), 32: (0.04, 0.12, 0.28), 64: (0.02, 0.06, 0.14)}
 RECIPE = ("learning_rate", "scale", "offset", "b1", "b2", "threshold")
 
 
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A net and how it came about.
+Data = tuple[Solids, Solids]  # to train and to test
 
-    Attributes:
-      run: the net.
-      rows: of its epochs.
-      initial: weights of the sparse layers at the start.
-      weights: those that were left after each epoch.
-    """
 
-    run: Run
+class Trained(NamedTuple):
+    """A net, its epochs, and the weights of its sparse layers: the initial ones, and those after each."""
+
+    model: nnx.Module
+    optimizer: nnx.Optimizer
     rows: Sequence[Row]
     initial: int
     weights: Sequence[int]
@@ -56,30 +52,18 @@ def make_net(key: jax.Array, *, resolution: int, dense: bool = False) -> ilajax.
     )
 
 
+def structure(resolution: int) -> ilajax.models.OctNet3:
+    """The net in shapes alone."""
+    return nnx.eval_shape(functools.partial(make_net, jax.random.key(0), resolution=resolution))
+
+
 @functools.cache
 def recipe(
-    resolution: int,
-    steps: int,
-    learning_rate: float,
-    scale: float,
-    offset: float,
-    b1: float,
-    b2: float,
-    threshold: float,
+    resolution: int, steps: int, learning_rate: float, **numbers: float
 ) -> optax.GradientTransformation:
     """The same arguments give the same object, so that nets of other seeds reuse the compiled step."""
-    structure = nnx.eval_shape(
-        functools.partial(make_net, jax.random.key(0), resolution=resolution)
-    )
-    return ilajax.optim.sparse_training(
-        structure,
-        optax.adam(optax.cosine_decay_schedule(learning_rate, steps)),
-        scale=scale,
-        offset=offset,
-        b1=b1,
-        b2=b2,
-        threshold=threshold,
-    )
+    adam = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+    return ilajax.optim.sparse_training(structure(resolution), adam, **numbers)
 
 
 def net_and_optimizer(
@@ -96,51 +80,48 @@ def net_and_optimizer(
 
 
 def train_net(
-    options: argparse.Namespace,
-    seed: int,
-    training: Solids,
-    test: Solids,
-    reporter: frame.Reporter,
-    *,
-    plain: bool,
+    options: argparse.Namespace, seed: int, data: Data, reporter: frame.Reporter, *, plain: bool
 ) -> Trained:
     """Trains a net to the end, and shows how it goes."""
     model, optimizer = net_and_optimizer(options, seed, plain=plain)
-    bounds = {
-        f"conv{1 + at}": BOUNDS[options.resolution][at // 3]
-        for at in range(3 * model.num_sparse_blocks)
-    }
-    run = Run(
+    initial = sparse_weights(model)
+    others = live_weights(model) - initial
+    rows = train_on_solids(
+        options,
+        data,
+        reporter,
         name=f"{'plain' if plain else 'sparse'}-{seed}",
         model=model,
         optimizer=optimizer,
-        to_input=SparseInput(options.resolution),
+        seed=seed,
         densities=sparse_densities,
         prunes=not plain,
-        directory=options.out,
-        options={},
-        seed=seed,
-        bounds=bounds,
-        resumable=False,
     )
-    initial = sparse_weights(model)
-    others = live_weights(model) - initial
-    rows = train(
-        run,
+    weights = [row["live_weights"] - others for row in rows]
+    return Trained(model, optimizer, rows, initial, weights)
+
+
+def train_on_solids(
+    options: argparse.Namespace, data: Data, reporter: frame.Reporter, **run: Any
+) -> list[Row]:
+    """Trains a net of these attributes of a `Run`; the others are the same for all."""
+    training, test = data
+    return train(
+        Run(
+            to_input=SparseInput(options.resolution),
+            directory=options.out,
+            bounds=density_bounds(run["model"]),
+            **run,
+        ),
         Arrays(training.keys, training.labels),
         (test.keys, test.labels),
         epochs=options.epochs,
         batch_size=options.batch_size,
-        columns=[
-            *("net", "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"),
-            *(
-                "live_weights",
-                *(f"density_{name}" for name in bounds),
-                "seconds_per_step",
-                "seconds",
-            ),
-        ],
         reporter=reporter,
         test_batch=2 * options.batch_size,
     )
-    return Trained(run, rows, initial, [row["live_weights"] - others for row in rows])
+
+
+def density_bounds(model: nnx.Module) -> dict[str, float]:
+    """The bound of each sparse convolution, by the names of `sparse_densities`."""
+    return {f"conv{n}": conv.density_bound for n, conv in enumerate(sparse_convs(model), 1)}

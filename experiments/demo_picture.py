@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from experiments.frame import replacing
+from experiments.frame import save_figure
 
 INK, GREY = "0.2", "0.55"
 SPARSE = "#c8442b"
@@ -21,58 +21,69 @@ def demo_picture(
     solids: Mapping[str, np.ndarray],
     kept: Mapping[str, np.ndarray],
     rows: Sequence[Mapping[str, Any]],
-    *,
     weights: Sequence[float],
-    step_seconds: Sequence[float],
 ) -> None:
-    """Draws the picture.
+    """Draws examples of classes, bool[r, r, r]; what is kept, float[s, s, s], 0: nothing; and the epochs.
 
-    Args:
-      path: where it goes; the name's ending chooses the format.
-      solids: class -> bool[r, r, r], an example of each.
-      kept: title -> float[s, s, s], the strength of what is stored at a site; 0: nothing.
-      rows: of the epochs, with "train_accuracy" and "test_accuracy".
-      weights: share of the sparse layers' weights that is left, before the first epoch and after each.
-      step_seconds: of each epoch.
+    The weights are the share that is left of the sparse layers', before the first epoch and after each.
     """
     size = len(next(iter(solids.values())))
     figure = Figure(figsize=(9, 6.6))
-    _head(
-        figure, 0.98, f"eight classes of surfaces in {size}³ voxels, turned and stretched at random"
-    )
-    for at, (name, stored) in enumerate(solids.items()):
-        width = 1 / len(solids)
-        _voxels(figure, (at * width, 0.79, width, 0.15), stored.astype(float), name)
-    _head(
-        figure,
-        0.745,
-        "what the strongest channel of each sparse block stores; darker: a stronger response",
-    )
-    for at, (name, strength) in enumerate(kept.items()):
-        width = 1 / len(kept)
-        _voxels(figure, (at * width, 0.41, width, 0.29), strength, name)
+    surfaces = f"eight classes of surfaces in {size}³ voxels, turned and stretched at random"
+    _row(figure, surfaces, 0.98, solids, bottom=0.79, height=0.15)
+    stored = "what the strongest channel of each sparse block stores; darker: a stronger response"
+    _row(figure, stored, 0.745, kept, bottom=0.41, height=0.29)
     panels = [figure.add_axes((left, 0.075, 0.26, 0.25)) for left in (0.065, 0.39, 0.715)]
     epochs = np.arange(1, len(rows) + 1)
-    _curve(panels[0], "weights left in the sparse layers")
-    panels[0].plot([0, *epochs], weights, color=SPARSE, lw=2, marker="o", ms=4)
+    milliseconds = [1e3 * row["seconds_per_step"] for row in rows]
+    dots: dict[str, Any] = {"color": SPARSE, "lw": 2, "marker": "o", "ms": 4}
+    title_panel(panels[0], "weights left in the sparse layers")
+    panels[0].plot([0, *epochs], weights, **dots)
     panels[0].set_ylim(0, 1.05)
-    panels[0].yaxis.set_major_formatter(PercentFormatter(1.0))
-    _curve(panels[1], "milliseconds a training step")
-    panels[1].plot(epochs, [1e3 * s for s in step_seconds], color=SPARSE, lw=2, marker="o", ms=4)
-    panels[1].set_ylim(0, 1.1e3 * max(step_seconds))
-    _curve(panels[2], "accuracy")
+    title_panel(panels[1], "milliseconds a training step")
+    panels[1].plot(epochs, milliseconds, **dots)
+    panels[1].set_ylim(0, 1.1 * max(milliseconds))
+    title_panel(panels[2], "accuracy")
     for name, style in (("train", {"color": GREY, "ls": "--"}), ("test", {"color": SPARSE})):
         values = [row[f"{name}_accuracy"] for row in rows]
         panels[2].plot(epochs, values, lw=2, label=name, **style)
     panels[2].set_ylim(0, 1.02)
-    panels[2].yaxis.set_major_formatter(PercentFormatter(1.0))
     panels[2].legend(frameon=False, loc="best", fontsize=9)
-    with replacing(path) as fresh:
-        figure.savefig(fresh, format=path.suffix[1:], dpi=200, facecolor="white")
+    for axis in panels:
+        axis.set_xlabel("epoch", fontsize=9, color=INK)
+        style_panel(axis)
+    for axis in (panels[0], panels[2]):
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    save_figure(figure, path, dpi=200)
 
 
-def _head(figure: Figure, height: float, text: str) -> None:
-    figure.text(0.015, height, text, fontsize=10, color=INK, va="center", weight="bold")
+def title_panel(axis: Any, title: str) -> None:
+    axis.set_title(title, fontsize=10, color=INK, loc="left", weight="bold")
+
+
+def style_panel(axis: Any) -> None:
+    """A curve over epochs, with a grid and without a box."""
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.tick_params(labelsize=9, colors=INK, length=3)
+    axis.grid(axis="y", color="0.9")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color("0.7")
+
+
+def _row(
+    figure: Figure,
+    title: str,
+    top: float,
+    volumes: Mapping[str, np.ndarray],
+    *,
+    bottom: float,
+    height: float,
+) -> None:
+    figure.text(0.015, top, title, fontsize=10, color=INK, va="center", weight="bold")
+    width = 1 / len(volumes)
+    for at, (name, strength) in enumerate(volumes.items()):
+        _voxels(figure, (at * width, bottom, width, height), strength.astype(float), name)
 
 
 def _voxels(figure: Figure, box: Box, strength: np.ndarray, title: str) -> None:
@@ -101,16 +112,3 @@ def _voxels(figure: Figure, box: Box, strength: np.ndarray, title: str) -> None:
     axis.set_axis_off()
     axis.view_init(elev=22, azim=-55)
     figure.text(left + width / 2, bottom + height, title, fontsize=9, color=INK, ha="center")
-
-
-def _curve(axis: Any, title: str) -> None:
-    axis.set_title(title, fontsize=10, color=INK, loc="left", weight="bold")
-    axis.set_xlabel("epoch", fontsize=9, color=INK)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.tick_params(labelsize=9, colors=INK, length=3)
-    axis.grid(axis="y", color="0.9")
-    axis.set_axisbelow(True)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axis.spines[side].set_color("0.7")

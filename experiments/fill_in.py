@@ -16,7 +16,6 @@
 
 import argparse
 import functools
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,23 +62,38 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser = _parser()
     options = parser.parse_args(arguments)
     options.resolutions = sorted(set(options.resolutions))
-    options.figures = options.figures or _all_figures(options.data)
-    path = options.out / f"{options.data}.json"
+    # Activations are digits': one data set is enough to show them.
+    needed = FIGURES if options.data == "shapes" else FIGURES[:2]
+    options.figures = options.figures or needed
+    table = options.out / f"{options.data}.csv"
+    path = table.with_suffix(".json")
+    pictures = {name: options.out / f"{options.data}-{name}.png" for name in FIGURES}
     now = timing.provenance("experiments.fill_in", arguments)
     try:
-        _check_report(options)
-        sets.check_directory(options.data, **sets.where(options))
+        if options.report and not set(needed) <= set(options.figures):
+            raise ValueError(
+                f"--report replaces the whole report of --data {options.data}, but --figures is only "
+                f"{' '.join(options.figures)}. Give {' '.join(needed)}; --resume keeps what is there."
+            )
         shapes = Shapes(options)
         fixed = {name: getattr(options, name) for name in FIXED}
         fixed["fingerprint"] = shapes.fingerprint()
         goes_on = options.resume and path.exists()
-        record, rows = _kept(path, fixed) if goes_on else (now | {"options": fixed}, [])
+        record = frame.earlier(path, fixed) if goes_on else now | {"options": fixed, "rows": []}
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if not goes_on:
-        _start_anew(path, record)
-    pictures = {name: _picture(path, name) for name in options.figures}
-    table = frame.Table(path.with_suffix(".csv"), COLUMNS, rows)
+        for picture in pictures.values():
+            picture.unlink(missing_ok=True)
+    # The nets of a picture that is missing are gone.
+    drawn = pictures["activations"].exists()
+    rows = [row for row in record["rows"] if row["figure"] != "activations" or drawn]
+    pictures = {name: picture for name, picture in pictures.items() if name in options.figures}
+
+    def write() -> None:
+        frame.write_table(table, COLUMNS, rows)
+        frame.write_json(path, record | {"rows": rows})
+
     with frame.Reporter() as reporter:
         reporter.print(timing.headline(now))
         parts = _parts(options, shapes, pictures, reporter)
@@ -87,80 +101,23 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         todo = {part: measure for part, measure in parts.items() if part not in done}
         if goes_on and todo:
             record["resumed"] = [*record.get("resumed", []), now]
+        write()
         for number, (part, measure) in enumerate(todo.items()):
             reporter.begin("parts", len(todo), number)
             for found in measure():
-                row = dict(zip(("figure", "data", "resolution"), part, strict=True)) | found
-                rows.append(row)
-                table.append(row)
-                reporter.print(line(row))
-            frame.write_json(path, record | {"rows": rows})
+                rows.append(dict(zip(("figure", "data", "resolution"), part, strict=True)) | found)
+                reporter.print(line(rows[-1]))
+            write()
         draw(pictures, rows, shapes, options)
-        files = {path.with_suffix(".csv"): "", path: ""}
-        files |= {picture: f"-{name}" for name, picture in pictures.items()}
-        written = [*files, *_report(files, options)]
-        reporter.print("wrote " + ", ".join(map(str, written)))
+        stem = "fill_in" if options.data == "shapes" else f"fill_in-{options.data}"
+        frame.publish(reporter, [table, path], options.report, stem)
+        for name, picture in pictures.items():
+            frame.publish(reporter, [picture], options.report, f"{stem}-{name}")
     return rows
 
 
-def _report(files: dict[Path, str], options: argparse.Namespace) -> list[Path]:
-    """Copies files, each under a stem with an ending of its own, where --report says."""
-    stem = "fill_in" if options.data == "shapes" else f"fill_in-{options.data}"
-    copies = []
-    for file, ending in files.items() if options.report else ():
-        copies += frame.report(options.report, stem + ending, [file])
-    return copies
-
-
-def _all_figures(data: str) -> list[str]:
-    """Activations are digits': one data set is enough to show them."""
-    return [name for name in FIGURES if data == "shapes" or name != "activations"]
-
-
-def _check_report(options: argparse.Namespace) -> None:
-    """Raises ValueError where a report would lose figures that it had."""
-    needed = _all_figures(options.data)
-    if options.report and not set(needed) <= set(options.figures):
-        raise ValueError(
-            f"--report replaces the whole report of --data {options.data}, but --figures is only "
-            f"{' '.join(options.figures)}. Give {' '.join(needed)}; --resume keeps what is there."
-        )
-
-
-def _picture(path: Path, figure: str) -> Path:
-    """A figure's picture, beside the record."""
-    return path.with_name(f"{path.stem}-{figure}.png")
-
-
-def _start_anew(path: Path, record: Row) -> None:
-    """Removes what an earlier run measured: this one may be stopped, and go on from its record."""
-    frame.write_json(path, record | {"rows": []})
-    for figure in FIGURES:
-        _picture(path, figure).unlink(missing_ok=True)
-
-
-def _kept(path: Path, fixed: Row) -> tuple[Row, list[Row]]:
-    """The record of an earlier run, without its rows; and those that need not be measured again."""
-    # The nets of a picture that is missing are gone.
-    drawn = _picture(path, "activations").exists()
-    try:
-        record = json.loads(path.read_text())
-        options, rows = record["options"], record.pop("rows")
-        kept = [row for row in rows if row["figure"] != "activations" or drawn]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"--resume: {path} is damaged ({type(error).__name__}: {error}). Start anew without --resume."
-        ) from None
-    if options != fixed:
-        raise ValueError(f"--resume: {path} was made with {options}, not with {fixed}")
-    return record, kept
-
-
 def _parts(
-    options: argparse.Namespace,
-    shapes: "Shapes",
-    pictures: dict[str, Path],
-    reporter: frame.Reporter,
+    options: argparse.Namespace, shapes: Shapes, pictures: dict[str, Path], reporter: frame.Reporter
 ) -> dict[Part, Callable[[], list[Row]]]:
     """What there is to measure, in order."""
     grid = options.layer_resolution
@@ -210,25 +167,19 @@ def draw(
 ) -> None:
     """Draws the pictures that follow from the rows."""
     if "resolution" in pictures:
-        members = sorted(
-            (row for row in rows if row["figure"] == "resolution"),
-            key=lambda row: row["resolution"],
-        )
-        short = [limited(row) for row in members]
+        members = [row for row in rows if row["figure"] == "resolution"]
+        members.sort(key=lambda row: row["resolution"])
         resolution_picture(
             pictures["resolution"],
             members,
             shapes.examples(),
-            limited=short,
+            limited=[limited(row) for row in members],
             constant=surface_constant(members),
         )
     if "layers" in pictures:
         grid = f"${options.layer_resolution}^3$"
         titles = dict.fromkeys(UNIFORM, f"uniformly random sites, {grid}")
-        titles |= {
-            options.data: f"{options.data}, {grid}",
-            "digits": f"digits, ${PIXELS}^2$",
-        }
+        titles |= {options.data: f"{options.data}, {grid}", "digits": f"digits, ${PIXELS}^2$"}
         panels: dict[str, list[Row]] = {title: [] for title in titles.values()}
         for row in rows:
             if row["figure"] == "layers":

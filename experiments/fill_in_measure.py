@@ -38,10 +38,6 @@ PIECE = 8  # samples at a time: with a slot for each of 64^3 sites, one takes 2 
 PIXELS = 28  # along a digit's edge
 DIGITS_SHOWN = 3
 BATCH = 32
-TRAINING_COLUMNS = [
-    *("net", "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"),
-    *("live_weights", "seconds_per_step", "seconds"),
-]
 
 Row = dict[str, Any]
 
@@ -50,7 +46,20 @@ class Shapes:
     """What is measured of a data set: some of its test shapes, as they are, the same in each grid."""
 
     def __init__(self, options: argparse.Namespace):
-        self._options = options
+        # Made shapes have as many points as the finest grid needs.
+        finest = max(*options.resolutions, options.layer_resolution, *EXAMPLE_RESOLUTIONS)
+        made = {"train_size": 1, "test_size": max(options.samples, len(CLASSES))}
+        data = sets.load_dataset(options.data, **sets.where(options), resolution=finest, **made)
+        self._test: Any = data.test
+        self._shown = EXAMPLES[options.data]
+        total, count = len(self._test), min(options.samples, len(self._test))
+        rng = np.random.default_rng(options.seed)
+        chosen = np.sort(rng.choice(total, count, replace=False))
+        # Indices of the shapes that are measured, some at a time.
+        self.pieces = np.split(chosen, range(PIECE, count, PIECE))
+        # Points of each shape; None where shapes are meshes.
+        points = getattr(self._test.sets, "points", None)
+        self.points = None if points is None else points.shape[1]
 
     def fingerprint(self) -> str:
         """What tells this set from another."""
@@ -60,41 +69,17 @@ class Shapes:
         """All test shapes, in a grid."""
         return dataclasses.replace(self._test, resolution=resolution, capacity=capacity)
 
-    @property
-    def pieces(self) -> list[np.ndarray]:
-        """Indices of the shapes that are measured, some at a time."""
-        total, count = len(self._test), min(self._options.samples, len(self._test))
-        rng = np.random.default_rng(self._options.seed)
-        chosen = np.sort(rng.choice(total, count, replace=False))
-        return np.split(chosen, range(PIECE, count, PIECE))
-
-    @property
-    def points(self) -> int | None:
-        """Points of each shape; None where shapes are meshes."""
-        points = getattr(self._test.sets, "points", None)
-        return None if points is None else points.shape[1]
-
     def examples(self) -> dict[str, list[np.ndarray]]:
         """Class -> its first shape as voxels, at several resolutions."""
         known = list(self._test.sets.class_names)
-        names = [name for name in EXAMPLES[self._options.data] if name in known]
         shown = {}
-        for name in names or known[:2]:
+        for name in [name for name in self._shown if name in known] or known[:2]:
             first = np.flatnonzero(self._test.sets.label == known.index(name))[:1]
             batches = [self.at(r, r**3).batch(first, epoch=0) for r in EXAMPLE_RESOLUTIONS]
             shown[str(name)] = [
                 np.asarray(ilajax.to_dense(batch.inputs))[0, ..., 0] > 0 for batch in batches
             ]
         return shown
-
-    @functools.cached_property
-    def _test(self) -> Any:
-        options = self._options
-        # Made shapes have as many points as the finest grid needs.
-        finest = max(*options.resolutions, options.layer_resolution, *EXAMPLE_RESOLUTIONS)
-        made = {"train_size": 1, "test_size": max(options.samples, len(CLASSES))}
-        folders = sets.where(options)
-        return sets.load_dataset(options.data, **folders, resolution=finest, **made).test
 
 
 def occupancy(shapes: Shapes, resolution: int) -> list[Row]:
@@ -143,14 +128,8 @@ def digit_layers(options: argparse.Namespace) -> list[Row]:
 def fill_in(x: ilajax.SparseTensor, layers: int, capacity: int) -> np.ndarray:
     """Density of the input, and behind each of some convolutions whose weights are all 1.
 
-    Args:
-      x: [B, *S, 1], which holds 1.
-      layers: convolutions, one behind the other, with windows of 3 along each axis and stride 1.
-      capacity: slots of each output, of which the strongest responses get one; with as many as there are
-        sites, all do.
-
-    Returns:
-      float64[layers + 1, B], shares of the sites that are stored.
+    The input, [B, *S, 1], holds 1. Windows have 3 sites along each axis; the strongest responses get one of
+    the slots of each output, all with as many as there are sites. Returns float64[layers + 1, B].
     """
     counts = [x.counts[:, 0]]
     for _ in range(layers):
@@ -198,12 +177,8 @@ def activations(picture: Path, options: argparse.Namespace, reporter: frame.Repo
             model=model,
             optimizer=nnx.Optimizer(model, transformation, wrt=nnx.Param),
             to_input=to_input,
-            densities=lambda _: {},
-            prunes=False,
             directory=options.out / "nets",
-            options={},
             seed=options.seed,
-            resumable=False,
         )
         train(
             run,
@@ -211,16 +186,29 @@ def activations(picture: Path, options: argparse.Namespace, reporter: frame.Repo
             (test.images, test.labels),
             epochs=options.epochs,
             batch_size=BATCH,
-            columns=TRAINING_COLUMNS,
             reporter=reporter,
         )
         model.eval()
         maps[name] = feature_maps(model, to_input(digits))
     dense, sparse = paired_channels(maps["dense"], maps["sparse"], ["conv1", "conv2", "conv3"])
     activations_picture(picture, digits, dense, sparse, bound=options.density_bound)
-    rows = _map_rows("input", [digits], first=0)
-    rows += _map_rows("dense", dense, first=1)
-    return rows + _map_rows("sparse", sparse, first=1, bound=options.density_bound)
+    return [
+        {
+            "rank": 2,
+            "network": network,
+            "bound": options.density_bound if network == "sparse" else None,
+            "layer": layer,
+            "sample": sample,
+            "density": float(np.mean(image != 0)),
+        }
+        for network, first, layers in (
+            ("input", 0, [digits]),
+            ("dense", 1, dense),
+            ("sparse", 1, sparse),
+        )
+        for layer, images in enumerate(layers, first)
+        for sample, image in enumerate(images)
+    ]
 
 
 def _layers(
@@ -250,24 +238,6 @@ def _layers(
                 }
             )
     return rows
-
-
-def _map_rows(
-    network: str, layers: Sequence[np.ndarray], *, first: int, bound: float | None = None
-) -> list[Row]:
-    """A row for each map, of the layers from the number `first` on."""
-    return [
-        {
-            "rank": 2,
-            "network": network,
-            "bound": bound,
-            "layer": layer,
-            "sample": sample,
-            "density": float(np.mean(image != 0)),
-        }
-        for layer, images in enumerate(layers, first)
-        for sample, image in enumerate(images)
-    ]
 
 
 def _digits() -> tuple[Digits, Digits]:

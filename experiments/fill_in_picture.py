@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from experiments.frame import replacing
+from experiments.frame import save_figure
 
 Row = Mapping[str, Any]
 
@@ -57,13 +57,8 @@ def resolution_picture(
 ) -> None:
     """Draws the density of occupied voxels against the resolution, beside some shapes as voxels.
 
-    Args:
-      path: where it goes; the name's ending chooses the format.
-      rows: one for each resolution, ascending, with "data", "resolution", "points", "samples", "density",
-        "density_p10" and "density_p90".
-      examples: class -> a shape as voxels, bool[r, r, r], at some resolutions.
-      limited: for each row whether there are too few points to meet the voxels of the surface.
-      constant: c of the line c / r.
+    The rows are those of `fill_in_measure.occupancy`, by resolution; limited are those with too few points to
+    meet the voxels of the surface. Each class has an example at some resolutions. The line is constant / r.
     """
     figure = Figure(figsize=(9.2, 3.7), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.25))
@@ -76,27 +71,16 @@ def resolution_picture(
             axis.set_title(
                 rf"${len(occupied)}^3$, $\rho$ = {_percent(occupied.mean())}", fontsize=9, pad=1
             )
-        line[0].text(
-            -0.04,
-            0.5,
-            name.replace("_", " "),
-            transform=line[0].transAxes,
-            rotation=90,
-            fontsize=9,
-            ha="right",
-            va="center",
-        )
-    with replacing(path) as fresh:
-        figure.savefig(fresh, format=path.suffix[1:], dpi=200, facecolor="white")
+        # In place of the axis's label, which goes with the axis.
+        place = {"transform": line[0].transAxes, "rotation": 90, "ha": "right", "va": "center"}
+        line[0].text(-0.04, 0.5, name.replace("_", " "), fontsize=9, **place)
+    save_figure(figure, path, dpi=200)
 
 
 def layers_picture(path: Path, panels: Mapping[str, Sequence[Row]]) -> None:
     """Draws the density behind each layer, without a bound and with one: a panel for each kind of data.
 
-    Args:
-      path: where it goes; the name's ending chooses the format.
-      panels: title -> rows with "data", "rank", "layer", "bound" (None: none), "density", "density_p10",
-        "density_p90" and "expected" (None: not known).
+    The panels have a title, and the rows of `fill_in_measure`.
     """
     figure = Figure(figsize=(9.2, 3.9), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True)
@@ -107,8 +91,7 @@ def layers_picture(path: Path, panels: Mapping[str, Sequence[Row]]) -> None:
     axes[0].set_ylabel(r"density $\rho$", fontsize=9)
     lines = [Line2D([], [], label=label, **style) for label, style in LEGEND.items()]
     figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=8.5, frameon=False)
-    with replacing(path) as fresh:
-        figure.savefig(fresh, format=path.suffix[1:], dpi=200, facecolor="white")
+    save_figure(figure, path, dpi=200)
 
 
 def _against_resolution(
@@ -147,16 +130,14 @@ def _over_layers(axis: Axes, rows: Sequence[Row]) -> None:
         axis.plot(layers, mean, color=colour, **FREE)
         axis.fill_between(layers, low, high, color=colour, alpha=0.18, lw=0)
         axis.plot(layers, _curves(bound)[0], color=colour, **BOUND)
-        axis.annotate(
-            rf"$\rho$ = {_percent(mean[0])}",
-            (layers[-1], bound[-1]["density"]),
-            xytext=(0, -6),
-            textcoords="offset points",
-            fontsize=9,
-            color=colour,
-            ha="right",
-            va="top",
-        )
+        place: Style = {
+            "xytext": (0, -6),
+            "textcoords": "offset points",
+            "ha": "right",
+            "va": "top",
+        }
+        end = (layers[-1], bound[-1]["density"])
+        axis.annotate(rf"$\rho$ = {_percent(mean[0])}", end, fontsize=9, color=colour, **place)
         steep = mean[0] * 3.0 ** (free[0]["rank"] * layers)
         axis.plot(layers, np.minimum(1, steep), color=colour, **STEEP)
         if free[0]["expected"] is not None:
@@ -218,5 +199,5 @@ def _voxels(axis: Axes, occupied: np.ndarray) -> None:
 
 def _next(occupied: np.ndarray, axis: int) -> np.ndarray:
     """Whether the next voxel along an axis is occupied; outside of the grid none is."""
-    empty = np.zeros_like(occupied.take([0], axis))
-    return np.concatenate([occupied.take(range(1, len(occupied)), axis), empty], axis)
+    padded = np.pad(occupied, [(0, each == axis) for each in range(3)])
+    return padded.take(range(1, len(occupied) + 1), axis)

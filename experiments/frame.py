@@ -58,52 +58,21 @@ def parser(module: str, doc: str) -> argparse.ArgumentParser:
 
 def add_out(parser: argparse.ArgumentParser, default: Path | str) -> None:
     """Adds --out DIR."""
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(default),
-        metavar="DIR",
-        help="folder for all that is written; a new run replaces an earlier one's",
-    )
+    help = "folder for all that is written; a new run replaces an earlier one's"
+    parser.add_argument("--out", type=Path, default=Path(default), metavar="DIR", help=help)
 
 
 def add_resolutions(parser: argparse.ArgumentParser, default: Sequence[int]) -> None:
     """Adds --resolutions R..."""
-    parser.add_argument(
-        "--resolutions",
-        type=positive_int,
-        nargs="+",
-        default=list(default),
-        metavar="R",
-        help="of each of the three axes",
-    )
-
-
-def add_resume(parser: argparse.ArgumentParser) -> None:
-    """Adds --resume and --checkpoint-every STEPS."""
-    parser.add_argument(
-        "--checkpoint-every",
-        type=positive_int,
-        metavar="STEPS",
-        help="leave a checkpoint after so many steps too; by default at the ends of epochs only",
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the newest checkpoint in --out that can be read, if there is any",
-    )
+    many = {"type": positive_int, "nargs": "+", "metavar": "R"}
+    help = "of each of the three axes"
+    parser.add_argument("--resolutions", default=list(default), help=help, **many)
 
 
 def run(main: Callable[[], object], *, resumes: bool = True) -> None:
     """Calls the `main` of an experiment for the shell: what a user can mend is a line, no traceback.
 
-    Args:
-      main: the function.
-      resumes: whether the experiment has --resume, of which a stopped run then reminds.
-
-    Raises:
-      SystemExit: with status 1 and a line for stderr, after Ctrl-C, and where a file cannot be read or
-        written, or a checkpoint not be gone on from (`CheckpointError`).
+    A run that is stopped says how to go on, if it `resumes`.
     """
     try:
         main()
@@ -114,33 +83,19 @@ def run(main: Callable[[], object], *, resumes: bool = True) -> None:
         raise SystemExit(f"error: {error}") from None
 
 
-class Table:
-    """A CSV file that is complete after every row, so that a killed run leaves what it measured.
-
-    An `OSError` of its methods names the file.
-    """
-
-    def __init__(self, path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]] = ()):
-        """Starts the file anew with a header and `rows`."""
-        self.path = path
-        self._columns = list(columns)
-        # Rows of a resumed run are replaced in one move: a kill in between loses none.
-        with replacing(path) as fresh, fresh.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    def append(self, row: dict[str, Any]) -> None:
-        with named(self.path), self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self._columns, restval="").writerow(row)
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Writes a CSV file in one move: written after each row, it keeps what a killed run measured."""
+    with replacing(path) as fresh, fresh.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path to write, which becomes `path` in one move: a reader never sees half of it.
 
-    Raises:
-      OSError: naming `path`; the temporary file is gone, and an old one at `path` is as it was.
+    After an `OSError`, which names `path`, an old file is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".tmp")
@@ -222,15 +177,10 @@ def minutes(seconds: float) -> str:
 
 def write_section(path: Path, heading: str, body: str, *, title: str) -> None:
     """Writes a section of a markdown file, in place of one with the same heading if there is any."""
-    sections = path.read_text().split("\n## ") if path.exists() else [f"# {title}\n"]
-    section = f"{heading}\n\n{body.strip()}\n"
-    for at, other in enumerate(sections):
-        if at and other.partition("\n")[0] == heading:
-            sections[at] = section
-            break
-    else:
-        sections.append(section)
-    write_text(path, "\n\n## ".join(s.strip() for s in sections) + "\n")
+    first, *others = path.read_text().split("\n## ") if path.exists() else [f"# {title}\n"]
+    sections = {other.partition("\n")[0]: other for other in others}
+    sections[heading] = f"{heading}\n\n{body}"
+    write_text(path, "\n\n## ".join(s.strip() for s in (first, *sections.values())) + "\n")
 
 
 def markdown_table(cells: Sequence[Sequence[str]]) -> list[str]:
@@ -252,21 +202,14 @@ def summary_table(cells: Sequence[Cells]) -> RichTable:
 
 def add_report(parser: argparse.ArgumentParser, files: str, folder: Path = RESULTS) -> None:
     """Adds --report [DIR], by default `folder`."""
-    parser.add_argument(
-        "--report",
-        type=Path,
-        nargs="?",
-        const=folder,
-        metavar="DIR",
-        help=f"write {files} to this folder, {folder} where none is named",
-    )
+    help = f"write {files} to this folder, {folder} where none is named"
+    parser.add_argument("--report", type=Path, nargs="?", const=folder, metavar="DIR", help=help)
 
 
 def report(folder: Path, stem: str, written: Sequence[Path]) -> list[Path]:
-    """Copies the files of a run that has ended to `folder`, under the name `stem`.
+    """Copies the files of a run that has ended to `folder`, under the name `stem`; returns the copies.
 
-    Returns:
-      The copies; a file that is there already, as where the run wrote to `folder` itself, gets none.
+    A file that is there already, as where the run wrote to `folder` itself, gets none.
     """
     copies = []
     for path in written:
@@ -277,6 +220,38 @@ def report(folder: Path, stem: str, written: Sequence[Path]) -> list[Path]:
             shutil.copyfile(path, fresh)
         copies.append(copy)
     return copies
+
+
+def earlier(path: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run that goes on by --resume; ValueError: it is damaged, or of other options."""
+    try:
+        record = json.loads(path.read_text())
+        made_with, _ = record["options"], record["rows"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"--resume: {path} is damaged ({type(error).__name__}: {error}). Start anew without --resume."
+        ) from None
+    if made_with != options:
+        raise ValueError(f"--resume: {path} was made with {made_with}, not with {options}")
+    return record
+
+
+def publish(reporter: Reporter, written: Sequence[Path], folder: Path | None, stem: str) -> None:
+    """Copies what a run wrote to the folder of --report, if there is one, and says what is written."""
+    copies = report(folder, stem, written) if folder else []
+    reporter.print("wrote " + ", ".join(map(str, [*written, *copies])))
+
+
+def write_page(path: Path, *blocks: str | Sequence[Cells]) -> None:
+    """Writes a markdown file of paragraphs and tables."""
+    texts = [b if isinstance(b, str) else "\n".join(markdown_table(b)) for b in blocks]
+    write_text(path, "\n\n".join(texts) + "\n")
+
+
+def save_figure(figure: Any, path: Path, *, dpi: int = 160) -> None:
+    """Writes a picture in one move; the name's ending chooses the format."""
+    with replacing(path) as fresh:
+        figure.savefig(fresh, format=path.suffix[1:], dpi=dpi, facecolor="white")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -13,6 +13,7 @@ the first checkpoint. Some are killed twice.
 
 import argparse
 import contextlib
+import math
 import os
 import random
 import re
@@ -63,13 +64,6 @@ class Kill(NamedTuple):
         return f"{at}, writing {self.writing}" if self.writing else at
 
 
-class Length(NamedTuple):
-    """Seconds of a run, before it has left a checkpoint and from there on."""
-
-    before: float
-    after: float
-
-
 class Trial(NamedTuple):
     """The kills of a trial, the lines of the resumed run about checkpoints, and what came out differently."""
 
@@ -88,20 +82,11 @@ class Trial(NamedTuple):
 
 
 SAME = "the same bits"
-# Lines of `Checkpoints.restore_newest` and of `training.train`, with the folder to be put in.
-SAID = {
-    "torn": r"the checkpoint {}/(\d+) cannot be read ",
-    "starts": r"\S+: goes on from {}/(\d+)$",
-}
 HEAD: Cells = ("trial", "killed after", "where", "the run that went on said", "came out")
 
 
 def main(arguments: list[str] | None = None) -> list[Trial]:
-    """Runs all trials.
-
-    Raises:
-      SystemExit: with status 1 if any came out differently.
-    """
+    """Runs all trials; exits with status 1 if any came out differently."""
     options = _parser().parse_args(arguments)
     record: dict[str, Any] = provenance("experiments.kills", arguments)
     draw = random.Random(options.seed)
@@ -121,28 +106,41 @@ def main(arguments: list[str] | None = None) -> list[Trial]:
                     f"two runs without a kill differ, so nothing can be said: {other}"
                 )
             reporter.print(f"a second run without a kill: {SAME}; {sum(length):.1f} s")
+        cells = [HEAD]
         for number in range(1, options.trials + 1):
             out = folder / str(number)
             trial = _trial(folder, out, draw, None if number % 2 else length)
             if trial.difference is None:
                 trial = trial._replace(difference=difference(reference, out))
             trials.append(trial)
-            reporter.print("  ".join(trial.line(number)))
-        cells = [HEAD, *(trial.line(number) for number, trial in enumerate(trials, 1))]
+            cells.append(trial.line(number))
+            reporter.print("  ".join(cells[-1]))
         reporter.print(summary_table(cells))
-        record["counts"] = _counts(trials)
-        reporter.print(_counted(record))
+        kills = [kill for trial in trials for kill in trial.kills]
+        record["counts"] = counts = {
+            "trials": len(trials),
+            "killed": len(kills),
+            "while_writing": sum(kill.writing is not None for kill in kills),
+            "before_first": sum(kill.behind is None for kill in kills),
+            "different": sum(trial.difference is not None for trial in trials),
+        }
+        counted = (
+            "Kills: {killed} in {trials} trials, {while_writing} of them while a checkpoint was being "
+            "written, {before_first} before the first one was whole. Trials that came out differently: "
+            "{different}."
+        ).format(**counts)
+        reporter.print(counted)
         record["trials"] = [
             {**trial._asdict(), "kills": [kill._asdict() for kill in trial.kills]}
             for trial in trials
         ]
         written = [options.out / "kills.md", options.out / "kills.json"]
         frame.write_json(written[1], record)
-        _write(written[0], record, cells)
-        if options.report:
-            written += frame.report(options.report, "kills", written)
-        reporter.print("wrote " + ", ".join(map(str, written)))
-    if different := record["counts"]["different"]:
+        counted = f"{STEPS} steps, a checkpoint after every {EVERY}. {counted}"
+        head = ("# Kills", f"`{record['command']}`", f"{headline(record)}.")
+        frame.write_page(written[0], *head, counted, cells)
+        frame.publish(reporter, written, options.report, "kills")
+    if different := counts["different"]:
         raise SystemExit(f"error: {different} of {options.trials} trials came out differently")
     return trials
 
@@ -163,24 +161,15 @@ def difference(reference: Path, out: Path) -> str | None:
 
 
 def wrong_start(behind: int | None, lines: Sequence[str], checkpoints: Path) -> str | None:
-    """Whether a run did not go on from where it had to: what it did instead, or None.
-
-    Args:
-      behind: the checkpoint that the last kill left, None: there was none.
-      lines: what the run printed.
-      checkpoints: the folder of its checkpoints.
-    """
-    if behind is None:
-        return None
-    found = {
-        kind: re.compile(rule.format(re.escape(str(checkpoints)))) for kind, rule in SAID.items()
-    }
-    torn, starts = (
-        [int(match[1]) for line in lines if (match := found[kind].match(line))]
-        for kind in ("torn", "starts")
-    )
+    """What a run did instead of going on from the checkpoint that the last kill left; None: it did."""
+    folder = re.escape(str(checkpoints))
+    text = "\n".join(lines)
+    # Lines of `Checkpoints.restore_newest` and of `training.train`.
+    torn = re.findall(rf"^the checkpoint {folder}/(\d+) cannot be read ", text, re.MULTILINE)
+    starts = re.findall(rf"^\S+: goes on from {folder}/(\d+)$", text, re.MULTILINE)
     # An older one will do where the newest is torn, and only there.
-    if any(start == behind or (start < behind and behind in torn) for start in starts):
+    known = str(behind) in starts or (str(behind) in torn and any(int(s) < behind for s in starts))
+    if behind is None or known:
         return None
     did = f"it went on from {starts[0]}" if starts else "it started anew"
     return f"{did}, but there was checkpoint {behind}"
@@ -195,15 +184,15 @@ def _newest(out: Path) -> tuple[int, dict[str, np.ndarray], dict[str, Any]]:
         return number, jax.device_get(checkpoints.arrays(number)), notes | {"rows": rows}
 
 
-def _whole(folder: Path, out: Path) -> Length:
-    """A run that nobody stops."""
+def _whole(folder: Path, out: Path) -> tuple[float, float]:
+    """A run that nobody stops: its seconds before it has left a checkpoint, and from there on."""
     began = time.perf_counter()
     with _running(folder, out, resume=False) as process:
         _wait(process, lambda: _newest_number(out) is not None)
         first = time.perf_counter()
         status = process.wait()
     _check(status, out)
-    return Length(first - began, time.perf_counter() - first)
+    return first - began, time.perf_counter() - first
 
 
 def _check(status: int, out: Path) -> None:
@@ -215,41 +204,39 @@ def _check(status: int, out: Path) -> None:
 
 def _checkpoints(out: Path) -> Path:
     """The folder of the checkpoints of the only net, or one that does not exist while there is none."""
-    folder = out / "checkpoints"
-    return next(folder.iterdir(), folder) if folder.is_dir() else folder
+    return next((out / "checkpoints").glob("[!.]*"), out / "checkpoints")
 
 
-def _trial(folder: Path, out: Path, draw: random.Random, length: Length | None) -> Trial:
+def _trial(
+    folder: Path, out: Path, draw: random.Random, length: tuple[float, float] | None
+) -> Trial:
     """Kills a run once or twice, at any moment of its `length`, or else while it writes a checkpoint."""
     count = 1 + (draw.random() < TWICE)
-    while not (kills := _kills(folder, out, draw, length, count)):
-        shutil.rmtree(out)
-    status, lines = _ended(folder, out, resume=True)
+    kills: list[Kill] = []
+    # The second kill falls away where the last checkpoint was there.
+    while not kills or (len(kills) < count and (_newest_number(out) or 0) < STEPS):
+        if kill := _killed(folder, out, draw, length, resume=bool(kills)):
+            kills.append(kill)
+        else:  # the run has ended first
+            kills = []
+            shutil.rmtree(out)
+    status, lines = _ended(folder, out)
     checkpoints = _checkpoints(out)
     said = [line.replace(f"{checkpoints}/", "") for line in lines if "goes on from" in line]
     said = [line.removeprefix(f"{checkpoints.name}: ") for line in said]
+    failed = wrong_start(kills[-1].behind, lines, checkpoints)
     if status:
         failed = f"status {status}: {lines[-1] if lines else 'no word'}"
-    else:
-        failed = wrong_start(kills[-1].behind, lines, checkpoints)
     return Trial(kills, said, failed)
 
 
-def _kills(
-    folder: Path, out: Path, draw: random.Random, length: Length | None, count: int
-) -> list[Kill]:
-    """Kills a run so often, fewer times if the last checkpoint was there; none where a run ended first."""
-    kills: list[Kill] = []
-    while len(kills) < count and (_newest_number(out) or 0) < STEPS:
-        kill = _killed(folder, out, draw, length, resume=bool(kills))
-        if kill is None:
-            return []
-        kills.append(kill)
-    return kills
-
-
 def _killed(
-    folder: Path, out: Path, draw: random.Random, length: Length | None, *, resume: bool
+    folder: Path,
+    out: Path,
+    draw: random.Random,
+    length: tuple[float, float] | None,
+    *,
+    resume: bool,
 ) -> Kill | None:
     """Starts a run and kills it; None where it ended first."""
     before = _newest_number(out) or 0
@@ -261,10 +248,10 @@ def _killed(
             _wait(process, lambda: any(out.glob(name)))
             time.sleep(draw.uniform(0, WRITING))
         elif draw.random() < EARLY:
-            _pause(process, draw.uniform(0, length.before))
+            _wait(process, seconds=draw.uniform(0, length[0]))
         else:
             _wait(process, lambda: (_newest_number(out) or 0) > before)
-            _pause(process, draw.uniform(0, length.after * (1 - before / STEPS)))
+            _wait(process, seconds=draw.uniform(0, length[1] * (1 - before / STEPS)))
     if process.returncode != -signal.SIGKILL:
         _check(process.returncode, out)
         return None
@@ -273,9 +260,9 @@ def _killed(
     return Kill(time.perf_counter() - began, _newest_number(out), writing)
 
 
-def _ended(folder: Path, out: Path, *, resume: bool = False) -> tuple[int, list[str]]:
-    """Starts a run and waits; its exit status, and the lines it printed."""
-    with _running(folder, out, resume=resume) as process:
+def _ended(folder: Path, out: Path) -> tuple[int, list[str]]:
+    """Lets a run go on until it ends; its exit status, and the lines it printed."""
+    with _running(folder, out, resume=True) as process:
         status = process.wait()
     return status, (out / "log").read_text().splitlines()
 
@@ -307,14 +294,14 @@ def _running(folder: Path, out: Path, *, resume: bool) -> Iterator["subprocess.P
         process.wait()
 
 
-def _wait(process: "subprocess.Popen[bytes]", until: Callable[[], bool]) -> None:
-    while not until() and process.poll() is None:
-        time.sleep(0.0005)
-
-
-def _pause(process: "subprocess.Popen[bytes]", seconds: float) -> None:
+def _wait(
+    process: "subprocess.Popen[bytes]",
+    until: Callable[[], bool] = lambda: False,
+    seconds: float = math.inf,
+) -> None:
     end = time.perf_counter() + seconds
-    _wait(process, lambda: time.perf_counter() > end)
+    while process.poll() is None and time.perf_counter() < end and not until():
+        time.sleep(0.0005)
 
 
 def _leftovers(out: Path) -> list[Path]:
@@ -335,43 +322,11 @@ def _write_digits(folder: Path) -> None:
         write_idx(folder / f"{part}-labels-idx1-ubyte", digits.labels[:count])
 
 
-def _counts(trials: Sequence[Trial]) -> dict[str, int]:
-    kills = [kill for trial in trials for kill in trial.kills]
-    return {
-        "trials": len(trials),
-        "killed": len(kills),
-        "while_writing": sum(kill.writing is not None for kill in kills),
-        "before_first": sum(kill.behind is None for kill in kills),
-        "different": sum(trial.difference is not None for trial in trials),
-    }
-
-
-def _counted(record: dict[str, Any]) -> str:
-    return (
-        "Kills: {killed} in {trials} trials, {while_writing} of them while a checkpoint was being written, "
-        "{before_first} before the first one was whole. Trials that came out differently: {different}."
-    ).format(**record["counts"])
-
-
-def _write(path: Path, record: dict[str, Any], cells: list[Cells]) -> None:
-    lines = ["# Kills", "", f"`{record['command']}`", "", f"{headline(record)}."]
-    lines += [
-        "",
-        f"{STEPS} steps, a checkpoint after every {EVERY}. {_counted(record)}",
-        "",
-        *frame.markdown_table(cells),
-    ]
-    frame.write_text(path, "\n".join(lines) + "\n")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = frame.parser("experiments.kills", __doc__)
-    parser.add_argument(
-        "--trials", type=frame.positive_int, default=20, metavar="N", help="runs to be killed"
-    )
-    parser.add_argument(
-        "--seed", type=frame.seed, default=0, metavar="N", help="of the moments of the kills"
-    )
+    add = parser.add_argument
+    add("--trials", type=frame.positive_int, default=20, metavar="N", help="runs to be killed")
+    add("--seed", type=frame.seed, default=0, metavar="N", help="of the moments of the kills")
     frame.add_out(parser, "runs/kills")
     frame.add_report(parser, "kills.md and kills.json")
     return parser

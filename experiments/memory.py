@@ -18,6 +18,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,11 +31,6 @@ from experiments import frame
 BATCH = 32
 CHANNELS = 8
 BUDGET = {"cpu": 32 << 20, "gpu": 256 << 20}
-COLUMNS = [
-    *("resolution", "batch", "capacity", "backward", "dense_bytes", "output_bytes"),
-    *("output_bound", "workspace_bytes", "workspace_bound", "holds"),
-]
-
 Row = dict[str, Any]
 # The paper's table 1, in GB: at 256^3 and 512^3 its dense tensor did not fit into the GPU.
 PAPER = {
@@ -51,30 +47,25 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     options = _parser().parse_args(arguments)
     record = timing.provenance("experiments.memory", arguments)
     rows: list[Row] = []
-    path = options.out / "memory.json"
-    table = frame.Table(path.with_suffix(".csv"), COLUMNS)
+    written = [options.out / f"memory.{suffix}" for suffix in ("csv", "json", "md")]
     with frame.Reporter() as reporter:
         reporter.print(timing.headline(record))
         reporter.print(HEAD)
         for resolution in sorted(set(options.resolutions)):
             for backward in (False, True):
-                row = measure(resolution, options.batch_size, backward=backward)
-                rows.append(row)
-                table.append(row)
-                reporter.print(line(row))
+                rows.append(measure(resolution, options.batch_size, backward=backward))
+                frame.write_table(written[0], list(rows[0]), rows)
+                reporter.print(line(rows[-1]))
         if options.run:
             record["run"] = run(max(options.resolutions), options.batch_size)
             reporter.print(
                 "r = {resolution}, batch {batch}, forward + backward: {seconds:.1f} s; the process "
                 "took {peak_bytes:,} bytes at most, {before_bytes:,} before".format(**record["run"])
             )
-        frame.write_json(path, record | {"rows": rows})
-        written = [path.with_suffix(suffix) for suffix in (".csv", ".json", ".md")]
-        frame.write_text(written[-1], page(record, rows))
-        if options.report:
-            stem = "memory" if options.batch_size == BATCH else f"memory-b{options.batch_size}"
-            written += frame.report(options.report, stem, written)
-        reporter.print("wrote " + ", ".join(map(str, written)))
+        frame.write_json(written[1], record | {"rows": rows})
+        write_page(written[2], record, rows)
+        stem = "memory" if options.batch_size == BATCH else f"memory-b{options.batch_size}"
+        frame.publish(reporter, written, options.report, stem)
     return rows
 
 
@@ -82,8 +73,10 @@ def measure(resolution: int, batch: int, *, backward: bool) -> Row:
     """Compiles the layer for shapes alone, and compares XLA's figures with the bound."""
     x, kernel, bias, cotangent = shapes(resolution, batch)
     slots = x.capacity
-    operands = (x, kernel, bias, cotangent) if backward else (x, kernel, bias)
-    lowered = jax.jit(step if backward else forward).lower(*operands)
+    if backward:
+        lowered = jax.jit(step).lower(x, kernel, bias, cotangent)
+    else:
+        lowered = jax.jit(forward).lower(x, kernel, bias)
     memory = lowered.compile().memory_analysis()
     # XLA counts a table of pointers to the results too.
     outputs = memory.output_size_in_bytes - 8 * len(jax.tree.leaves(lowered.out_info))
@@ -117,11 +110,10 @@ def run(resolution: int, batch: int) -> Row:
     before = _peak()
     start = time.perf_counter()
     result, gradients = jax.block_until_ready(compiled(*operands))
-    seconds = time.perf_counter() - start
     return {
         "resolution": resolution,
         "batch": batch,
-        "seconds": seconds,
+        "seconds": time.perf_counter() - start,
         "before_bytes": before,
         "peak_bytes": _peak(),
         "output_entries": int(result.features.counts.sum()),
@@ -167,46 +159,39 @@ HEAD = COLUMN.format(
 
 def line(row: Row) -> str:
     """A row for the terminal; megabytes are 10^6 bytes, as in the paper."""
-    what = "f + b" if row["backward"] else "forward"
     sizes = [
         f"{row[name] / 1e6:,.2f}" for name in ("dense_bytes", "output_bytes", "workspace_bytes")
     ]
+    named = (row["resolution"], row["batch"], row["capacity"])
+    what = "f + b" if row["backward"] else "forward"
     share = f"{row['workspace_bytes'] / row['workspace_bound']:.0%}"
-    holds = "yes" if row["holds"] else "NO"
-    named = (row["resolution"], row["batch"], row["capacity"], what)
-    return COLUMN.format(*named, *sizes, share, holds)
+    return COLUMN.format(*named, what, *sizes, share, "yes" if row["holds"] else "NO")
 
 
-def page(record: dict[str, Any], rows: Sequence[Row]) -> str:
+def write_page(path: Path, record: dict[str, Any], rows: Sequence[Row]) -> None:
     """Table 1 in the paper's layout, in GB; and the paper's own figures."""
     resolutions = sorted({row["resolution"] for row in rows})
     cells: list[tuple[str, ...]] = [("GB", *(f"{r}^3" for r in resolutions))]
     for backward in (False, True):
         what = "forward and backward" if backward else "forward"
         members = [row for row in rows if row["backward"] == backward]
-        for name, column in (
-            ("dense", "dense_bytes"),
-            ("sparse", "output_bytes"),
-            ("sparse, workspace", "workspace_bytes"),
-        ):
-            cells.append((f"{name}, {what}", *(f"{row[column] / 1e9:.3g}" for row in members)))
+        names = {"dense": "dense", "sparse": "output", "sparse, workspace": "workspace"}
+        for name, column in names.items():
+            sizes = (f"{row[f'{column}_bytes'] / 1e9:.3g}" for row in members)
+            cells.append((f"{name}, {what}", *sizes))
     if rows[0]["batch"] == BATCH:
         for at, name in enumerate(("dense", "sparse, 32 bits", "sparse, temporary")):
             known = (PAPER.get(resolution, (None,) * 3)[at] for resolution in resolutions)
             cells.append((f"paper: {name}", *("" if gb is None else f"{gb:.3g}" for gb in known)))
-    lines = [
+    frame.write_page(
+        path,
         "# Memory of a convolution, the paper's table 1",
-        "",
         f"`{record['command']}`",
-        "",
         f"{timing.headline(record)}.",
-        "",
         f"Batch {rows[0]['batch']}, {CHANNELS} to {CHANNELS} channels, a capacity of 1 / r of the sites. "
         "What the layer puts out, with gradients where it computes them, and what it needs on the way.",
-        "",
-        *frame.markdown_table(cells),
-    ]
-    return "\n".join(lines) + "\n"
+        cells,
+    )
 
 
 def _peak() -> int:

@@ -40,11 +40,6 @@ from experiments.training import Row, Run, checkpoint_directory, train, train_st
 RESOLUTION = 24  # the paper's name of the network for 28 x 28 pixels
 PIXEL_THRESHOLD = 50
 BOUNDS = [0.035, 0.055, 0.095]
-COLUMNS = [
-    *("net", "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "live_weights"),
-    *(f"density_conv{number}" for number in range(1, 7)),
-    *("seconds_per_step", "seconds"),
-]
 GRID = ["density_bound", "seed", "test_accuracy", "test_loss", "train_loss", "live_weights"]
 # What changes the bits of a run, and therefore must not change when it goes on.
 FIXED = ("regularisation", "pruning_threshold", "learning_rate", "batch_size")
@@ -113,8 +108,8 @@ def main(arguments: list[str] | None = None) -> list[Trained]:
             "densities: share of sites with a response above 0 behind each convolution, before the "
             "sparse nets' selection"
         )
-        grid = frame.Table(options.out / "mnist.csv", GRID)
-        trained = []
+        written = [options.out / f"mnist.{suffix}" for suffix in ("csv", "json", "md", "png")]
+        trained: list[Trained] = []
         for setting in settings:
             run = _run(setting, options, fixed, slots, test)
             rows = train(
@@ -123,25 +118,21 @@ def main(arguments: list[str] | None = None) -> list[Trained]:
                 (test.images, test.labels),
                 epochs=options.epochs,
                 batch_size=options.batch_size,
-                columns=COLUMNS,
                 reporter=reporter,
                 checkpoint_every=options.checkpoint_every,
                 epochs_after=options.epochs * (len(settings) - len(trained) - 1),
             )
             trained.append(Trained(setting, run, rows))
-            grid.append(_result(trained[-1]))
+            frame.write_table(written[0], GRID, map(_result, trained))
         record["runs"] = [_result(each) | {"epochs": each.rows} for each in trained]
         reporter.print("timing the nets' steps in turn ...")
         record["nets"] = _measure(trained, training, options)
         cells = _cells(record)
         reporter.print(summary_table(cells))
-        written = [options.out / f"mnist.{suffix}" for suffix in ("csv", "json", "md", "png")]
         frame.write_json(written[1], record)
         _write(written[2], record, cells)
         grid_picture(written[3], record)
-        if options.report:
-            written += frame.report(options.report, "mnist", written)
-        reporter.print("wrote " + ", ".join(map(str, written)))
+        frame.publish(reporter, written, options.report, "mnist")
     return trained
 
 
@@ -220,11 +211,11 @@ def _run(
         model=model,
         optimizer=nnx.Optimizer(model, transformation, wrt=nnx.Param),
         to_input=dense_input if dense else SparseInput(slots),
+        directory=options.out,
+        seed=setting.seed,
         densities=functools.partial(dense_densities, sample) if dense else sparse_densities,
         prunes=not dense and options.pruning_threshold > 0,
-        directory=options.out,
         options=fixed,
-        seed=setting.seed,
     )
 
 
@@ -240,14 +231,13 @@ def _measure(
 ) -> list[dict[str, Any]]:
     """For each net its accuracies by seed, the memory of its activations, and the time of its step."""
     first = {each.setting.net: each for each in reversed(trained)}  # of its seeds, the first
+    runs = {net: first[net].run for net in reversed(first)}
     batch = training.images[: options.batch_size], training.labels[: options.batch_size]
-    timings = timing.side_by_side(
-        {net: _step(first[net].run, *batch) for net in reversed(first)}, budget=options.budget
-    )
+    calls = {net: _step(run, *batch) for net, run in runs.items()}
+    timings = timing.side_by_side(calls, budget=options.budget)
     steps = len(training) // options.batch_size
     found = []
-    for net in reversed(first):
-        run = first[net].run
+    for net, run in runs.items():
         accuracies = [e.rows[-1]["test_accuracy"] for e in trained if e.setting.net == net]
         stored = jax.eval_shape(run.to_input, jax.ShapeDtypeStruct(batch[0].shape, jnp.uint8))
         found.append(
@@ -260,7 +250,7 @@ def _measure(
                 "activation_bytes": activation_bytes(run.model, stored),
                 "step": timings.record(net),
                 "epoch_s": timings.median(net) * steps,
-                "times_dense": timings.ratio(net, "dense") if "dense" in first else None,
+                "times_dense": timings.ratio(net, "dense") if "dense" in runs else None,
             }
         )
     return found
@@ -304,40 +294,28 @@ def _write(path: Path, record: dict[str, Any], cells: Sequence[Cells]) -> None:
     for run in record["runs"]:
         name = Setting(run["density_bound"], run["seed"]).name
         epochs.append((name, *(f"{row['test_accuracy']:.2%}" for row in run["epochs"])))
-    lines = [
+    frame.write_page(
+        path,
         "# MNIST",
-        "",
         f"`{record['command']}`: {digits['train']:,} digits to train, {digits['test']:,} to test, "
         f"{options['epochs']} epochs, batch {options['batch_size']}.",
-        "",
         f"{timing.headline(record)}.",
-        "",
         "Accuracy after the last epoch: the mean over the seeds, ± the standard deviation between them. "
         "Activations: all feature maps of a batch. Epoch: all its training steps, without tests.",
-        "",
-        *frame.markdown_table(cells),
-        "",
+        cells,
         "![](mnist.png)",
-        "",
         "Test accuracy after each epoch:",
-        "",
-        *frame.markdown_table(epochs),
-    ]
-    frame.write_text(path, "\n".join(lines) + "\n")
+        epochs,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = frame.parser("experiments.mnist", __doc__)
     add, amount = parser.add_argument, frame.not_negative
     add("--nets", choices=("sparse", "dense", "both"), default="both", help="which nets to train")
-    add(
-        "--density-bounds",
-        type=frame.density_bound,
-        nargs="+",
-        default=BOUNDS,
-        metavar="RHO",
-        help="bounds of the first block, in (0, 1]; the second block has twice as much, at most 1",
-    )
+    bounds = "bounds of the first block, in (0, 1]; the second block has twice as much, at most 1"
+    share = frame.density_bound
+    add("--density-bounds", type=share, nargs="+", default=BOUNDS, metavar="RHO", help=bounds)
     scale = "of the density-biased L2 of the sparse nets, with b1 = b2 = offset = 0.1; 0: none"
     add("--regularisation", type=amount, default=0.0, metavar="LAMBDA", help=scale)
     threshold = "filter weights of the sparse nets that stay below it for two epochs go; 0: none"
@@ -353,7 +331,10 @@ def _parser() -> argparse.ArgumentParser:
     budget = "seconds for timing each net"
     add("--budget", type=frame.positive, default=2.0, metavar="S", help=budget)
     frame.add_out(parser, "runs/mnist")
-    frame.add_resume(parser)
+    every = "leave a checkpoint after so many steps too; by default at the ends of epochs only"
+    add("--checkpoint-every", type=frame.positive_int, metavar="STEPS", help=every)
+    resume = "go on from the newest checkpoint in --out that can be read, if there is any"
+    add("--resume", action="store_true", help=resume)
     frame.add_report(parser, "mnist.{csv,json,md,png}")
     return parser
 

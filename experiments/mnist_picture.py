@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.frame import replacing
+from experiments.frame import save_figure
 
 SPARSE, DENSE = "#0072b2", "0.35"
 
@@ -14,8 +13,7 @@ SPARSE, DENSE = "#0072b2", "0.35"
 def grid_picture(path: Path, record: dict[str, Any]) -> None:
     """Draws the nets of the record of `experiments.mnist`.
 
-    Accuracy: the mean over the seeds with their standard deviation, and a dot for each. The dense twin is a
-    line from side to side.
+    Accuracy: the mean over the seeds with their standard deviation, and a dot for each.
     """
     sparse = [net for net in record["nets"] if net["density_bound"] is not None]
     dense = [net for net in record["nets"] if net["density_bound"] is None]
@@ -23,27 +21,23 @@ def grid_picture(path: Path, record: dict[str, Any]) -> None:
     left, right = figure.subplots(1, 2)
     bounds = [net["density_bound"] for net in sparse]
 
+    # A line for the dense twin, which has no bound.
     for net in dense:
-        _across(left, 100 * net["mean"], 100 * (net["deviation"] or 0))
-        _across(right, net["epoch_s"])
-    left.errorbar(
-        bounds,
-        [100 * net["mean"] for net in sparse],
-        yerr=[100 * (net["deviation"] or 0) for net in sparse],
-        color=SPARSE,
-        marker="o",
-        markersize=4,
-        capsize=3,
-        label="sparse",
-    )
+        line = {"color": DENSE, "linestyle": "--", "linewidth": 1, "label": "dense twin"}
+        left.axhline(100 * net["mean"], **line)
+        right.axhline(net["epoch_s"], **line)
+        if net["deviation"]:
+            edges = (100 * (net["mean"] + sign * net["deviation"]) for sign in (-1, 1))
+            left.axhspan(*edges, color=DENSE, alpha=0.15, linewidth=0)
+    style = {"color": SPARSE, "marker": "o", "markersize": 4}
+    means = [100 * net["mean"] for net in sparse]
+    spread = [100 * (net["deviation"] or 0) for net in sparse]
+    left.errorbar(bounds, means, yerr=spread, capsize=3, label="sparse", **style)
     for net in sparse:
-        accuracies = [100 * accuracy for accuracy in net["test_accuracies"]]
-        left.plot(
-            [net["density_bound"]] * len(accuracies), accuracies, ".", color=SPARSE, alpha=0.4
-        )
+        for accuracy in net["test_accuracies"]:
+            left.plot(net["density_bound"], 100 * accuracy, ".", color=SPARSE, alpha=0.4)
     left.set_ylabel("test accuracy [%]")
-    seconds = [net["epoch_s"] for net in sparse]
-    right.plot(bounds, seconds, color=SPARSE, marker="o", markersize=4)
+    right.plot(bounds, [net["epoch_s"] for net in sparse], **style)
     right.set_ylabel("training epoch [s]")
     right.set_ylim(bottom=0)
     for axis in (left, right):
@@ -52,12 +46,4 @@ def grid_picture(path: Path, record: dict[str, Any]) -> None:
         axis.grid(color="0.92")
         axis.spines[["top", "right"]].set_visible(False)
     left.legend(fontsize=8, frameon=False, loc="lower right")
-    with replacing(path) as fresh:
-        figure.savefig(fresh, format=path.suffix[1:], dpi=160)
-
-
-def _across(axis: Axes, level: float, spread: float = 0.0) -> None:
-    """A line for the dense twin, which has no bound."""
-    axis.axhline(level, color=DENSE, linestyle="--", linewidth=1, label="dense twin")
-    if spread:
-        axis.axhspan(level - spread, level + spread, color=DENSE, alpha=0.15, linewidth=0)
+    save_figure(figure, path)

@@ -6,7 +6,6 @@ python -m experiments.octnet3 --report          # writes experiments/results/oct
 """
 
 import argparse
-from pathlib import Path
 
 from flax import nnx
 from rich.console import Console
@@ -32,23 +31,19 @@ def main(arguments: list[str] | None = None) -> str:
         f"```\n{net.summary()}\n```"
         for resolution, net in nets.items()
     ]
-    head = [
-        "# OctNet3",
-        "",
+    head = (
         "`python -m experiments.octnet3 --report`. Outputs and bytes are those of one sample in float32, "
-        "parameters those before any pruning, bounds the defaults of `ilajax.models.OctNet3`.",
-        "",
-        *frame.markdown_table(totals),
-    ]
-    text = "\n\n".join(["\n".join(head), *sections]) + "\n"
+        "parameters those before any pruning, bounds the defaults of `ilajax.models.OctNet3`."
+    )
+    table = "\n".join(frame.markdown_table(totals))
+    text = "\n\n".join(["# OctNet3", head, table, *sections]) + "\n"
     console = Console()
     for section in sections:
         console.print(section.replace("```", "").strip(), soft_wrap=True, highlight=False)
     console.print(summary_table(totals))
     if options.report:
-        path: Path = options.report / "octnet3.md"
-        frame.write_text(path, text)
-        console.print(f"wrote {path}")
+        frame.write_text(options.report / "octnet3.md", text)
+        console.print(f"wrote {options.report / 'octnet3.md'}")
     return text
 
 
@@ -69,16 +64,11 @@ def _totals(nets: dict[int, OctNet3]) -> list[Cells]:
         layers, twin = net.layers(), abstract(resolution, dense=True).layers()
         sparse = sum(layer.parameters for layer in layers if layer.density_bound is not None)
         stored, dense = (sum(layer.bytes for layer in each) for each in (layers, twin))
-        cells.append(
-            (
-                f"OctNet3-{_grid(resolution)}",
-                ", ".join(f"{bound:g}" for bound in TABLE_2[resolution].density_bounds),
-                f"{sum(layer.parameters for layer in layers):,}",
-                f"{sparse:,}",
-                f"{stored / 1e6:.2f} MB",
-                f"{dense / 1e6:.2f} MB",
-            )
-        )
+        parameters = (sum(layer.parameters for layer in layers), sparse)
+        bounds = ", ".join(f"{bound:g}" for bound in TABLE_2[resolution].density_bounds)
+        sizes = (f"{size / 1e6:.2f} MB" for size in (stored, dense))
+        named = (f"OctNet3-{_grid(resolution)}", bounds)
+        cells.append((*named, *(f"{count:,}" for count in parameters), *sizes))
     return cells
 
 
@@ -88,14 +78,10 @@ def _grid(resolution: int) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = frame.parser("experiments.octnet3", __doc__)
+    known = list(TABLE_2)
+    help = f"of {', '.join(map(str, known))}"
     parser.add_argument(
-        "--resolutions",
-        type=int,
-        choices=tuple(TABLE_2),
-        nargs="+",
-        default=list(TABLE_2),
-        metavar="R",
-        help=f"of {', '.join(map(str, TABLE_2))}",
+        "--resolutions", type=int, choices=known, nargs="+", default=known, metavar="R", help=help
     )
     frame.add_report(parser, "octnet3.md, which needs all resolutions,")
     return parser

@@ -9,14 +9,13 @@ arrays in the optimizer's state (`optax.inject_hyperparams`).
 """
 
 import argparse
-import dataclasses
 import functools
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +23,17 @@ import optax
 from flax import nnx
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 import ilajax
 from benchmarks.timing import headline, provenance
 from experiments import frame
-from experiments.activations import sparse_densities
-from experiments.data.loader import Arrays
-from experiments.data.solids import CLASSES, Solids, SparseInput, make_solids
-from experiments.demo_net import BOUNDS, make_net
+from experiments.activations import sparse_convs, sparse_densities
+from experiments.data.solids import CLASSES, make_solids
+from experiments.demo_net import BOUNDS, Data, density_bounds, make_net, structure, train_on_solids
+from experiments.demo_picture import INK, style_panel, title_panel
 from experiments.frame import Cells, summary_table
-from experiments.training import Row, Run, train
+from experiments.training import Row
 
 Numbers = dict[str, float]
 
@@ -55,24 +54,14 @@ BASE: Numbers = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Sweep:
-    """One number, varied.
-
-    Attributes:
-      title: what its rows and curves are called.
-      name: of the number in `BASE`, or "seed".
-      values: that it takes.
-      optimizer: name in `OPTIMIZERS`.
-      others: numbers that differ from `BASE`.
-      drawn: whether the picture shows it.
-    """
+class Sweep(NamedTuple):
+    """One number of `BASE`, or the seed, varied."""
 
     title: str
     name: str
     values: tuple[float, ...]
     optimizer: str = ADAM
-    others: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    scale: float = BASE["scale"]
     drawn: bool = True
 
 
@@ -80,7 +69,7 @@ SWEEPS = {
     "threshold": Sweep("threshold", "threshold", (0.0, 0.03, 0.07, 0.1, 0.15)),
     "scale": Sweep(f"scale, {ADAM}", "scale", (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)),
     "scale-adagrad": Sweep(f"scale, {ADAGRAD}", "scale", (0.0, 0.003, 0.03, 0.1), ADAGRAD),
-    "offset": Sweep("offset, scale 0.03", "offset", (0.0, 0.1, 0.3), others={"scale": 0.03}),
+    "offset": Sweep("offset, scale 0.03", "offset", (0.0, 0.1, 0.3), scale=0.03),
     "seed": Sweep("seed", "seed", (0, 1, 2), drawn=False),
 }
 
@@ -95,7 +84,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     record["bounds"] = BOUNDS[options.resolution]
     record["base"] = BASE
     training = make_solids(options.train_size, options.resolution, seed=0)
-    test = make_solids(options.test_size, options.resolution, seed=1)
+    data = training, make_solids(options.test_size, options.resolution, seed=1)
     done: dict[tuple[Any, ...], dict[str, Any]] = {}
     record["sweeps"] = {}
     with frame.Reporter() as reporter:
@@ -104,55 +93,35 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             sweep = SWEEPS[name]
             results = []
             for value in sweep.values:
-                chosen = {"seed": options.seed, **BASE, **sweep.others, sweep.name: value}
+                chosen = {"seed": options.seed, **BASE, "scale": sweep.scale, sweep.name: value}
                 seed, numbers = int(chosen["seed"]), {number: chosen[number] for number in BASE}
                 # Sweeps meet in BASE, which is trained once.
                 key = (sweep.optimizer, seed, *numbers.values())
                 if key not in done:
                     label = f"{name} {value:g}"
-                    done[key] = _train(
-                        options, label, sweep.optimizer, numbers, seed, training, test, reporter
-                    )
+                    how = (sweep.optimizer, numbers, seed)
+                    done[key] = _train(options, label, *how, data, reporter)
                 results.append({"value": value, **done[key]})
             record["sweeps"][name] = results
         record["seconds"] = time.perf_counter() - began
 
-        stem = options.out / "recipe"
-        written = [stem.with_suffix(ending) for ending in (".md", ".json", ".png")]
+        written = [options.out / f"recipe.{suffix}" for suffix in ("md", "json", "png")]
         reporter.print(summary_table(summary_cells(record)))
         _write(written[0], record)
         frame.write_json(written[1], record)
         _draw(written[2], record)
-        if options.report:
-            written += frame.report(options.report, "recipe", written)
-        reporter.print(
-            f"{frame.minutes(record['seconds'])} minutes; wrote {', '.join(map(str, written))}"
-        )
+        reporter.print(f"{frame.minutes(record['seconds'])} minutes")
+        frame.publish(reporter, written, options.report, "recipe")
     return record
 
 
 @functools.cache
 def _recipe(resolution: int, optimizer: str) -> optax.GradientTransformationExtraArgs:
     """The recipe with its numbers in its state; the same object for all nets, so that none compiles anew."""
-    structure = nnx.eval_shape(
-        functools.partial(make_net, jax.random.key(0), resolution=resolution)
+    made = functools.partial(
+        ilajax.optim.sparse_training, structure(resolution), OPTIMIZERS[optimizer]
     )
-
-    def injected(
-        scale: float, offset: float, b1: float, b2: float, momentum: float, threshold: float
-    ) -> optax.GradientTransformationExtraArgs:
-        return ilajax.optim.sparse_training(
-            structure,
-            OPTIMIZERS[optimizer],
-            scale=scale,
-            offset=offset,
-            b1=b1,
-            b2=b2,
-            momentum=momentum,
-            threshold=threshold,
-        )
-
-    return optax.inject_hyperparams(injected)(**BASE)
+    return optax.inject_hyperparams(made, static_args="wrt")(**BASE)
 
 
 def _train(
@@ -161,8 +130,7 @@ def _train(
     optimizer_name: str,
     numbers: Numbers,
     seed: int,
-    training: Solids,
-    test: Solids,
+    data: Data,
     reporter: frame.Reporter,
 ) -> dict[str, Any]:
     """Trains a net; returns its epochs, and the weights of each sparse layer at the start and after each."""
@@ -171,44 +139,29 @@ def _train(
     optimizer = nnx.Optimizer(model, recipe, wrt=nnx.Param)
     for number, value in numbers.items():
         optimizer.opt_state.hyperparams[number].set_value(jnp.asarray(value, jnp.float32))
-    convs = dict(sorted(ilajax.nn.iter_convs(model)))
-    bounds = {f"conv{n}": conv.density_bound or 1.0 for n, conv in enumerate(convs.values(), 1)}
+    bounds = density_bounds(model)
     weights = [_weights(model)]
 
     def densities(model: nnx.Module) -> dict[str, float]:
         weights.append(_weights(model))
         return sparse_densities(model)
 
-    rows = train(
-        Run(
-            name=name.replace(" ", "-"),
-            model=model,
-            optimizer=optimizer,
-            to_input=SparseInput(options.resolution),
-            densities=densities,
-            prunes=True,
-            directory=options.out,
-            options={},
-            seed=seed,
-            bounds=bounds,
-            resumable=False,
-        ),
-        Arrays(training.keys, training.labels),
-        (test.keys, test.labels),
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        columns=[
-            *("net", "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"),
-            *("live_weights", *(f"density_{n}" for n in bounds), "seconds_per_step", "seconds"),
-        ],
-        reporter=reporter,
-        test_batch=2 * options.batch_size,
+    rows = train_on_solids(
+        options,
+        data,
+        reporter,
+        name=name.replace(" ", "-"),
+        model=model,
+        optimizer=optimizer,
+        seed=seed,
+        densities=densities,
+        prunes=True,
     )
     return {
         "optimizer": optimizer_name,
         "numbers": numbers,
         "seed": seed,
-        "fan_in": [math.prod(conv.kernel_shape[:-1]) for conv in convs.values()],
+        "fan_in": [math.prod(conv.kernel_shape[:-1]) for conv in sparse_convs(model)],
         "gradient": _gradient(model, optimizer),
         "weights": weights,
         "rows": [row | _excess(row, bounds) for row in rows],
@@ -217,8 +170,7 @@ def _train(
 
 def _weights(model: nnx.Module) -> list[int]:
     """Weights of each sparse layer that are not 0: pruned ones are, before `compact` takes them out."""
-    convs = dict(sorted(ilajax.nn.iter_convs(model)))
-    return [int(jnp.count_nonzero(conv.kernel[...])) for conv in convs.values()]
+    return [int(jnp.count_nonzero(conv.kernel[...])) for conv in sparse_convs(model)]
 
 
 def _gradient(model: nnx.Module, optimizer: nnx.Optimizer) -> list[float]:
@@ -242,10 +194,8 @@ def _gradient(model: nnx.Module, optimizer: nnx.Optimizer) -> list[float]:
 def _excess(row: Row, bounds: Mapping[str, float]) -> Row:
     """How far the densities of an epoch's last step stand above their bounds: difference, and quotient."""
     pairs = [(row[f"density_{name}"], bound) for name, bound in bounds.items()]
-    return {
-        "excess": sum(density - bound for density, bound in pairs) / len(pairs),
-        "fill": sum(density / bound for density, bound in pairs) / len(pairs),
-    }
+    excess = sum(density - bound for density, bound in pairs) / len(pairs)
+    return {"excess": excess, "fill": sum(density / bound for density, bound in pairs) / len(pairs)}
 
 
 def _left(result: Mapping[str, Any]) -> list[float]:
@@ -261,21 +211,14 @@ def summary_cells(record: Mapping[str, Any]) -> list[Cells]:
             *("mean density / bound", "most pruned", "RMS gradient of filters"),
         )
     ]
-    for name, results in record["sweeps"].items():
-        for result in results:
-            last, left = result["rows"][-1], _left(result)
-            gone = [before - after for before, after in itertools.pairwise(left)]
-            most = (
-                f"epoch {1 + gone.index(max(gone))} ({max(gone):.0%})" if max(gone) else "nothing"
-            )
-            gradient = math.sqrt(sum(g * g for g in result["gradient"]) / len(result["gradient"]))
-            cells.append(
-                (
-                    *(SWEEPS[name].title, f"{result['value']:g}", f"{last['test_accuracy']:.1%}"),
-                    *(f"{left[-1]:.1%}", f"{last['excess']:+.3f}", f"{last['fill']:.2f}"),
-                    *(most, f"{gradient:.4f}"),
-                )
-            )
+    for named, result in _named(record):
+        last, left = result["rows"][-1], _left(result)
+        gone = [before - after for before, after in itertools.pairwise(left)]
+        most = f"epoch {1 + gone.index(max(gone))} ({max(gone):.0%})" if max(gone) else "nothing"
+        gradient = math.sqrt(sum(g * g for g in result["gradient"]) / len(result["gradient"]))
+        densities = (f"{last['excess']:+.3f}", f"{last['fill']:.2f}")
+        shares = (f"{last['test_accuracy']:.1%}", f"{left[-1]:.1%}")
+        cells.append((*named, *shares, *densities, most, f"{gradient:.4f}"))
     return cells
 
 
@@ -283,14 +226,18 @@ def _epochs(record: Mapping[str, Any]) -> list[Cells]:
     """Test accuracy and weights left after each epoch."""
     count = record["options"]["epochs"]
     cells: list[Cells] = [("varied", "value", *(f"epoch {n}" for n in range(1, count + 1)))]
+    for named, result in _named(record):
+        epochs = zip(result["rows"], _left(result)[1:], strict=True)
+        shown = (f"{row['test_accuracy']:.1%}, {left:.0%}" for row, left in epochs)
+        cells.append((*named, *shown))
+    return cells
+
+
+def _named(record: Mapping[str, Any]) -> Iterator[tuple[Cells, dict[str, Any]]]:
+    """Each result with what was varied, and the value."""
     for name, results in record["sweeps"].items():
         for result in results:
-            shown = [
-                f"{row['test_accuracy']:.1%}, {left:.0%}"
-                for row, left in zip(result["rows"], _left(result)[1:], strict=True)
-            ]
-            cells.append((SWEEPS[name].title, f"{result['value']:g}", *shown))
-    return cells
+            yield (SWEEPS[name].title, f"{result['value']:g}"), result
 
 
 def _layers(results: Sequence[Mapping[str, Any]]) -> list[Cells]:
@@ -315,39 +262,27 @@ def _layers(results: Sequence[Mapping[str, Any]]) -> list[Cells]:
 def _write(path: Path, record: Mapping[str, Any]) -> None:
     options = record["options"]
     bounds, base = ", ".join(map(str, record["bounds"])), record["base"]
-    lines = [
+    blocks: list[str | list[Cells]] = [
         "# The numbers of the recipe",
-        "",
         f"`{record['command']}`",
-        "",
         f"{headline(record)}; {frame.minutes(record['seconds'])} minutes.",
-        "",
         f"OctNet3 on solids in {options['resolution']}^3 voxels, bounds {bounds}. "
         f"{options['train_size']:,} solids to train, {options['batch_size']} a step; "
         f"{options['test_size']:,} to test; {options['epochs']} epochs; {ADAM}. Where nothing else is said: "
         f"{', '.join(f'{name} {value:g}' for name, value in base.items())}, seed {options['seed']}. "
         "Densities are those of the last step, as means over the sparse layers.",
-        "",
         "![](recipe.png)",
-        "",
-        *frame.markdown_table(summary_cells(record)),
-        "",
+        summary_cells(record),
         "Test accuracy, and sparse weights left, after each epoch:",
-        "",
-        *frame.markdown_table(_epochs(record)),
+        _epochs(record),
     ]
     if layers := _layers(record["sweeps"].get("threshold", ())):
-        lines += [
-            "",
+        rule = (
             "What the first pruning takes: by the rule erf(threshold / (sigma sqrt 2)), and measured at the "
-            "second epoch's end:",
-            "",
-            *frame.markdown_table(layers),
-        ]
-    frame.write_text(path, "\n".join(lines) + "\n")
-
-
-INK = "0.2"
+            "second epoch's end:"
+        )
+        blocks += [rule, layers]
+    frame.write_page(path, *blocks)
 
 
 def _draw(path: Path, record: Mapping[str, Any]) -> None:
@@ -361,7 +296,7 @@ def _draw(path: Path, record: Mapping[str, Any]) -> None:
     fullest = max(1.0, *(row["fill"] for row in rows))
     titles = ("test accuracy", "sparse weights left", "mean density / bound")
     for axis, title in zip(grid[0], titles, strict=True):
-        axis.set_title(title, fontsize=10, color=INK, loc="left", weight="bold")
+        title_panel(axis, title)
     for axis in grid[-1]:
         axis.set_xlabel("epoch", fontsize=9, color=INK)
     for name, axes in zip(shown, grid, strict=True):
@@ -384,14 +319,8 @@ def _draw(path: Path, record: Mapping[str, Any]) -> None:
             axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes[2].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
         for axis in axes:
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.tick_params(labelsize=9, colors=INK, length=3)
-            axis.grid(axis="y", color="0.9")
-            axis.set_axisbelow(True)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.spines[["left", "bottom"]].set_color("0.7")
-    with frame.replacing(path) as fresh:
-        figure.savefig(fresh, format=path.suffix[1:], dpi=200, facecolor="white")
+            style_panel(axis)
+    frame.save_figure(figure, path, dpi=200)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -410,7 +339,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("stopped") from None
+    frame.run(main, resumes=False)

@@ -16,7 +16,6 @@ one resolution is timed in turn, so that ratios hold.
 
 import argparse
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,12 +51,11 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     options = parser.parse_args(arguments)
     path = options.out / f"{options.data}.json"
     try:
-        sets.check_directory(options.data, **sets.where(options))
         source = training_set(options)
         fixed = {name: getattr(options, name) for name in FIXED}
         if source is not None:
             fixed["fingerprint"] = source.sets.fingerprint()
-        rows = _kept(path, fixed) if options.resume and path.exists() else []
+        rows = frame.earlier(path, fixed)["rows"] if options.resume and path.exists() else []
         done = {row["resolution"] for row in rows}
         # All inputs before the table, which replaces an earlier one.
         missing = sorted(set(options.resolutions) - done)
@@ -65,15 +63,15 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     record = timing.provenance("experiments.runtime", arguments) | {"options": fixed}
-    table = frame.Table(path.with_suffix(".csv"), COLUMNS, rows)
+    written = [path.with_suffix(suffix) for suffix in (".csv", ".json", ".png")]
     with frame.Reporter() as reporter:
         reporter.print(timing.headline(record))
         reporter.begin("resolutions", len(todo), 0)
         for resolution, x in todo.items():
             for row in measure(x, options):
                 rows.append(row)
-                table.append(row)
                 reporter.print(line(row))
+            frame.write_table(written[0], COLUMNS, rows)
             frame.write_json(path, record | {"rows": rows, "exponents": exponents(rows)})
             reporter.step(f"r = {resolution}")
         for entry in exponents(rows):
@@ -81,20 +79,9 @@ def main(arguments: list[str] | None = None) -> list[Row]:
                 f"time ~ entries^{entry['exponent']:.2f}, r >= {FIT_FROM}: {legend(entry)}"
             )
         draw(path.with_suffix(".png"), rows, options.data)
-        written = [path.with_suffix(suffix) for suffix in (".csv", ".json", ".png")]
-        if options.report:
-            stem = "runtime" if options.data == "uniform" else f"runtime-{options.data}"
-            written += frame.report(options.report, stem, written)
-        reporter.print("wrote " + ", ".join(map(str, written)))
+        stem = "runtime" if options.data == "uniform" else f"runtime-{options.data}"
+        frame.publish(reporter, written, options.report, stem)
     return rows
-
-
-def _kept(path: Path, fixed: Row) -> list[Row]:
-    """The rows of an earlier run that a resumed one need not measure again."""
-    before = json.loads(path.read_text())
-    if before["options"] != fixed:
-        raise ValueError(f"--resume: {path} was made with {before['options']}, not with {fixed}")
-    return before["rows"]
 
 
 def measure(x: ilajax.SparseTensor, options: argparse.Namespace) -> list[Row]:
@@ -142,30 +129,26 @@ def training_set(options: argparse.Namespace) -> Any:
     Made shapes have as many points as the finest grid needs, so that the sample is the same in each.
     """
     if options.data not in sets.NAMES:
+        sets.check_directory(options.data, **sets.where(options))
         return None
     finest = max(options.resolutions)
     return sets.load_dataset(options.data, **sets.where(options), resolution=finest).training
 
 
 def features(resolution: int, options: argparse.Namespace, source: Any) -> ilajax.SparseTensor:
-    """One sample of one channel, with hardly more slots than entries."""
+    """One sample of one channel, with hardly more slots than entries; of a set a random one."""
     if source is not None:
         grid = dataclasses.replace(source, resolution=resolution, capacity=resolution**3)
-        return _sample(grid, options.seed)
+        chosen = np.random.default_rng(options.seed).choice(len(source), 1)
+        x = grid.batch(chosen, epoch=0).inputs
+        slots = int(x.counts.max())
+        keys, values = jnp.asarray(x.keys[..., :slots]), jnp.asarray(x.values[..., :slots])
+        return ilajax.SparseTensor(keys, values, x.spatial_shape)
     slots, seed = ilajax.capacity(1 / resolution, (resolution,) * 3), options.seed
     if options.data == "uniform":
         return workloads.random_sites(resolution, capacity=slots, seed=seed)
     radius = workloads.fitting_radius(resolution, slots)
     return workloads.shell(resolution, subset=None, radius=radius, capacity=slots, seed=seed)
-
-
-def _sample(source: Any, seed: int) -> ilajax.SparseTensor:
-    """A random sample, with a slot for each voxel."""
-    chosen = np.random.default_rng(seed).choice(len(source), 1)
-    x = source.batch(chosen, epoch=0).inputs
-    slots = int(x.counts.max())
-    keys, values = jnp.asarray(x.keys[..., :slots]), jnp.asarray(x.values[..., :slots])
-    return ilajax.SparseTensor(keys, values, x.spatial_shape)
 
 
 def exponents(rows: Sequence[Row]) -> list[Row]:
@@ -227,8 +210,7 @@ def draw(path: Path, rows: Sequence[Row], data: str) -> None:
         axis.grid(which="major", color="0.9")
     axes[0].set_ylabel("time [s]")
     axes[1].legend(fontsize=8, frameon=False)
-    with frame.replacing(path) as fresh:
-        figure.savefig(fresh, format=path.suffix[1:], dpi=160)
+    frame.save_figure(figure, path)
 
 
 def _plot(axis: Any, rows: Sequence[Row], label: str, **style: Any) -> None:
@@ -242,14 +224,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = frame.parser("experiments.runtime", __doc__)
     add = parser.add_argument
     frame.add_resolutions(parser, (16, 32, 64, 128, 256))
-    add(
-        "--filter-densities",
-        type=frame.density_bound,
-        nargs="+",
-        default=[0.1, 0.2, 0.5, 1.0],
-        metavar="RHO_F",
-        help="shares of live weights, in (0, 1]",
-    )
+    share, densities = frame.density_bound, [0.1, 0.2, 0.5, 1.0]
+    live = "shares of live weights, in (0, 1]"
+    add("--filter-densities", type=share, nargs="+", default=densities, metavar="RHO_F", help=live)
     data = "random sites, a sphere's shell, or a shape of a data set"
     add("--data", choices=("uniform", "shell", *sets.NAMES), default="uniform", help=data)
     sets.add_directory(parser)

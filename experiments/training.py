@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import operator
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from flax import nnx
 import ilajax
 from experiments.checkpoints import CheckpointError, Checkpoints
 from experiments.data.loader import Batch, Source, feed
-from experiments.frame import Reporter, Table, minutes
+from experiments.frame import Reporter, minutes, write_table
 
 # Turns a batch of images into what the net takes; hashable, as it is static under jit.
 ToInput = Callable[[jax.Array], Any]
@@ -29,33 +30,18 @@ Step = list[Any]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One network to be trained.
+    """One network to be trained; its layers go by name in `densities` and `bounds`."""
 
-    Attributes:
-      name: what its rows, lines and checkpoints are called.
-      model: the network, which turns `to_input(images)` into logits.
-      optimizer: its optimizer; `update` gets `excess_density` and `epoch_end`.
-      to_input: turns a batch of images into what the model takes.
-      densities: the response density of each sparse layer, by name, read off the model after a step.
-      prunes: whether the optimizer prunes, so that filters are compacted after each epoch.
-      directory: gets `<name>.csv` and the checkpoints.
-      options: what a checkpoint must have been made with to fit, by the name of the option.
-      seed: of the order of the training data.
-      bounds: the density bound of each sparse layer, by name, to be shown beside its density.
-      resumable: whether each epoch leaves a checkpoint, which a later call goes on from.
-    """
-
-    name: str
-    model: nnx.Module
-    optimizer: nnx.Optimizer
+    name: str  # of its rows, lines and checkpoints
+    model: nnx.Module  # turns `to_input(images)` into logits
+    optimizer: nnx.Optimizer  # `update` gets `excess_density` and `epoch_end`
     to_input: ToInput
-    densities: Callable[[nnx.Module], dict[str, float]]
-    prunes: bool
-    directory: Path
-    options: Row
-    seed: int
-    bounds: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    resumable: bool = True
+    directory: Path  # gets `<name>.csv` and the checkpoints
+    seed: int  # of the order of the training data
+    densities: Callable[[nnx.Module], dict[str, float]] = lambda _: {}  # read off after a step
+    bounds: Mapping[str, float] = dataclasses.field(default_factory=dict)  # beside densities
+    prunes: bool = False  # whether filters are to be compacted after each epoch
+    options: Row | None = None  # what a checkpoint must fit, by option; None: no checkpoints
 
     @property
     def checkpoints(self) -> Path:
@@ -117,15 +103,11 @@ def evaluate(
     batch = min(batch, len(labels))
     loss = right = 0.0
     for start in range(0, len(labels), batch):
-        part = slice(start, start + batch)
-        missing = batch - len(labels[part])
-
-        def padded(leaf: np.ndarray, part: slice = part, missing: int = missing) -> np.ndarray:
-            # The last batch is filled up with its last image, so that one compiled program serves all.
-            return np.pad(leaf[part], ((0, missing), *[(0, 0)] * (leaf.ndim - 1)), mode="edge")
-
-        marked = np.pad(labels[part].astype(np.int32), (0, missing), constant_values=-1)
-        losses, rights = step(jax.tree.map(padded, inputs), marked)
+        places = np.arange(start, start + batch)
+        # The last batch is filled up with its last image, so that one compiled program serves all.
+        chosen = places.clip(max=len(labels) - 1)
+        marked = np.where(places < len(labels), labels[chosen].astype(np.int32), -1)
+        losses, rights = step(jax.tree.map(operator.itemgetter(chosen), inputs), marked)
         loss, right = loss + float(losses), right + int(rights)
     return loss / len(labels), right / len(labels)
 
@@ -137,7 +119,6 @@ def train(
     *,
     epochs: int,
     batch_size: int,
-    columns: Sequence[str],
     reporter: Reporter,
     test_batch: int = 250,
     workers: int = 0,
@@ -154,30 +135,25 @@ def train(
       training: the samples to train on.
       test: inputs and labels, ready for the evaluation.
       epochs: how many in all.
-      batch_size: samples of a step.
-      columns: of the table. "voxels_cut", where the samples are voxels, counts those that did not fit.
+      batch_size: samples of a step; `test_batch` of one of the evaluation.
       reporter: gets a line for each epoch.
-      test_batch: samples of a step of the evaluation.
       workers: processes that make the batches; 0: this one does.
       checkpoint_every: steps after which an epoch leaves a checkpoint on its way too.
       epochs_after: epochs of the nets that are trained after this one, counted in the time left as if they
         took as long as this one's.
 
-    Returns:
-      The rows of all epochs, those before the checkpoint too.
-
-    Raises:
-      CheckpointError: if a checkpoint cannot be written, if there are some and none can be read, if the one
-        to go on from has more epochs, or if another run writes to their folder.
-      OSError: naming the table, if it cannot be written.
-      ValueError: if the checkpoint was made for another network.
+    Returns the rows of all epochs, those before the checkpoint too. It raises CheckpointError if a checkpoint
+    cannot be written or gone on from, and ValueError if it was made for another network.
     """
     modules = {"model": run.model, "optimizer": run.optimizer}
     steps = len(training) // batch_size
     with contextlib.ExitStack() as stack:  # closes the checkpoints, and the worker processes
-        checkpoints = stack.enter_context(Checkpoints(run.checkpoints)) if run.resumable else None
-        rows, so_far = _restored(run, checkpoints, modules, epochs, reporter)
-        table = Table(run.directory / f"{run.name}.csv", columns, rows)
+        rows: list[Row] = []
+        so_far: list[Step] = []  # of the epoch that is under way
+        checkpoints = None
+        if run.options is not None:
+            checkpoints = stack.enter_context(Checkpoints(run.checkpoints))
+            rows, so_far = _restored(run, checkpoints, modules, epochs, reporter)
         step, test_step = _bound_steps(run)
         done = len(rows) * steps + len(so_far)
         reporter.begin(run.name, epochs * steps, done, after=epochs_after * steps)
@@ -193,19 +169,25 @@ def train(
         for epoch in range(len(rows) + 1, epochs + 1):
             # An epoch that was begun before a stop has taken the time of those steps too.
             start = time.perf_counter() - sum(taken[2] for taken in so_far)
-            row = {"net": run.name, "epoch": epoch}
             for number in range(len(so_far) + 1, steps + 1):
                 so_far.append(_timed_step(step, fed, last=number == steps))
                 recent = np.mean([taken[:2] for taken in so_far[-50:]], axis=0)
                 reporter.step(f"epoch {epoch}  loss {recent[0]:.3f}  accuracy {recent[1]:.1%}")
                 if checkpoint_every and number % checkpoint_every == 0 and number < steps:
                     save()
-            row |= _summed(so_far) | _compacted(run)
+            row = {"net": run.name, "epoch": epoch} | _summed(so_far)
+            densities = run.densities(run.model)
+            if run.prunes:
+                ilajax.optim.compact(run.model, run.optimizer)
             row["test_loss"], row["test_accuracy"] = evaluate(test_step, *test, test_batch)
+            row["live_weights"] = live_weights(run.model)
+            row |= {f"density_{layer}": density for layer, density in densities.items()}
+            # The first step of a process compiles; a median does not see it.
+            row["seconds_per_step"] = statistics.median(taken[2] for taken in so_far)
             row["seconds"] = time.perf_counter() - start
             rows.append(row)
             so_far = []
-            table.append(row)
+            write_table(run.directory / f"{run.name}.csv", list(row), rows)
             save()
             left = (epochs - epoch + epochs_after) * row["seconds"]
             reporter.print(_line(row, epochs, left, run.bounds))
@@ -213,18 +195,14 @@ def train(
 
 
 def _restored(
-    run: Run,
-    checkpoints: Checkpoints | None,
-    modules: Mapping[str, Any],
-    epochs: int,
-    reporter: Reporter,
+    run: Run, checkpoints: Checkpoints, modules: Any, epochs: int, reporter: Reporter
 ) -> tuple[list[Row], list[Step]]:
     """The rows of the newest checkpoint, whose weights are put back, and the steps of a begun epoch."""
-    latest = checkpoints.restore_newest(modules, reporter.print) if checkpoints else None
-    if checkpoints is None or latest is None:
+    latest = checkpoints.restore_newest(modules, reporter.print)
+    if latest is None:
         return [], []
     notes = checkpoints.notes(latest)
-    rows, so_far = notes["rows"], notes.get("so_far", [])
+    rows, so_far = notes["rows"], notes["so_far"]
     begun = len(rows) + bool(so_far)
     if begun > epochs:
         raise CheckpointError(
@@ -233,14 +211,6 @@ def _restored(
         )
     reporter.print(f"{run.name}: goes on from {checkpoints.path(latest)}")
     return rows, so_far
-
-
-def _compacted(run: Run) -> Row:
-    """Densities and live weights; what was pruned is removed."""
-    row: Row = {f"density_{layer}": d for layer, d in run.densities(run.model).items()}
-    if run.prunes:
-        ilajax.optim.compact(run.model, run.optimizer)
-    return row | {"live_weights": live_weights(run.model)}
 
 
 def _bound_steps(run: Run) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -253,9 +223,9 @@ def _bound_steps(run: Run) -> tuple[Callable[..., Any], Callable[..., Any]]:
     test_step = nnx.cached_partial(evaluation_step, run.model)
     run.model.train()
     step = nnx.cached_partial(train_step, run.model, run.optimizer)
-    to_input = run.to_input
-    return functools.partial(step, to_input=to_input), functools.partial(
-        test_step, to_input=to_input
+    return (
+        functools.partial(step, to_input=run.to_input),
+        functools.partial(test_step, to_input=run.to_input),
     )
 
 
@@ -269,13 +239,8 @@ def _timed_step(step: Callable[..., Any], fed: Iterator[Batch], *, last: bool) -
 
 def _summed(steps: Sequence[Step]) -> Row:
     """What an epoch's steps tell."""
-    losses, accuracies, seconds, cut = zip(*steps, strict=True)
-    row = {
-        "train_loss": float(np.mean(losses)),
-        "train_accuracy": float(np.mean(accuracies)),
-        # The first step of a process compiles; a median does not see it.
-        "seconds_per_step": statistics.median(seconds),
-    }
+    losses, accuracies, _, cut = zip(*steps, strict=True)
+    row = {"train_loss": float(np.mean(losses)), "train_accuracy": float(np.mean(accuracies))}
     return row if cut[0] is None else row | {"voxels_cut": sum(cut)}
 
 
@@ -287,12 +252,11 @@ def live_weights(model: nnx.Module) -> int:
 
 
 def _line(row: Row, epochs: int, left: float, bounds: Mapping[str, float]) -> str:
-    shown = []
-    for name, value in row.items():
-        if name.startswith("density_"):
-            bound = bounds.get(name.removeprefix("density_"))
-            shown.append(f"{value:.1%}" + ("" if bound is None else f"/{bound:.0%}"))
-    densities = " ".join(shown)
+    densities = " ".join(
+        f"{value:.1%}" + (f"/{bounds[layer]:.0%}" if layer in bounds else "")
+        for name, value in row.items()
+        if (layer := name.removeprefix("density_")) != name
+    )
     cut = f"  {row['voxels_cut']:,} voxels cut" if row.get("voxels_cut") else ""
     return (
         f"{row['net']:>6} {row['epoch']}/{epochs}"

@@ -2,6 +2,7 @@
 
 import collections
 import importlib
+import inspect
 import os
 import pkgutil
 
@@ -28,8 +29,8 @@ if not routes.native_platforms():
 # Shapes in annotations (ilajax/ops/_shapes.py) hold in every test.
 for found in pkgutil.iter_modules(ops.__path__, "ilajax.ops."):
     module = importlib.import_module(found.name)
-    for name, function in list(vars(module).items()):
-        if any(hasattr(a, "dim_str") for a in getattr(function, "__annotations__", {}).values()):
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        if any(hasattr(a, "dim_str") for a in function.__annotations__.values()):
             setattr(module, name, jaxtyping.jaxtyped(function, typechecker=beartype.beartype))
 
 # The same examples in every run, however slow the machine is.

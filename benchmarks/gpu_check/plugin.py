@@ -24,12 +24,11 @@ BROKEN = re.compile(
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    def rank(item):
+    def on_kernels(item):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        native = parameters.get("backend") == "native" or item.path.stem.endswith("_cuda")
-        return 0 if native else 1
+        return parameters.get("backend") == "native" or item.path.stem.endswith("_cuda")
 
-    items.sort(key=rank)
+    items.sort(key=on_kernels, reverse=True)
 
 
 def pytest_configure(config):
@@ -50,10 +49,7 @@ class Outcomes:
             crash = getattr(report.longrepr, "reprcrash", None)
             message = crash.message if crash else str(report.longrepr)
             outcome = report.outcome if report.when == "call" or report.skipped else "error"
-            self._tell(
-                {"test": report.nodeid, "outcome": outcome, "seconds": round(report.duration, 2)}
-                | ({"message": message[:1000]} if report.failed else {})
-            )
+            self._tell({"test": report.nodeid, "outcome": outcome, "message": message[:1000]})
 
     def pytest_collection_finish(self, session):
         if self._terminal and session.items:

@@ -4,10 +4,9 @@ import contextlib
 import dataclasses
 import json
 import os
-import queue
+import select
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,13 +30,7 @@ def from_line(line: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How a process ended.
-
-    Attributes:
-      code: its exit status; None: it was killed, since it took too long.
-      seconds: how long it ran.
-      output: stdout and stderr.
-    """
+    """How a process ended: its exit status, None where it took too long, its time, stdout and stderr."""
 
     code: int | None
     seconds: float
@@ -47,15 +40,7 @@ class Ended:
     def status(self) -> str:
         return {None: "stopped at its limit", 0: "passed"}.get(self.code, "failed")
 
-    def check(self) -> None:
-        """Raises where it has not passed."""
-        if self.status != "passed":
-            raise RuntimeError(
-                "\n".join([*self.tail(), f"{self.status} after {self.seconds:.0f} s"])
-            )
-
     def tail(self, lines: int = 25) -> list[str]:
-        """The end of the output."""
         return self.output.splitlines()[-lines:]
 
 
@@ -64,19 +49,14 @@ def run(
     *,
     log: Path,
     limit: float,
-    patience: float | None = None,
+    patience: float = float("inf"),
     env: Mapping[str, str] | None = None,
     each: Callable[[str], None] = lambda line: None,
 ) -> Ended:
     """Runs a command in the root of the project, in a session of its own.
 
-    Args:
-      command: program and arguments.
-      log: where its output goes as well, at the end of what is there.
-      limit: seconds that it may take.
-      patience: seconds that it may be silent.
-      env: variables to set.
-      each: is given every line of output as it comes.
+    It may take `limit` seconds, and be silent for `patience`. Its output goes to the end of `log` as well,
+    and `each` is given every line of it as it comes.
     """
     start = time.monotonic()
     process = subprocess.Popen(
@@ -86,56 +66,40 @@ def run(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
         start_new_session=True,
     )
-    incoming: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    reader = threading.Thread(target=_read, args=(process, incoming), daemon=True)
-    reader.start()
-    code, lines = None, []
+    code, output, rest = None, b"", b""
     try:
-        with log.open("a") as file:
-            print("$", *command, file=file, flush=True)
-            # Queue.get() times out with Empty, wait() with TimeoutExpired.
-            with contextlib.suppress(queue.Empty, subprocess.TimeoutExpired):
-                while True:
-                    left = max(0.0, start + limit - time.monotonic())
-                    line = incoming.get(timeout=left if patience is None else min(left, patience))
-                    if line is None:
-                        code = process.wait(timeout=max(1.0, left))
-                        break
-                    lines.append(line)
-                    file.write(line)
-                    file.flush()
-                    each(line.rstrip("\n"))
+        with process.stdout as pipe, log.open("ab") as file:
+            file.write(f"$ {' '.join(map(str, command))}\n".encode())
+            while (left := start + limit - time.monotonic()) > 0:
+                if not select.select([pipe], [], [], min(patience, left))[0]:
+                    break
+                new = os.read(pipe.fileno(), 1 << 16)
+                file.write(new)
+                file.flush()
+                output += new
+                *lines, rest = (rest + new).split(b"\n")
+                for line in lines:
+                    each(line.decode(errors="replace"))
+                if not new:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        code = process.wait(max(1.0, left))
+                    break
     finally:
         with contextlib.suppress(ProcessLookupError):  # all have ended
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        reader.join(timeout=5)
-    return Ended(code, time.monotonic() - start, "".join(lines))
+    return Ended(code, time.monotonic() - start, output.decode(errors="replace"))
 
 
 def together(
-    commands: Mapping[str, Sequence[str | Path]],
-    *,
-    folder: Path,
-    limit: float,
-    env: Mapping[str, str] | None = None,
+    commands: Mapping[str, Sequence[str | Path]], *, folder: Path, **options: Any
 ) -> dict[str, Ended]:
     """Runs commands at the same time, each with a log of its name in `folder`."""
+
+    def one(name: str) -> Ended:
+        return run(commands[name], log=folder / f"{name}.log", **options)
+
     with ThreadPoolExecutor(len(commands)) as pool:
-        running = {
-            name: pool.submit(run, command, log=folder / f"{name}.log", limit=limit, env=env)
-            for name, command in commands.items()
-        }
-        return {name: future.result() for name, future in running.items()}
-
-
-def _read(process: subprocess.Popen[str], incoming: "queue.SimpleQueue[str | None]") -> None:
-    assert process.stdout is not None
-    with process.stdout as lines:
-        for line in lines:
-            incoming.put(line)
-    incoming.put(None)
+        return dict(zip(commands, pool.map(one, commands), strict=True))

@@ -1,17 +1,17 @@
 """The stages of the check: each runs programs in processes of their own and says what came of it."""
 
 import dataclasses
-import functools
-import importlib.util
 import json
 import os
 import re
 import shutil
 import site
-import subprocess
 import sys
 import time
+import venv
+from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ OWN_MEMORY = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
 BROKEN_KEYS = ["tests/ops/test_memory_safety.py", "-k", "garbage_keys and (any-int32 or all-max)"]
 # Test files without a GPU's kernels in them, and this check's own.
 LEFT_OUT = ["tests/test_cuda_on_host.py", "tests/benchmarks/test_gpu_check.py"]
-NEEDED = {"jupytext": "tests/test_notebooks.py"}
 DRY_TESTS = ["tests/ops/test_pool.py", "-k", "ties and native"]
 TEST_LIMIT = 90  # seconds of one test
 TASK_LIMIT = 60  # seconds of a task of the benchmark
@@ -38,21 +37,15 @@ TASK_LIMIT = 60  # seconds of a task of the benchmark
 
 @dataclasses.dataclass
 class Check:
-    """What the stages share.
+    """What the stages share."""
 
-    Attributes:
-      folder: for logs and what is built.
-      dry: whether this is a dry run, on the CPU.
-      say: prints.
-      save: writes what is known so far.
-      capability: the GPU's compute capability, such as "9.0".
-    """
+    folder: Path  # for logs and what is built
+    dry: bool  # whether this is a dry run, on the CPU
+    save: Callable[[], None]  # writes what is known so far
+    capability: str | None = None  # of the GPU, such as "9.0"
 
-    folder: Path
-    dry: bool
-    say: Callable[[str], None]
-    save: Callable[[], None]
-    capability: str | None = None
+    def say(self, line: str) -> None:
+        print(" ", line, flush=True)
 
     def tell(self, facts: Facts, line: str) -> None:
         """Prints what a stage has to say, and keeps it for the page."""
@@ -60,13 +53,9 @@ class Check:
         self.say(line)
 
     @property
-    def venv(self) -> Path:
-        return self.folder / "venv"
-
-    @property
     def python(self) -> Path:
         """Whose ilajax is tested: what was built here. A dry run takes the one at hand, which has kernels."""
-        built = self.venv / "bin" / "python"
+        built = self.folder / "venv" / "bin" / "python"
         return Path(sys.executable) if self.dry or not built.exists() else built
 
     @property
@@ -86,44 +75,34 @@ class Check:
 def build(check: Check, facts: Facts, limit: float) -> str:
     """Installs ilajax into an environment over the interpreter's own, built for this GPU, offline."""
     start = time.monotonic()
-    shutil.rmtree(check.venv, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", check.venv], check=True)
-    (packages,) = check.venv.glob("lib/python*/site-packages")
+    made = check.folder / "venv"
+    venv.create(made, clear=True, symlinks=True)
+    (packages,) = made.glob("lib/python*/site-packages")
     # What the interpreter sees; --system-site-packages would pass over it where that is an environment.
     outer = [path for path in sys.path if path.endswith("-packages")] or site.getsitepackages()
     (packages / "outer.pth").write_text("\n".join(outer) + "\n")
 
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    options = [
-        "--no-index",
-        "--no-deps",
-        "--no-build-isolation",
-        f"-Cbuild-dir={check.folder}/cmake",
-    ]
-    if check.dry:
-        options.append("-Cwheel.cmake=false")
-    python = check.venv / "bin" / "python"
-    command = [*pip, "--python", python, "install", "-v", *options, "--editable", "."]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", made]
+    options = ["--no-index", "--no-deps", "--no-build-isolation"]
+    options += [f"-Cbuild-dir={check.folder}/cmake", *["-Cwheel.cmake=false"] * check.dry]
     env = {
         "ILAJAX_CUDA": "ON",
         "CUDAARCHS": check.capability.replace(".", "") + "-real" if check.capability else "native",
         "CUDAFLAGS": "-lineinfo",  # for the sanitizer: code stays as it is
     }
     log = check.folder / "build.log"
-    ended = run(command, log=log, limit=limit, env=env)
-    if ended.status != "passed":
-        facts["output"] = ended.tail()
-        return ended.status
-    facts["build_s"] = round(time.monotonic() - start, 1)
-
+    ended = run([*pip, "install", "-v", *options, "-e", "."], log=log, limit=limit, env=env)
+    facts["build_s"] = round(ended.seconds, 1)
     left = limit - (time.monotonic() - start)
-    if check.dry:  # what has been installed has no kernels, and is not used any further
-        run([python, "-c", "import ilajax"], log=log, limit=left).check()
-    probe = [check.python, "-m", "benchmarks.gpu_check.probe", *sys.argv[1:]]
-    ended = run(probe, log=log, limit=left, env=check.env)
+    if ended.status == "passed" and check.dry:  # this has no kernels, and is not used any further
+        ended = run([made / "bin" / "python", "-c", "import ilajax"], log=log, limit=left)
+    if ended.status == "passed":
+        probe = [check.python, "-m", "benchmarks.gpu_check.probe"]
+        ended = run(probe, log=log, limit=left, env=check.env)
     if ended.status != "passed":
         # Without a working compiler the package is installed as plain Python: the log says why.
-        facts["output"] = [*_errors(log), *ended.tail()]
+        errors = re.findall(r"^.*(?:\berror\b|Error at).*$", log.read_text(errors="replace"), re.M)
+        facts["output"] = [*errors[:40], *ended.tail()]
         return ended.status
     facts |= _printed(ended)
     check.tell(facts, f"on {facts['platform']}: {len(facts['targets'])} targets")
@@ -137,7 +116,7 @@ def agreement(check: Check, facts: Facts, limit: float) -> str:
     """`python -m ilajax check`: every operation beside its reference. A GPU that passes gets its stamp."""
     command = [check.python, "-m", "ilajax", "check", "--limit", f"{limit:.0f}"]
     ended = run(command, log=check.folder / "check.log", limit=limit + 5, env=check.shared)
-    check.tell(facts, ended.tail(1)[0] if ended.output else "")
+    check.tell(facts, "".join(ended.tail(1)))
     if ended.status != "passed":
         facts["output"] = [line for line in ended.output.splitlines() if "FAILED" in line]
     return ended.status
@@ -145,39 +124,43 @@ def agreement(check: Check, facts: Facts, limit: float) -> str:
 
 def tests(check: Check, facts: Facts, limit: float) -> str:
     """The test suite on the default device: kernels against the reference, all on the GPU."""
-    left_out = LEFT_OUT + [path for name, path in NEEDED.items() if not _importable(name)]
-    facts["left_out"] = left_out
+    left_out = LEFT_OUT + ([] if find_spec("jupytext") else ["tests/test_notebooks.py"])
     command = _pytest(check, workers=2 if check.dry else cores())
     command += ["-p", "benchmarks.gpu_check.plugin", *(f"--ignore={path}" for path in left_out)]
     command += DRY_TESTS if check.dry else ["tests"]
     # Dense convolutions and products, which tests compare with, in float32.
     env = check.shared | NO_PLUGINS | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     outcomes: dict[str, str] = {}
-    failures = facts["failures"] = {}
+    failures: dict[str, str] = {}
+    facts |= {"left_out": left_out, "failures": failures}
     told = time.monotonic()
+
+    def tell() -> None:
+        facts["outcomes"] = dict(Counter(outcomes.values()))
+        counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(facts["outcomes"].items()))
+        of = f"{len(outcomes)} of {facts.get('tests', '?')}"
+        check.tell(facts, f"{of}: {counts}; left out: {', '.join(left_out)}")
 
     def each(line: str) -> None:
         nonlocal told
-        record = from_line(line)
-        if not record or "tests" in record:
-            facts.update(record or {})
+        record = from_line(line) or {}
+        if "test" not in record:
+            facts.update(record)
             return
         name, outcome = record["test"], record["outcome"]
         if outcome in ("failed", "error"):
             failures[name] = record["message"]
-            if len(failures) <= 20:
-                first, _, _ = record["message"].partition("\n")
-                check.say(f"{outcome}: {name}: {first[:160]}")
+            first, _, _ = record["message"].partition("\n")
+            check.say(f"{outcome}: {name}: {first[:160]}")
         if outcomes.get(name) not in ("failed", "error"):
             outcomes[name] = outcome
-        facts["outcomes"] = {o: list(outcomes.values()).count(o) for o in set(outcomes.values())}
         if time.monotonic() - told > 15:
             told = time.monotonic()
-            check.tell(facts, _counts(facts))
+            tell()
             check.save()
 
     ended = run(command, log=check.folder / "tests.log", limit=limit, env=env, each=each)
-    check.tell(facts, _counts(facts))
+    tell()
     if ended.status == "failed" and not failures:
         facts["output"] = ended.tail()
     return ended.status
@@ -189,18 +172,17 @@ def sanitizer(check: Check, facts: Facts, limit: float) -> str:
     if not tool and not check.dry:
         check.tell(facts, "compute-sanitizer is not installed")
         return "skipped"
-    programs: dict[str, list[Any]] = {
-        "racecheck": [check.python, DIGEST],
-        "memcheck": [check.python, DIGEST],
-        "memcheck-keys": [*_pytest(check, workers=1), *(DRY_TESTS if check.dry else BROKEN_KEYS)],
+
+    def under(name: str, *command: Any) -> list[Any]:
+        return [*([] if check.dry else [tool, "--tool", name, "--error-exitcode", "86"]), *command]
+
+    keys = [*_pytest(check, workers=1), *(DRY_TESTS if check.dry else BROKEN_KEYS)]
+    commands = {
+        "memcheck": under("memcheck", check.python, DIGEST),
+        "memcheck-keys": under("memcheck", *keys),
     }
-    if check.dry:
-        del programs["racecheck"]
-    commands = {}
-    for name, program in programs.items():
-        which = name.partition("-")[0]
-        prefix = [tool, "--tool", which, "--error-exitcode", "86"]
-        commands[name] = program if check.dry else [*prefix, *program]
+    if not check.dry:
+        commands["racecheck"] = under("racecheck", check.python, DIGEST)
     env = check.shared | NATIVE | OWN_MEMORY | NO_PLUGINS
     ended = together(commands, folder=check.folder, limit=limit, env=env)
     said = []
@@ -208,7 +190,8 @@ def sanitizer(check: Check, facts: Facts, limit: float) -> str:
         summary = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", one.output)
         facts[name] = {"status": one.status, "seconds": round(one.seconds, 1), "summary": summary}
         if one.status != "passed":
-            facts[name]["output"] = _reports(one) or one.tail()
+            reports = [line for line in one.output.splitlines() if line.startswith("=====")]
+            facts[name]["output"] = reports[:60] or one.tail()
         said.append(" ".join([f"{name}: {one.status}", *summary]))
     check.tell(facts, "; ".join(said))
     return _worst(ended)
@@ -233,49 +216,37 @@ def bits(check: Check, facts: Facts, limit: float) -> str:
 def bench(check: Check, facts: Facts, limit: float) -> str:
     """The tables, task by task; a task that fails, or hangs, costs the process that it ran in."""
     deadline = time.monotonic() + limit
-    records = facts["tasks"] = {}
+    records: dict[str, Facts] = {}
+    facts["tasks"] = records
 
-    def note(record: Facts) -> None:
-        name = record.pop("task")
-        records[name] = record
-        if "error" in record:
-            check.say(f"{name}: {record['error'].splitlines()[-1][:200]}")
-        else:
-            figures = [key for key, value in record.items() if isinstance(value, float | int)]
-            check.say(f"{name}: " + ", ".join(f"{key} {record[key]:.5g}" for key in figures))
+    def note(task: str, **record: Any) -> None:
+        records[task] = record
+        figures = [f"{k} {v:.5g}" for k, v in record.items() if isinstance(v, float | int)]
+        said = record["error"].splitlines()[-1][:200] if "error" in record else ", ".join(figures)
+        check.say(f"{task}: {said}")
         check.save()
-
-    for batch in batches(small=check.dry).values():
-        waiting = list(batch)
-        while waiting and (left := deadline - time.monotonic()) > 1:
-            del waiting[: _until_one_fails(check, waiting, left, note)]
-        for name in waiting:
-            note({"task": name, "error": "not run: no time was left"})
-    errors = sum("error" in record for record in records.values())
-    check.tell(facts, f"{len(records) - errors} of {len(records)} tasks")
-    return "failed" if errors else "passed"
-
-
-def _until_one_fails(
-    check: Check, names: list[str], limit: float, note: Callable[[Facts], None]
-) -> int:
-    """Runs tasks in one process, up to one that fails; returns how many of them are settled."""
-    command = [check.python, "-m", "benchmarks.gpu_check.tasks"]
-    command += ["--small", *names] if check.dry else names
-    errors = []
 
     def each(line: str) -> None:
         if record := from_line(line):
-            errors.append("error" in record)
-            note(record)
+            note(**record)
 
+    program = [check.python, "-m", "benchmarks.gpu_check.tasks", *["--small"] * check.dry]
     log, env = check.folder / "bench.log", check.env | NATIVE
-    ended = run(command, log=log, limit=limit, patience=TASK_LIMIT, env=env, each=each)
-    if len(errors) < len(names) and not any(errors):  # it ended in a task, and could not say why
-        error = "\n".join([*ended.tail(8), f"{ended.status} after {ended.seconds:.0f} s"])
-        note({"task": names[len(errors)], "error": error})
-        errors.append(True)
-    return len(errors)
+    for batch in batches(small=check.dry).values():
+        while waiting := [name for name in batch if name not in records]:
+            if (left := deadline - time.monotonic()) < 1:
+                note(waiting[0], error="not run: no time was left")
+                continue
+            command = [*program, *waiting]
+            ended = run(command, log=log, limit=left, patience=TASK_LIMIT, env=env, each=each)
+            settled = [records[name] for name in waiting if name in records]
+            if len(settled) < len(waiting) and not any("error" in record for record in settled):
+                # It ended in a task, and could not say why.
+                how = f"{ended.status} after {ended.seconds:.0f} s"
+                note(waiting[len(settled)], error="\n".join([*ended.tail(8), how]))
+    errors = sum("error" in record for record in records.values())
+    check.tell(facts, f"{len(records) - errors} of {len(records)} tasks")
+    return "failed" if errors else "passed"
 
 
 # Name -> the stage, and its part of the time; what one leaves, those behind it share.
@@ -292,25 +263,13 @@ STAGES: dict[str, tuple[Callable[[Check, Facts, float], str], int]] = {
 def _pytest(check: Check, workers: int) -> list[Any]:
     """pytest with the plugins that are of use here. Others that happen to be installed may get in the way."""
     command = [check.python, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider"]
-    if _importable("pytest_timeout"):
+    if find_spec("pytest_timeout"):
         # A kernel that hangs: only the end of the process stops it.
         timeout = [f"--timeout={TEST_LIMIT}", "--timeout-method=thread"]
         command += ["-p", "pytest_timeout", *timeout]
-    if workers > 1 and _importable("xdist"):
+    if workers > 1 and find_spec("xdist"):
         command += ["-p", "xdist.plugin", "-n", str(workers)]
     return command
-
-
-@functools.cache
-def _importable(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
-
-
-def _counts(facts: Facts) -> str:
-    outcomes = facts.get("outcomes", {})
-    counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items()))
-    left_out = ", ".join(facts["left_out"]) or "nothing"
-    return f"{sum(outcomes.values())} of {facts.get('tests', '?')}: {counts}; left out: {left_out}"
 
 
 def _printed(ended: Ended) -> Facts:
@@ -321,14 +280,3 @@ def _printed(ended: Ended) -> Facts:
 def _worst(ended: dict[str, Ended]) -> str:
     found = {one.status for one in ended.values()}
     return next((s for s in ("failed", "stopped at its limit") if s in found), "passed")
-
-
-def _errors(log: Path) -> list[str]:
-    """The compiler's errors, and CMake's."""
-    lines = log.read_text(errors="replace").splitlines()
-    return [line for line in lines if re.search(r"\berror\b|Error at", line)][:40]
-
-
-def _reports(ended: Ended) -> list[str]:
-    """What a sanitizer found, the beginning of it."""
-    return [line for line in ended.output.splitlines() if line.startswith("=====")][:60]

@@ -1,16 +1,15 @@
 """Runs tasks of the benchmark in one process until one fails: it may have broken the device.
 
-    python -m benchmarks.gpu_check.tasks [--small] TASK...
-
 Prints a line of JSON for each task.
 """
 
-import argparse
+import dataclasses
 import sys
 
 from benchmarks import measure
 from benchmarks.gpu_check.process import to_line
 from benchmarks.rows import ROWS, Row
+from experiments import frame
 
 
 def rows(*, small: bool) -> list[Row]:
@@ -22,27 +21,24 @@ def rows(*, small: bool) -> list[Row]:
     for row in found:
         problem = row.problems["ilajax"]
         kind = (problem.subset is None, problem.support, problem.backward, problem.dtype)
-        kinds.setdefault(kind, row.small())
+        little = dataclasses.replace(row, candidates={"ilajax": problem.small()})
+        kinds.setdefault(kind, little)
     return list(kinds.values())
 
 
 def batches(*, small: bool) -> dict[str, dict[str, measure.Task]]:
     """Batch -> name -> task."""
-    effort = measure.SMALL if small else measure.Effort()
-    return measure.tasks(rows(small=small), "gpu", effort)
+    return measure.tasks(rows(small=small), "gpu", measure.SMALL if small else measure.Effort())
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the tasks that are named; returns 1 if one failed, behind which none is run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_check.tasks", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("tasks", nargs="*", metavar="TASK")
+    parser = frame.parser("benchmarks.gpu_check.tasks", __doc__)
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help="what to run")
     parser.add_argument("--small", action="store_true", help="small layers, for a dry run")
     options = parser.parse_args(arguments)
-    named = {
-        n: task for batch in batches(small=options.small).values() for n, task in batch.items()
-    }
+    found = batches(small=options.small).values()
+    named = {name: task for batch in found for name, task in batch.items()}
     for name in options.tasks:
         record = measure.attempt(named[name])
         print(to_line({"task": name, **record}), flush=True)

@@ -13,17 +13,11 @@ INWARD = 2.0**-30
 
 @dataclasses.dataclass(frozen=True)
 class Pose:
-    """Where a shape stands in a cubic grid.
+    """Where a shape stands in a cubic grid."""
 
-    Attributes:
-      angle: radians about the vertical, which is the last axis; 0 leaves every bit as it is.
-      shift: along each axis, in voxels.
-      margin: voxels that scaling leaves free at each border of the grid; no less than any |shift|.
-    """
-
-    angle: float = 0.0
-    shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    margin: float = 0.0
+    angle: float = 0.0  # radians about the vertical, the last axis; 0 leaves every bit as it is
+    shift: tuple[float, float, float] = (0.0, 0.0, 0.0)  # in voxels
+    margin: float = 0.0  # voxels that stay free at each border, no less than any |shift|
 
     def __post_init__(self) -> None:
         if not max(map(abs, self.shift)) <= self.margin:
@@ -47,12 +41,7 @@ class Pose:
         A point on the upper border of the grid belongs to the last voxel, and is moved into it by `INWARD`.
         Points that are all in one place come to the middle of the grid.
 
-        Args:
-          points: [N, 3], x, y and z, finite.
-          resolution: of each of the three axes, above twice the margin.
-
-        Returns:
-          float64[N, 3], all in [0, resolution - INWARD]: `floor` gives the voxel.
+        All are in [0, resolution - INWARD]: `floor` gives the voxel.
         """
         position = self._turned(points)
         if not position.size:
@@ -81,13 +70,8 @@ def pose(seed: int | None, epoch: int, index: int, jitter: float = 0.0) -> Pose:
     """The pose of a sample in an epoch.
 
     It is drawn from the arguments alone, so that no worker's past and no resumed run makes a difference.
-
-    Args:
-      seed: of the augmentation; None: the sample is neither turned nor moved. The margin stays, so that
-        test samples are as large in their grid as training samples.
-      epoch: another pose in each.
-      index: of the sample in its set.
-      jitter: voxels that a sample is moved by at most, along each axis, uniformly.
+    Without a seed the sample is neither turned nor moved by its jitter, the most voxels along each axis. The
+    margin stays, so that test samples are as large in their grid as training samples.
     """
     if seed is None:
         return Pose(margin=jitter)

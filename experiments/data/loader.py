@@ -9,17 +9,11 @@ import numpy as np
 
 
 class Batch(NamedTuple):
-    """What a training step takes, as NumPy arrays.
+    """What a training step takes, as NumPy arrays."""
 
-    Attributes:
-      inputs: what the net, or its `to_input`, takes: an array or a pytree.
-      labels: int[B].
-      overflow: int32[B], voxels of each sample that did not fit; None where nothing can be cut.
-    """
-
-    inputs: Any
-    labels: np.ndarray
-    overflow: np.ndarray | None = None
+    inputs: Any  # what the net, or its `to_input`, takes: an array or a pytree
+    labels: np.ndarray  # int[B]
+    overflow: np.ndarray | None = None  # int32[B], voxels that did not fit; None: none can be cut
 
 
 class Source(Protocol):
@@ -34,12 +28,7 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """Samples that are in memory, ready for the step.
-
-    Attributes:
-      inputs: [N, ...].
-      labels: int[N].
-    """
+    """Samples that are in memory, ready for the step."""
 
     inputs: np.ndarray
     labels: np.ndarray
@@ -51,6 +40,7 @@ class Arrays:
         return Batch(self.inputs[chosen], self.labels[chosen])
 
 
+@functools.lru_cache(maxsize=1)
 def batches(count: int, size: int, *, seed: int, epoch: int) -> np.ndarray:
     """The epoch's order, int[steps, size]: a function of seed and epoch, and of nothing before.
 
@@ -74,11 +64,9 @@ def feed(
       seed: of the order.
       epochs: how often every sample comes.
       start: batches that are behind, from epoch 1 on.
-      workers: processes that make batches ahead; 0: made here, when they are asked for. Grain spawns them,
-        so a script that calls this must have its main program under `if __name__ == "__main__"`.
-
-    Returns:
-      A generator; `close()` ends the workers.
+      workers: processes that make batches ahead, until the generator is closed; 0: made here, when they are
+        asked for. Grain spawns them, so a script that calls this must have its main program under
+        `if __name__ == "__main__"`.
     """
     if len(source) < size:
         raise ValueError(
@@ -120,10 +108,5 @@ class _Numbered:
 
     def __call__(self, number: int) -> Batch:
         epoch, step = divmod(number, len(self.source) // self.size)
-        order = _order(len(self.source), self.size, self.seed, epoch + 1)
+        order = batches(len(self.source), self.size, seed=self.seed, epoch=epoch + 1)
         return self.source.batch(order[step], epoch + 1)
-
-
-@functools.lru_cache(maxsize=1)
-def _order(count: int, size: int, seed: int, epoch: int) -> np.ndarray:
-    return batches(count, size, seed=seed, epoch=epoch)

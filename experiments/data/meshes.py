@@ -12,47 +12,35 @@ import numpy as np
 
 import ilajax
 from experiments.data.augment import Pose
-from experiments.data.voxels import VoxelSource
+from experiments.data.voxels import unit_grid
 
 
 class Mesh(NamedTuple):
-    """A surface of triangles.
+    """A surface of triangles."""
 
-    Attributes:
-      vertices: float32[V, 3], x, y and z, each used by a face.
-      faces: int32[F, 3], the vertices of each triangle.
-    """
-
-    vertices: np.ndarray
-    faces: np.ndarray
+    vertices: np.ndarray  # float32[V, 3], x, y and z, each used by a face
+    faces: np.ndarray  # int32[F, 3], the vertices of each triangle
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSet:
-    """Some meshes, one behind the other.
+    """Some meshes, one behind the other, as files in a folder.
 
-    Attributes:
-      vertices: float32[sum of V, 3], x, y and z, upwards.
-      faces: int32[sum of F, 3], counted from each mesh's own first vertex.
-      vertex_offsets: int64[N + 1]; mesh i has the vertices from offset i to offset i + 1.
-      face_offsets: int64[N + 1], as well.
-      label: int[N], index into `class_names`.
-      class_names: str[C].
-      model_names: str[N].
-      left_out: str[L], files that could not be read, each with the reason.
-      folder: where the arrays lie as files. A pickle then holds the folder alone, and worker processes map
-        the files anew: an array mapped from a file would be pickled with all its bytes.
+    A pickle holds the folder alone, and worker processes map the files anew: an array mapped from a file
+    would be pickled with all its bytes.
     """
 
-    vertices: np.ndarray
-    faces: np.ndarray
-    vertex_offsets: np.ndarray
-    face_offsets: np.ndarray
-    label: np.ndarray
-    class_names: np.ndarray
-    model_names: np.ndarray
-    left_out: np.ndarray
-    folder: Path | None = None
+    vertices: np.ndarray  # float32[sum of V, 3], x, y and z, upwards
+    faces: np.ndarray  # int32[sum of F, 3], counted from each mesh's own first vertex
+    vertex_offsets: (
+        np.ndarray
+    )  # int64[N + 1]; mesh i has the vertices from offset i to offset i + 1
+    face_offsets: np.ndarray  # int64[N + 1], as well
+    label: np.ndarray  # int[N], index into `class_names`
+    class_names: np.ndarray  # str[C]
+    model_names: np.ndarray  # str[N]
+    left_out: np.ndarray  # str[L], files that could not be read, each with the reason
+    folder: Path
 
     def __len__(self) -> int:
         return len(self.label)
@@ -62,90 +50,51 @@ class MeshSet:
         faces = slice(*self.face_offsets[index : index + 2])
         return Mesh(self.vertices[vertices], self.faces[faces])
 
+    def positions(self, index: int, stands: Pose, resolution: int) -> np.ndarray:
+        """Positions in a grid, [N, 3] in voxels: the middles of the voxels that a surface meets."""
+        vertices, faces = self[index]
+        placed = stands.placed(vertices, resolution)
+        return ilajax.data.mesh_voxels(placed, faces, **unit_grid(resolution)) + 0.5
+
     def fingerprint(self) -> str:
         """A short hash to tell data sets apart: of names, labels and sizes, not of gigabytes of vertices."""
-        small = [
-            getattr(self, name).tolist() for name in ARRAYS if name not in (*MAPPED, "left_out")
-        ]
-        return hashlib.sha256(json.dumps(small).encode()).hexdigest()[:16]
+        small = (
+            *(self.vertex_offsets, self.face_offsets, self.label),
+            *(self.class_names, self.model_names),
+        )
+        return hashlib.sha256(json.dumps([a.tolist() for a in small]).encode()).hexdigest()[:16]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.folder is not None:
-            return load_mesh_set, (self.folder,)
-        return MeshSet, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+        return load_mesh_set, (self.folder,)
 
 
-ARRAYS = tuple(field.name for field in dataclasses.fields(MeshSet) if field.name != "folder")
-MAPPED = ("vertices", "faces")  # the large ones
+MAPPED = {"vertices": np.float32, "faces": np.int32}  # the large files, by name
 
 
 @functools.lru_cache(maxsize=8)
 def load_mesh_set(folder: Path) -> MeshSet:
-    """Maps a set from the folder's files, one .npy file for each name in `ARRAYS`."""
-    return MeshSet(**_arrays(folder, "r"), folder=folder)
+    """Maps a set from the folder's files: the bytes of each name in `MAPPED`, and all else in an .npz."""
+    with np.load(folder / "index.npz") as index:
+        arrays = dict(index)
+    for name, kind in MAPPED.items():
+        arrays[name] = np.empty((0, 3), kind)
+        if len(arrays["label"]):  # an empty file cannot be mapped
+            arrays[name] = np.memmap(folder / name, kind, mode="r").reshape(-1, 3)
+    return MeshSet(**arrays, folder=folder)
 
 
-def read_mesh_set(folder: Path) -> MeshSet:
-    """Reads a set into memory; the folder is needed no longer."""
-    return MeshSet(**_arrays(folder, None))
+def load_mesh(path: Path) -> Mesh:
+    """Loads a mesh from an OFF file.
 
-
-def _arrays(folder: Path, mode: Any) -> dict[str, np.ndarray]:
-    return {
-        name: np.load(folder / f"{name}.npy", mmap_mode=mode if name in MAPPED else None)
-        for name in ARRAYS
-    }
-
-
-class Meshes(VoxelSource):
-    """The surfaces of a `MeshSet` as a source of training batches."""
-
-    def _positions(self, index: int, stands: Pose) -> np.ndarray:
-        vertices, faces = self.sets[index]
-        placed = stands.placed(vertices, self.resolution)
-        return ilajax.data.mesh_voxels(placed, faces, **self._grid()) + 0.5
-
-
-def load_mesh(path: str | Path) -> Mesh:
-    """Loads a mesh from a file of any format that trimesh reads; the meshes of a scene are joined.
-
-    OFF is read here, as trimesh takes a file that ends early for a smaller mesh, and needs several times as
-    long. A header may be glued to the counts, as in some files of ModelNet40. Faces of more than three
-    corners become fans of triangles.
-
-    Args:
-      path: the file; its suffix names the format.
-
-    Returns:
-      The mesh, without vertices that no face uses: its box is that of the surface.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: naming the file and what is wrong with it.
-      ImportError: if trimesh needs a package for the file that is not installed.
+    Trimesh takes a file that ends early for a smaller mesh, and needs several times as long. A header may be
+    glued to the counts, as in some files of ModelNet40. Faces of more than three corners become fans of
+    triangles; vertices that no face uses are left out, so that the box is that of the surface. A ValueError
+    names the file and what is wrong with it.
     """
-    # Imported where it is used: it takes a while, and only meshes need it.
-    import trimesh
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path.absolute()}. Give a file with a mesh.")
-    suffix = path.suffix.lower().removeprefix(".")
-    known = trimesh.exchange.load.mesh_formats()
-    if suffix not in known:
-        raise ValueError(
-            f"{path} has a suffix that names no format of meshes. Known are {', '.join(sorted(known))}."
-        )
+    text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        if suffix == "off":
-            vertices, faces = _read_off(path.read_text(encoding="utf-8", errors="replace"))
-        else:
-            loaded = trimesh.load_mesh(path, process=False)
-            vertices, faces = np.asarray(loaded.vertices), np.asarray(loaded.faces)
-        return _checked(vertices, faces)
-    except (OSError, MemoryError, ImportError):  # the machine's fault, not the file's
-        raise
-    except Exception as error:  # of every kind, as parsers of broken files have it
+        return _checked(*_read_off(text))
+    except (ValueError, IndexError, OverflowError) as error:
         raise ValueError(f"{path} cannot be read as a mesh: {error}") from error
 
 

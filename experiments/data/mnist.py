@@ -14,15 +14,10 @@ CLASSES = 10
 
 @dataclasses.dataclass(frozen=True)
 class Digits:
-    """Labelled images.
+    """Labelled images."""
 
-    Attributes:
-      images: uint8[N, 28, 28], grey levels.
-      labels: uint8[N], the classes 0 to 9.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
+    images: np.ndarray  # uint8[N, 28, 28], grey levels
+    labels: np.ndarray  # uint8[N], the classes 0 to 9
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -42,18 +37,9 @@ class Digits:
 
 
 def load_mnist(directory: str | Path | None = None) -> tuple[Digits, Digits]:
-    """Loads the training and the test digits.
+    """Loads the training and the test digits from a folder with the four IDX files of MNIST.
 
-    Args:
-      directory: a folder with the four IDX files of MNIST, plain or with `.gz`; None: the 8,000 and
-        2,000 digits that are shipped with the repository.
-
-    Returns:
-      (training digits, test digits).
-
-    Raises:
-      FileNotFoundError: listing the names looked for.
-      ValueError: naming the file that is broken, or does not fit its companion.
+    They are plain or end in `.gz`. None: the 8,000 and 2,000 digits that are shipped with the repository.
     """
     directory = SHIPPED if directory is None else Path(directory)
     return _load(directory, "train"), _load(directory, "t10k")
@@ -69,16 +55,10 @@ def _load(directory: Path, part: str) -> Digits:
             f"{images_path} holds {len(images)} images, but {labels_path} holds {len(labels)} labels. "
             f"Both must come from the same part of MNIST."
         )
-    if not len(images):
-        raise ValueError(f"{images_path} holds no images.")
-    if images.shape[1:] != (28, 28):
-        raise ValueError(
-            f"{images_path} holds images of {images.shape[1:]} pixels, expected (28, 28)."
-        )
+    if not len(images) or images.shape[1:] != (28, 28):
+        raise ValueError(f"{images_path} holds images {images.shape}, expected (N, 28, 28).")
     if labels.max() >= CLASSES:
-        raise ValueError(
-            f"{labels_path} holds the label {labels.max()}, expected 0 to {CLASSES - 1}."
-        )
+        raise ValueError(f"{labels_path} holds the label {labels.max()}, expected 0 to 9.")
     return Digits(images, labels)
 
 

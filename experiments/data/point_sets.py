@@ -12,7 +12,6 @@ import numpy as np
 
 from experiments.data.augment import Pose
 from experiments.data.solids import CLASSES, LEAN, STRETCH, SURFACES
-from experiments.data.voxels import VoxelSource
 
 SCALE = 65535  # of a stored coordinate: 1
 # What a file holds, by name: the kind of number, the axes.
@@ -30,11 +29,7 @@ class MadePoints:
 
     A cloud is made whenever it is asked for, so that a set takes no memory and no time before its first
     batch, however fine its grid: 800 clouds for 256^3 would be 7.5 GB, and so much again in each worker.
-
-    Attributes:
-      count: how many clouds.
-      size: points of each.
-      seed: of everything; a cloud depends on it, on its own number and on the size alone.
+    A cloud depends on the seed, its own number and its size alone.
     """
 
     count: int
@@ -50,14 +45,9 @@ class MadePoints:
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """A cloud, uint16[size, 3]; of several indices the clouds, uint16[M, size, 3]."""
-        if not np.ndim(index):
-            return self._made(range(self.count)[index])
-        clouds = np.empty((len(index), self.size, 3), np.uint16)
-        for cloud, number in zip(clouds, index, strict=True):
-            cloud[:] = self[number]
-        return clouds
-
-    def _made(self, number: int) -> np.ndarray:
+        if np.ndim(index):
+            return np.stack([self[number] for number in index])
+        number = range(self.count)[index]
         rng = np.random.default_rng([self.seed, number])
         surface = SURFACES[CLASSES[number % len(CLASSES)]](self.size, rng)
         return _into_the_cube(surface * rng.uniform(STRETCH, 1, 3) @ _leaning(rng))
@@ -65,22 +55,20 @@ class MadePoints:
 
 @dataclasses.dataclass(frozen=True)
 class PointSets:
-    """Some clouds of equally many points.
+    """Some clouds of equally many points; divided by `SCALE` they lie in the unit cube."""
 
-    Attributes:
-      points: uint16[N, P, 3], x, y and z, upwards; divided by `SCALE` they lie in the unit cube.
-      label: int[N], index into `class_names`.
-      class_names: str[C].
-      model_names: str[N].
-    """
-
-    points: np.ndarray | MadePoints
-    label: np.ndarray
-    class_names: np.ndarray
-    model_names: np.ndarray
+    points: np.ndarray | MadePoints  # uint16[N, P, 3], x, y and z, upwards
+    label: np.ndarray  # int[N], index into `class_names`
+    class_names: np.ndarray  # str[C]
+    model_names: np.ndarray  # str[N]
 
     def __len__(self) -> int:
         return len(self.label)
+
+    def positions(self, index: int, stands: Pose, resolution: int) -> np.ndarray:
+        """The points of a cloud as positions in a grid, [N, 3] in voxels."""
+        points = (self.points[index].T / SCALE).T  # axes first in memory, as `placed` works
+        return stands.placed(points, resolution)
 
     def fingerprint(self) -> str:
         """A short hash of points and labels, to tell data sets apart; of made points it is of their seed."""
@@ -90,21 +78,8 @@ class PointSets:
         return found.hexdigest()[:16]
 
 
-class Clouds(VoxelSource):
-    """The clouds of `PointSets` as a source of training batches; a capacity of their points cuts nothing."""
-
-    def _positions(self, index: int, stands: Pose) -> np.ndarray:
-        points = (self.sets.points[index].T / SCALE).T  # axes first in memory, as `placed` works
-        return stands.placed(points, self.resolution)
-
-
 def load_point_sets(path: str | Path) -> PointSets:
-    """Loads a file with the arrays of `FORMAT`.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: naming the file and the array that is missing, broken, or does not fit the others.
-    """
+    """Loads a file with the arrays of `FORMAT`; an error names the one that is missing, broken or unfit."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path.absolute()}. Give an .npz file of point sets.")
@@ -113,10 +88,9 @@ def load_point_sets(path: str | Path) -> PointSets:
     with np.load(path) as file:
         sets = PointSets(**{name: _array(path, file, name) for name in FORMAT})
     for name in ("points", "model_names"):
-        if len(getattr(sets, name)) != len(sets):
-            raise ValueError(
-                f"{path}: {name} holds {len(getattr(sets, name))} clouds, but label {len(sets)}."
-            )
+        count = len(getattr(sets, name))
+        if count != len(sets):
+            raise ValueError(f"{path}: {name} holds {count} clouds, but label {len(sets)}.")
     if len(sets) and not 0 <= sets.label.min() <= sets.label.max() < len(sets.class_names):
         raise ValueError(
             f"{path}: label holds {sets.label.min()} to {sets.label.max()}, but class_names has "
@@ -146,11 +120,8 @@ def _array(path: Path, file: Any, name: str) -> np.ndarray:
 def make_point_sets(count: int, points: int, *, seed: int, stored: bool = True) -> PointSets:
     """Clouds on the surfaces of solids: stretched, turned and leant over at random; the classes take turns.
 
-    Args:
-      count: how many clouds.
-      points: of each cloud.
-      seed: of everything; the first clouds of a longer list are those of a shorter one.
-      stored: False: the points are `MadePoints`, the same ones, made when they are asked for.
+    The first clouds of a longer list are those of a shorter one. Points that are not `stored` are
+    `MadePoints`, the same ones, made when they are asked for.
     """
     label = np.arange(count, dtype=np.int32) % len(CLASSES)
     names = np.array([f"{CLASSES[at]}-{number}" for number, at in enumerate(label)], dtype=np.str_)

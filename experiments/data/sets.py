@@ -4,17 +4,13 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-
 import ilajax
 from experiments import frame
 from experiments.data.loader import Source
-from experiments.data.meshes import Meshes
 from experiments.data.modelnet40 import listed, load_modelnet40
-from experiments.data.point_sets import Clouds, load_point_sets, make_point_sets
+from experiments.data.point_sets import load_point_sets, make_point_sets
 from experiments.data.solids import POINTS_PER_VOXEL
-from experiments.data.voxels import check_grid
+from experiments.data.voxels import VoxelSource, check_grid
 
 # What lies in the folder of each set; None: it is made on the spot.
 FOLDERS: dict[str, str | None] = {
@@ -29,13 +25,7 @@ LEAST_POINTS = 2048
 
 
 class Dataset(NamedTuple):
-    """Labelled shapes, as voxels that hold 1.
-
-    Attributes:
-      training: with augmentation, if there is a seed for it.
-      test: neither turned nor moved.
-      class_names: the class of each label.
-    """
+    """Labelled shapes, as voxels that hold 1; only those to train on are turned and moved."""
 
     training: Source
     test: Source
@@ -45,19 +35,11 @@ class Dataset(NamedTuple):
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Adds --data, what `add_directory` adds, and --capacity; `load_dataset` checks them together."""
     add = parser.add_argument
-    add(
-        "--data",
-        choices=NAMES,
-        default="shapes",
-        help="solids made on the spot, electronic parts, or furniture and more",
-    )
+    data = "solids made on the spot, electronic parts, or furniture and more"
+    add("--data", choices=NAMES, default="shapes", help=data)
     add_directory(parser)
-    add(
-        "--capacity",
-        type=frame.positive_int,
-        metavar="K",
-        help="voxels of a sample that are kept; by default all of kicad's, else 6 r^2",
-    )
+    capacity = "voxels of a sample that are kept; by default all of kicad's, else 6 r^2"
+    add("--capacity", type=frame.positive_int, metavar="K", help=capacity)
 
 
 def add_directory(parser: argparse.ArgumentParser) -> None:
@@ -65,17 +47,10 @@ def add_directory(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     needs = "; ".join(f"{name}: {folder}" for name, folder in FOLDERS.items() if folder)
     add("--data-dir", type=Path, metavar="DIR", help=f"of the data, {needs}")
-    add(
-        "--cache-dir",
-        type=Path,
-        metavar="DIR",
-        help="where modelnet40's meshes are kept as arrays; by default in --data-dir",
-    )
-    add(
-        "--skip-broken",
-        action="store_true",
-        help="leave out those files of modelnet40 that cannot be read",
-    )
+    cache = "where modelnet40's meshes are kept as arrays; by default in --data-dir"
+    add("--cache-dir", type=Path, metavar="DIR", help=cache)
+    skip = "leave out those files of modelnet40 that cannot be read"
+    add("--skip-broken", action="store_true", help=skip)
 
 
 def where(options: argparse.Namespace) -> dict[str, Any]:
@@ -93,10 +68,7 @@ def check_directory(
     cache_dir: str | Path | None = None,
     skip_broken: bool = False,
 ) -> None:
-    """Raises ValueError unless there is a folder where the set needs one, and only there.
-
-    It does as well where the other options are given for a set that has no use for them.
-    """
+    """Raises ValueError unless there are a folder and other options where they are needed, and only there."""
     folder = FOLDERS.get(name)
     if folder and directory is None:
         raise ValueError(f"--data {name} needs --data-dir DIR, {folder}.")
@@ -139,22 +111,13 @@ def load_dataset(
     What does not fit is counted in `Batch.overflow`.
 
     Args:
-      name: in `NAMES`.
-      directory: where the set lies, for those that are not made on the spot.
+      name, directory: in `NAMES`, and where the set lies, for those that are not made on the spot.
       resolution: of each of the three axes of the grid, r.
       capacity: slots of a sample.
       seed: of the augmentation of the training samples, which turns and moves them; None: there is none.
       jitter: voxels that a training sample is moved by at most; test samples have the same margin.
-      train_size: training samples that are made; a loaded set has its own number.
-      test_size: test samples that are made.
-      cache_dir: where the arrays of ModelNet40 are kept; by default in `directory`.
-      skip_broken: leave out the files of ModelNet40 that cannot be read.
-
-    Returns:
-      Dataset: training, test, class_names.
-
-    Raises:
-      OSError, ValueError: if files are missing or broken, or an argument has a wrong value.
+      train_size, test_size: samples that are made; a loaded set has its own numbers.
+      cache_dir, skip_broken: see `load_modelnet40`.
 
     Example:
       >>> data = load_dataset("shapes", resolution=16, seed=0, train_size=16, test_size=8)
@@ -166,14 +129,13 @@ def load_dataset(
     check_directory(name, directory, cache_dir, skip_broken)
     check_grid(resolution, 1 if capacity is None else capacity, jitter)
     folder = Path(directory or ".")
-    source: Any = Clouds
     slots = ilajax.capacity(min(1.0, BOX / resolution), (resolution,) * 3)
     if name == "modelnet40":
         training, test = load_modelnet40(
             folder, cache_dir=cache_dir, skip_broken=skip_broken, progress=_tell
         )
-        _tell_left_out([*training.left_out.tolist(), *test.left_out.tolist()])
-        source = Meshes
+        if broken := [*training.left_out.tolist(), *test.left_out.tolist()]:
+            print(f"left out {len(broken):,} files:\n{listed(broken, 3)}", flush=True)
     elif name == "kicad":
         training, test = (load_point_sets(folder / f"{part}.npz") for part in ("train", "test"))
         slots = min(training.points.shape[1], resolution**3)
@@ -188,8 +150,8 @@ def load_dataset(
         )
     slots = slots if capacity is None else capacity
     return Dataset(
-        source(training, resolution, slots, seed=seed, jitter=jitter),
-        source(test, resolution, slots, jitter=jitter),
+        VoxelSource(training, resolution, slots, seed=seed, jitter=jitter),
+        VoxelSource(test, resolution, slots, jitter=jitter),
         tuple(map(str, training.class_names)),
     )
 
@@ -197,36 +159,3 @@ def load_dataset(
 def _tell(done: int, count: int) -> None:
     if done % 1000 == 0:
         print(f"read {done:,} of {count:,} meshes, once for all", flush=True)
-
-
-def _tell_left_out(broken: list[str]) -> None:
-    if broken:
-        print(f"left out {len(broken):,} files:\n{listed(broken, 3)}", flush=True)
-
-
-def whole(source: Source, piece: int = 64) -> tuple[Any, np.ndarray, int]:
-    """All samples of a source as one batch, for `experiments.training.evaluate`.
-
-    They are made in pieces and written into place, so that no more is in memory than the result and a piece.
-
-    Args:
-      source: the samples, at least one.
-      piece: samples that are made at a time.
-
-    Returns:
-      The inputs, a pytree of arrays [N, ...], the labels int[N], and the voxels that were cut, in all.
-    """
-    count, cut = len(source), 0
-    if not count:
-        raise ValueError("source must hold at least one sample, got none.")
-    made: Any = None
-    for start in range(0, count, piece):
-        part = slice(start, start + piece)
-        *some, overflow = source.batch(np.arange(count)[part], epoch=0)
-        if made is None:
-            made = jax.tree.map(lambda a: np.empty((count, *a.shape[1:]), a.dtype), some)
-        for into, leaf in zip(jax.tree.leaves(made), jax.tree.leaves(some), strict=True):
-            into[part] = leaf
-        cut += 0 if overflow is None else int(overflow.sum())
-    inputs, labels = made
-    return inputs, labels, cut

@@ -24,16 +24,10 @@ POINTS_PER_VOXEL = 8
 
 @dataclasses.dataclass(frozen=True)
 class Solids:
-    """Some solids.
+    """Some solids, in a grid of `resolution` voxels along each of the three axes, r."""
 
-    Attributes:
-      keys: int32[N, slots], the voxels that each surface meets, ascending; behind them padding, r^3.
-      labels: int32[N], which of `CLASSES` each is.
-      resolution: of each of the three axes, r.
-    """
-
-    keys: np.ndarray
-    labels: np.ndarray
+    keys: np.ndarray  # int32[N, slots], the voxels that each meets, ascending; then padding, r^3
+    labels: np.ndarray  # int32[N], which of `CLASSES` each is
     resolution: int
 
     def __len__(self) -> int:
@@ -65,22 +59,14 @@ def make_solids(count: int, resolution: int, *, seed: int) -> Solids:
     """Random solids, equally many of each class.
 
     A sampled surface is stretched by up to two, turned, scaled and moved. There are about eight points for
-    a voxel, so that hardly one is missed.
-
-    Args:
-      count: how many; the classes take turns.
-      resolution: of each of the three axes.
-      seed: of everything; the first solids of a longer list are those of a shorter one.
+    a voxel, so that hardly one is missed. The classes take turns; the first solids of a longer list are those
+    of a shorter one.
     """
     keys = np.full((count, slots(resolution)), resolution**3, np.int32)
     labels = np.arange(count, dtype=np.int32) % len(CLASSES)
     for number, label in enumerate(labels):
         rng = np.random.default_rng([seed, number])
         found = _voxels(SURFACES[CLASSES[label]], resolution, rng)
-        if len(found) > keys.shape[1]:
-            raise ValueError(
-                f"a {CLASSES[label]} has {len(found)} voxels, of {keys.shape[1]} slots."
-            )
         keys[number, : len(found)] = found
     return Solids(keys, labels, resolution)
 
@@ -109,11 +95,7 @@ def _turn(rng: np.random.Generator) -> np.ndarray:
         matrix[i, j], matrix[j, i] = -math.sin(angle), math.sin(angle)
         return matrix
 
-    first, lean, last = (
-        rng.uniform(0, 2 * math.pi),
-        rng.uniform(0, LEAN),
-        rng.uniform(0, 2 * math.pi),
-    )
+    first, lean, last = (rng.uniform(0, most) for most in (2 * math.pi, LEAN, 2 * math.pi))
     return about(2, first) @ about(0, lean) @ about(2, last)
 
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from benchmarks import timing
-from benchmarks.timing import Timings, exponent, quickest, show, side_by_side
+from benchmarks.timing import Timings, exponent, show, side_by_side
 
 
 def recorded(log, name, seconds=0.0):
@@ -58,12 +58,6 @@ def test_ratios_compare_within_a_stretch_of_the_run():
         "max_s": 20.0,
         "calls_s": [10.0, 20.0],
     }
-
-
-def test_quickest():
-    log = []
-    candidates = {"slow": recorded(log, "slow", 0.02), "fast": recorded(log, "fast")}
-    assert quickest(candidates, pause=0.0) == "fast"
 
 
 def test_exponent():

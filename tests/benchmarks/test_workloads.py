@@ -111,12 +111,14 @@ def test_a_seed_gives_the_same_solids_at_every_resolution():
 def test_parts(tmp_path):
     corners = np.array([[0, 0, 0], [65535, 65535, 65535], [65535, 0, 32768]], np.uint16)
     points = np.stack([corners, np.zeros_like(corners)])
-    np.savez(tmp_path / "test.npz", points=points, label=np.array([5, 7], np.int32))
-    x, labels = workloads.parts(8, tmp_path, batch=2, split="test")
+    np.savez(
+        tmp_path / "train.npz",
+        points=points,
+    )
+    x = workloads.parts(8, tmp_path, batch=2)
     x.validate()
-    pairs = zip(labels, np.asarray(x.keys[:, 0]), strict=True)
-    stored = {int(label): set(keys[keys < 512].tolist()) for label, keys in pairs}
-    assert stored == {5: {0, 511, 7 * 64 + 4}, 7: {0}}
+    stored = [set(keys[keys < 512].tolist()) for keys in np.asarray(x.keys[:, 0])]
+    assert sorted(stored, key=len) == [{0}, {0, 511, 7 * 64 + 4}]
     assert x.values.max() == 1
 
 
@@ -124,7 +126,6 @@ def test_kernels():
     assert workloads.kernel(2, 4).shape == (3, 3, 3, 2, 4)
     assert workloads.kernel(2, 4).density == 1
     assert 0.05 < workloads.kernel(2, 4, density=0.1).density < 0.15
-    assert workloads.kernel(1, 1, density=1e-9, window=(3, 3)).count == 1
 
 
 @pytest.mark.parametrize("density", [0.1, 1.0])

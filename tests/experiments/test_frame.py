@@ -12,19 +12,27 @@ from rich.console import Console
 
 from experiments import frame
 from experiments.checkpoints import CheckpointError
-from experiments.frame import Reporter, Table, minutes, write_json, write_section
+from experiments.frame import Reporter, minutes, write_json, write_section, write_table
 
 
-def test_a_table_is_complete_after_every_row(tmp_path):
+def test_a_table_replaces_the_one_before(tmp_path):
     path = tmp_path / "new" / "table.csv"
-    table = Table(path, ["epoch", "loss", "density"], [{"epoch": 1, "loss": 0.5}])
+    rows = [{"epoch": 1, "loss": 0.5}]
     for epoch in (2, 3):
-        table.append({"epoch": epoch, "loss": 1 / 3, "density": 0.25})
+        rows.append({"epoch": epoch, "loss": 1 / 3, "density": 0.25})
+        write_table(path, ["epoch", "loss", "density"], rows)
         with path.open() as file:
-            rows = list(csv.DictReader(file))
-        assert [row["epoch"] for row in rows] == [str(n) for n in range(1, epoch + 1)]
-    assert rows[0]["density"] == ""
-    assert float(rows[2]["loss"]) == 1 / 3
+            read = list(csv.DictReader(file))
+        assert [row["epoch"] for row in read] == [str(n) for n in range(1, epoch + 1)]
+    assert read[0]["density"] == ""
+    assert float(read[2]["loss"]) == 1 / 3
+
+
+def test_a_page_has_paragraphs_and_tables(tmp_path):
+    cells = [("net", "loss"), ("a", "1"), ("b", "2")]
+    frame.write_page(tmp_path / "page.md", "# Nets", cells, "The end.")
+    table = "| net | loss |\n| --- | ---: |\n| a | 1 |\n| b | 2 |"
+    assert (tmp_path / "page.md").read_text() == f"# Nets\n\n{table}\n\nThe end.\n"
 
 
 def test_a_section_replaces_the_one_with_its_heading(tmp_path):
@@ -73,11 +81,9 @@ def test_minutes():
 
 def test_a_full_disk_is_reported_with_the_name_of_the_file(tmp_path):
     """/dev/full is one: it takes nothing."""
-    table = Table(tmp_path / "table.csv", ["epoch"])
-    table.path.unlink()
-    table.path.symlink_to("/dev/full")
+    (tmp_path / "table.csv.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device: '.*table\.csv'") as raised:
-        table.append({"epoch": 1})
+        write_table(tmp_path / "table.csv", ["epoch"], [{"epoch": 1}])
     assert raised.value.errno == errno.ENOSPC
 
     path = tmp_path / "record.json"
@@ -105,7 +111,7 @@ def test_an_error_in_words_keeps_them(tmp_path):
 
 def test_a_users_own_file_stays(tmp_path):
     (tmp_path / "net.tmp").write_text("mine")
-    Table(tmp_path / "net.csv", ["epoch"])
+    write_table(tmp_path / "net.csv", ["epoch"], [])
     write_json(tmp_path / "net.json", {})
     assert (tmp_path / "net.tmp").read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 3
@@ -124,14 +130,7 @@ def test_a_report_into_the_folder_of_the_run_leaves_its_files(tmp_path):
 def test_the_command_line_of_an_experiment():
     parser = frame.parser("experiments.some", "What it does.\n\nMore.")
     frame.add_out(parser, "runs/some")
-    frame.add_resume(parser)
-    options = parser.parse_args([])
-    assert (options.out, options.resume, options.checkpoint_every) == (
-        Path("runs/some"),
-        False,
-        None,
-    )
-    assert parser.parse_args(["--checkpoint-every", "3"]).checkpoint_every == 3
+    assert parser.parse_args([]).out == Path("runs/some")
     text = re.sub(r"\s+", " ", parser.format_help())
     assert text.startswith("usage: python -m experiments.some")
     assert "What it does. options:" in text

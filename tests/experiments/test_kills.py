@@ -71,7 +71,7 @@ def test_a_trial_is_redrawn_until_a_run_was_killed(tmp_path, monkeypatch):
     ):
         ends = iter([None, None, kills.Kill(1.0, 10, None)])
         monkeypatch.setattr(kills, "_killed", killed)
-        monkeypatch.setattr(kills, "_ended", lambda *_, lines=lines, **__: (0, lines))
+        monkeypatch.setattr(kills, "_ended", lambda *_, lines=lines: (0, lines))
         monkeypatch.setattr(kills, "TWICE", 0.0)
         trial = kills._trial(tmp_path, out, random.Random(0), None)
         assert trial.kills == [kills.Kill(1.0, 10, None)]

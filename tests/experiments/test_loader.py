@@ -17,12 +17,13 @@ from flax import nnx
 import ilajax
 from experiments import frame
 from experiments.data.loader import Arrays, batches, feed
-from experiments.data.point_sets import Clouds, make_point_sets
+from experiments.data.point_sets import make_point_sets
+from experiments.data.voxels import VoxelSource
 from experiments.training import Run, train
 
 ROOT = Path(__file__).parents[2]
 SETS = make_point_sets(22, 60, seed=0)
-CLOUDS = Clouds(SETS, 16, 40, seed=1)
+CLOUDS = VoxelSource(SETS, 16, 40, seed=1)
 
 
 @pytest.fixture
@@ -103,16 +104,10 @@ def trained(folder, workers):
         model=model,
         optimizer=optimizer,
         to_input=as_it_is,
-        densities=lambda model: {},
-        prunes=False,
         directory=folder,
-        options={},
         seed=5,
-        resumable=False,
     )
-    columns = ["net", "epoch", "train_loss", "train_accuracy", "voxels_cut", "live_weights"]
-    columns += ["test_loss", "test_accuracy", "seconds_per_step", "seconds"]
-    test = Clouds(SETS, 16, 60).batch(np.arange(22), epoch=0)
+    test = VoxelSource(SETS, 16, 60).batch(np.arange(22), epoch=0)
     with frame.Reporter() as reporter:
         rows = train(
             run,
@@ -120,7 +115,6 @@ def trained(folder, workers):
             (test.inputs, test.labels),
             epochs=2,
             batch_size=4,
-            columns=columns,
             reporter=reporter,
             test_batch=8,
             workers=workers,

@@ -6,8 +6,9 @@ import pickle
 import numpy as np
 import pytest
 
-from experiments.data.point_sets import SCALE, Clouds, load_point_sets, make_point_sets
+from experiments.data.point_sets import SCALE, load_point_sets, make_point_sets
 from experiments.data.solids import CLASSES
+from experiments.data.voxels import VoxelSource
 
 SETS = make_point_sets(10, 50, seed=0)
 
@@ -89,7 +90,9 @@ def test_points_that_are_not_stored_are_the_same():
     np.testing.assert_array_equal(made.points[np.array([3, 1])], SETS.points[[3, 1]])
     with pytest.raises(IndexError):
         made.points[10]
-    batches = [Clouds(s, 16, 50, seed=3).batch(np.array([4, 9]), epoch=2) for s in (SETS, made)]
+    batches = [
+        VoxelSource(s, 16, 50, seed=3).batch(np.array([4, 9]), epoch=2) for s in (SETS, made)
+    ]
     np.testing.assert_array_equal(batches[0].inputs.keys, batches[1].inputs.keys)
     # Six petabytes, were they stored.
     endless = make_point_sets(1000, 10**9, seed=0, stored=False)
@@ -116,7 +119,7 @@ def test_fingerprints_tell_sets_apart(tmp_path):
 def test_a_batch_has_the_voxels_of_its_clouds():
     """Catches samples in another order, and labels of others: against a loop over the points."""
     chosen = np.array([7, 2])
-    x, labels, overflow = Clouds(SETS, 8, 50).batch(chosen, epoch=1)
+    x, labels, overflow = VoxelSource(SETS, 8, 50).batch(chosen, epoch=1)
     x.validate()
     assert x.shape == (2, 8, 8, 8, 1)
     np.testing.assert_array_equal(labels, SETS.label[chosen])
@@ -134,29 +137,29 @@ def test_a_batch_has_the_voxels_of_its_clouds():
 def test_what_does_not_fit_is_counted():
     """Catches voxels that are cut and not told of."""
     chosen = np.arange(10)
-    whole, cut = (Clouds(SETS, 8, capacity).batch(chosen, epoch=1) for capacity in (50, 12))
+    whole, cut = (VoxelSource(SETS, 8, capacity).batch(chosen, epoch=1) for capacity in (50, 12))
     np.testing.assert_array_equal(cut.overflow, whole.inputs.counts[:, 0] - 12)
     assert cut.overflow.min() > 0
 
 
 def test_a_turn_is_a_function_of_seed_epoch_and_cloud():
     """Catches random numbers that hang on what a worker drew before, or on a cloud's place in a batch."""
-    clouds = Clouds(SETS, 16, 50, seed=3)
+    clouds = VoxelSource(SETS, 16, 50, seed=3)
     many = clouds.batch(np.array([1, 4, 6]), epoch=2).inputs.keys
     one = clouds.batch(np.array([4]), epoch=2).inputs.keys
     np.testing.assert_array_equal(many[1], one[0])
     for other in (
         clouds.batch(np.array([4]), epoch=3),
-        Clouds(SETS, 16, 50, seed=4).batch(np.array([4]), epoch=2),
+        VoxelSource(SETS, 16, 50, seed=4).batch(np.array([4]), epoch=2),
     ):
         assert (other.inputs.keys != one).any()
 
 
 def test_a_shape_is_moved_by_its_jitter():
     """Catches a shift that leaves the grid, comes without a seed, or is the same for all."""
-    still = Clouds(SETS, 16, 50, jitter=2.5).batch(np.array([1]), epoch=1).inputs.coordinates()
+    still = VoxelSource(SETS, 16, 50, jitter=2.5).batch(np.array([1]), epoch=1).inputs.coordinates()
     assert still.min() >= 2  # the margin
-    moved = Clouds(SETS, 16, 50, seed=3, jitter=2.5)
+    moved = VoxelSource(SETS, 16, 50, seed=3, jitter=2.5)
     lowest = {
         moved.batch(np.array([1]), epoch=e).inputs.coordinates()[..., 2].min() for e in range(9)
     }
@@ -170,11 +173,11 @@ def test_a_shape_is_moved_by_its_jitter():
         ({"jitter": -0.5}, "jitter must be .* got -0.5"),
         ({"jitter": float("nan")}, "jitter must be .* got nan"),
         ({"capacity": 0}, "capacity must be at least 1, got 0"),
-        ({"resolution": 0}, "resolution must be at least 1 voxel along each axis, got 0"),
+        ({"resolution": 0}, r"every axis at least one site, got \(0, 0, 0\)"),
         ({"resolution": 1291}, "keys are int32"),
     ],
 )
 def test_a_wrong_number_is_named(changes, expected):
     """Catches a number that shows in a worker, or as a cloud that is turned inside out."""
     with pytest.raises(ValueError, match=expected):
-        Clouds(**{"sets": SETS, "resolution": 8, "capacity": 50} | changes)
+        VoxelSource(**{"sets": SETS, "resolution": 8, "capacity": 50} | changes)

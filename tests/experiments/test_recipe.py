@@ -1,6 +1,5 @@
 """The measurements behind docs/recipe.md, run for real on a few solids in a small grid."""
 
-import dataclasses
 import json
 import math
 
@@ -17,7 +16,7 @@ def finished(tmp_path_factory):
     """What a sweep of three values measured, and the folders with what it wrote."""
     out = tmp_path_factory.mktemp("recipe")
     report = ["--report", str(out / "report"), "--out", str(out / "run")]
-    sweep = dataclasses.replace(recipe.SWEEPS["threshold"], values=VALUES)
+    sweep = recipe.SWEEPS["threshold"]._replace(values=VALUES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(recipe.SWEEPS, "threshold", sweep)
         return recipe.main([*SMALL, "--sweep", "threshold", *report]), out

@@ -1,15 +1,15 @@
-"""Counts of a layer's work, against loops over all pairs of an entry and a weight."""
+"""Counts of a layer's work, against loops over all pairs of an entry and a weight; small ceilings."""
 
 import dataclasses
 import itertools
 from collections import defaultdict
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import workloads
-from benchmarks.counts import count
+from benchmarks import work, workloads
 from benchmarks.peers import Layer
 
 BIAS = [0.1, -0.2, 0.3]
@@ -46,6 +46,10 @@ LAYERS = {
         workloads.random_sites(4, dtype="bfloat16"), workloads.kernel(1, 3), jnp.zeros(3), 20
     ),
 }
+
+
+def count(layer):
+    return SimpleNamespace(**work.count(layer))
 
 
 def entries(keys, values, sites):
@@ -106,7 +110,7 @@ def test_counts_are_those_of_loops(name, backward):
         for (_, _, oc), response in responses.items()
     )
     assert counts.candidates == candidates
-    assert counts.record()["bytes"] == counts.bytes_read + counts.bytes_written
+    assert counts.bytes == counts.bytes_read + counts.bytes_written
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -146,3 +150,21 @@ def test_an_input_without_entries():
     counts = count(layer)
     assert (counts.products, counts.sites, counts.candidates, counts.kept) == (0, 0, 0, 0)
     assert counts.bytes_written > 0
+
+
+def test_every_ceiling_is_measured():
+    found = work.ceilings(large=1, matrix=64, rounds=2)
+    assert set(found) == {"copy", "multiply_adds"}
+    assert all(value > 0 for value in found.values())
+
+
+def test_shares_are_of_all_cores():
+    counts = {"products": 300, "bytes": 1500, "candidates": 40}
+    assert work.reached(counts, 0.5, {"copy": 6e3, "multiply_adds": 1e3}) == {
+        "products_per_s": 600,
+        "multiply_add_share": pytest.approx(0.6),
+        "bytes_per_s": 3000,
+        "copy_share": pytest.approx(0.5),
+        "ns_per_product": pytest.approx(0.5e9 / 300),
+        "ns_per_candidate": pytest.approx(0.5e9 / 40),
+    }
