@@ -39,23 +39,14 @@ _COMMAND = "from ilajax import check; check.run()"
 
 
 class Case(NamedTuple):
-    """One comparison.
+    """One comparison: outputs and gradients of a function, by the kernels and by the reference."""
 
-    Attributes:
-      operation: whose kernels run, one of routes.OPERATIONS.
-      what: its sizes, in words.
-      function: of a SparseTensor or an array, and a SparseKernel or None.
-      operands: its arguments.
-      exact: whether both must give the same bits, or agree to one part in a million.
-      workspace: bytes that a GPU's workspace may take; None: as usual.
-    """
-
-    operation: str
-    what: str
-    function: Callable[[Any, Any], Any]
+    operation: str  # whose kernels run, one of routes.OPERATIONS
+    what: str  # its sizes, in words
+    function: Callable[[Any, Any], Any]  # of a SparseTensor or an array, and a SparseKernel or None
     operands: tuple[Any, Any]
-    exact: bool = True
-    workspace: int | None = None
+    exact: bool = True  # whether both must give the same bits, or agree to one part in a million
+    workspace: int | None = None  # bytes that a GPU's workspace may take; None: as usual
 
 
 def supervise(limit: float = LIMIT) -> int:
@@ -68,12 +59,10 @@ def supervise(limit: float = LIMIT) -> int:
         "PYTHONUNBUFFERED": "1",
     }
     command = [sys.executable, "-c", _COMMAND]
-    deadline = time.monotonic() + limit
-    said = ""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    deadline, said = time.monotonic() + limit, ""
     with (
-        subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        ) as process,
+        subprocess.Popen(command, env=environment, **pipes) as process,
         selectors.DefaultSelector() as selector,
     ):
         assert process.stdout is not None
@@ -100,9 +89,8 @@ def run() -> None:
     device = jax.devices()[0].device_kind
     print(f"ilajax's kernels on {device} ({platform}), JAX {jax.__version__}")
     for why in dict.fromkeys(missing.values()):
-        print(
-            f"FAILED: nothing to check of {', '.join(n for n in missing if missing[n] == why)}: {why}"
-        )
+        names = ", ".join(name for name in missing if missing[name] == why)
+        print(f"FAILED: nothing to check of {names}: {why}")
     if missing:
         sys.exit(1)
     start = time.monotonic()
@@ -130,7 +118,6 @@ def run() -> None:
 
 def compare(case: Case) -> str:
     """How the kernel's results differ from the reference's; "" if they do not."""
-
     for kernel, reference in zip(results(case, "native"), results(case, "reference"), strict=True):
         one, other = kernel.astype(np.float64), reference.astype(np.float64)
         tolerance = 0.0 if case.exact else 1e-6
@@ -152,7 +139,7 @@ def results(case: Case, backend: str) -> list[np.ndarray]:
         gradients = jax.tree.leaves(pull(jax.tree.map(_cotangent, out)))
         return out, [g for g in gradients if g.dtype != jax.dtypes.float0]
 
-    with _backend(backend), _workspace(case.workspace):
+    with _backend(backend), plans.tuned("cuda", workspace=case.workspace or 0):
         return [np.asarray(a) for a in jax.tree.leaves(jax.jit(both)(*case.operands))]
 
 
@@ -229,18 +216,10 @@ def _selection_cases() -> Iterator[Case]:
         ("by several", 40_000, 3000, jnp.bfloat16, "magnitude"),
         ("all kept", 40_000, 50_000, jnp.float16, "magnitude"),
     ):
-
-        def selected(
-            x: SparseTensor, _: None, capacity: int = capacity, select: str = select
-        ) -> Any:
-            return k_select(x, capacity, select=select)
-
-        def converted(x: jax.Array, _: None, capacity: int = capacity, select: str = select) -> Any:
-            return from_dense(x, capacity, select=select)
-
+        options = {"capacity": capacity, "select": select}
         sparse, dense = _tensor(2, 2, (300, 400), slots, dtype), _integers(3, (2, slots, 3), dtype)
-        yield Case("k_select", what, selected, (sparse, None))
-        yield Case("from_dense", what, converted, (dense, None))
+        yield Case("k_select", what, _without_filter(k_select, **options), (sparse, None))
+        yield Case("from_dense", what, _without_filter(from_dense, **options), (dense, None))
 
 
 def _pool_cases() -> Iterator[Case]:
@@ -250,12 +229,9 @@ def _pool_cases() -> Iterator[Case]:
         (avg_pool, (66, 66, 66), 2000, jnp.float32),
         (avg_pool, (31, 33), None, jnp.float16),
     ):
-
-        def function(x: SparseTensor, _: None, pool: Any = pool, capacity: Any = capacity) -> Any:
-            return pool(x, 2, capacity=capacity)
-
         x = _tensor(2, 3, grid, sites(grid) // 16, dtype, shared=len(grid) == 2)
         what = pool.__name__ + (", cut" if capacity else "")
+        function = _without_filter(pool, window=2, capacity=capacity)
         yield Case("pool", what, function, (x, None), exact=pool is max_pool)
 
 
@@ -263,17 +239,15 @@ def _dense_cases() -> Iterator[Case]:
     for shared, dtype in ((False, jnp.float32), (True, jnp.bfloat16)):
         x = _tensor(3, 5, (40, 41), 700, dtype, shared=shared)
         what = "one support" if shared else "own supports"
-        yield Case("to_dense", what, lambda x, _: to_dense(x), (x, None))
+        yield Case("to_dense", what, _without_filter(to_dense), (x, None))
+
+
+def _without_filter(operation: Callable[..., Any], **options: Any) -> Callable[[Any, Any], Any]:
+    return lambda x, _: operation(x, **options)
 
 
 def _tensor(
-    batch: int,
-    channels: int,
-    grid: tuple[int, ...],
-    slots: int,
-    dtype: Any,
-    *,
-    shared: bool = False,
+    batch: int, channels: int, grid: tuple[int, ...], slots: int, dtype: Any, shared: bool = False
 ) -> SparseTensor:
     """Random sites, a tenth of the slots empty, values of small integers."""
     rng = np.random.default_rng(slots)
@@ -281,9 +255,8 @@ def _tensor(
     for segment in keys.reshape(-1, slots):
         count = min(slots - slots // 10, sites(grid))
         segment[:count] = np.sort(rng.choice(sites(grid), count, replace=False))
-    values = rng.integers(1, 5, (batch, channels, slots)) * rng.choice(
-        [-1, 1], (batch, channels, slots)
-    )
+    shape = (batch, channels, slots)
+    values = rng.integers(1, 5, shape) * rng.choice([-1, 1], shape)
     values = np.where(keys < sites(grid), values, 0)
     return SparseTensor(jnp.asarray(keys), jnp.asarray(values, dtype), grid)
 
@@ -292,10 +265,8 @@ def _kernel(window: tuple[int, ...], cin: int, cout: int, density: float) -> Spa
     rng = np.random.default_rng(cin * cout)
     size = sites(window) * cin * cout
     keys = np.sort(rng.choice(size, max(1, round(density * size)), replace=False))
-    values = rng.integers(-3, 4, keys.size)
-    return SparseKernel(
-        jnp.asarray(keys, jnp.int32), jnp.asarray(values, jnp.float32), (*window, cin, cout)
-    )
+    values = jnp.asarray(rng.integers(-3, 4, keys.size), jnp.float32)
+    return SparseKernel(jnp.asarray(keys, jnp.int32), values, (*window, cin, cout))
 
 
 def _integers(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -317,8 +288,3 @@ def _backend(choice: str) -> Iterator[None]:
     finally:
         del os.environ["ILAJAX_BACKEND"]
         os.environ.update({name: value for name, value in before.items() if value is not None})
-
-
-def _workspace(size: int | None) -> contextlib.AbstractContextManager[None]:
-    """Limits a GPU's workspace to so many bytes, so that work is cut as for a large problem."""
-    return plans.tuned("cuda", workspace=size or 0)

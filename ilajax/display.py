@@ -57,20 +57,17 @@ def html(keys: Any, values: Any, spatial_shape: tuple[int, ...]) -> str | None:
     if stored is None or len(getattr(values, "shape", ())) != 3 or not hasattr(values, "dtype"):
         return None
     batch, channels, capacity = values.shape
-    support = "shared by all channels" if keys.shape[1] == 1 else "of each channel"
-    density = stored / sites(spatial_shape)
     rows = {
         "shape": f"{[batch, *spatial_shape, channels]}",
         "dtype": f"{values.dtype}",
         "capacity": f"{capacity:,} of {sites(spatial_shape):,} sites",
         "stored": _fill(stored, capacity),
-        "density": _spread(density),
-        "support": support,
+        "density": _spread(stored / sites(spatial_shape)),
+        "support": "shared by all channels" if keys.shape[1] == 1 else "of each channel",
     }
     cell = "<tr><th style='text-align:left'>{}</th><td style='text-align:left'>{}</td></tr>"
     table = "".join(cell.format(name, value) for name, value in rows.items())
-    seen, numbers = _read(keys), _read(values)
-    pictures = ""
+    seen, numbers, pictures = _read(keys), _read(values), ""
     if seen is not None and numbers is not None:
         for b in range(min(batch, SAMPLES)):
             pictures += _picture(seen[b], numbers[b], spatial_shape, f"sample {b}")
@@ -163,9 +160,8 @@ def _png(indices: np.ndarray) -> bytes:
     """A PNG file of palette indices uint8[height, width] (PNG specification, sections 5 and 11)."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return b"".join([struct.pack(">I", len(data)), kind, data, check])
 
     height, width = indices.shape
     ramp = np.linspace([158, 202, 225], [8, 48, 107], STRONGEST).astype(np.uint8)

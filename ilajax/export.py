@@ -56,19 +56,11 @@ def disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
     return [jax.export.DisabledSafetyCheck.custom_call(target) for target in sorted(targets)]
 
 
-def _write_shape(shape: tuple[int, ...]) -> bytes:
-    return json.dumps(shape).encode()
-
-
-def _read_shape(data: bytes) -> tuple[int, ...]:
-    return tuple(json.loads(data))
-
-
 for _type in (SparseTensor, SparseKernel):
     jax.export.register_pytree_node_serialization(
         _type,
         serialized_name=f"ilajax.{_type.__name__}",
-        serialize_auxdata=_write_shape,
-        deserialize_auxdata=_read_shape,
+        serialize_auxdata=lambda shape: json.dumps(shape).encode(),
+        deserialize_auxdata=lambda data: tuple(json.loads(data)),
     )
 jax.export.register_namedtuple_serialization(ConvResult, serialized_name="ilajax.ConvResult")

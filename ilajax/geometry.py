@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,17 @@ MAX_SITES = 2**31 - 1
 def sites(spatial_shape: Sequence[int]) -> int:
     """Number of sites of a grid, which is also the key that marks padding."""
     return math.prod(spatial_shape)
+
+
+def positive(argument: str, value: object, what: str = "", advice: str = "") -> int:
+    """The value as an int; TypeError, which says what is meant, or ValueError unless it is at least 1."""
+    try:
+        count = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{argument} must be an integer{what}, got {value!r}.{advice}") from None
+    if count < 1:
+        raise ValueError(f"{argument} must be at least 1, got {count}.")
+    return count
 
 
 def check_spatial_shape(spatial_shape: Sequence[int]) -> tuple[int, ...]:
@@ -33,8 +45,7 @@ def check_spatial_shape(spatial_shape: Sequence[int]) -> tuple[int, ...]:
         ) from None
     if not shape or min(shape) < 1:
         raise ValueError(
-            f"spatial_shape must have at least one axis and every axis at least one site, "
-            f"got {shape}."
+            f"spatial_shape must have at least one axis and every axis at least one site, got {shape}."
         )
     if sites(shape) > MAX_SITES:
         raise ValueError(
@@ -47,8 +58,8 @@ def check_spatial_shape(spatial_shape: Sequence[int]) -> tuple[int, ...]:
 def capacity(density_bound: float, spatial_shape: Sequence[int]) -> int:
     """Slots that a density bound allows for each sample and channel.
 
-    This is `max(1, floor(density_bound * sites))`, where a product within rounding error of a whole
-    number counts as that number: 0.29 of 100 sites is 29.
+    This is `max(1, floor(density_bound * sites))`, where a product within rounding error of a whole number
+    counts as that number: 0.29 of 100 sites is 29.
 
     Args:
       density_bound: the upper bound on the share of stored sites, in (0, 1].
@@ -137,30 +148,20 @@ def _pairs_for(padding: object, rank: int) -> str:
         return ""
     if not all(isinstance(side, int) for side in sides):
         return ""
-    return (
-        f" For as many sites on both sides write padding={tuple((side, side) for side in sides)}."
-    )
+    pairs = tuple((side, side) for side in sides)
+    return f" For as many sites on both sides write padding={pairs}."
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """The static geometry of a sliding window: one tap reads `o * stride + t * dilation - low`.
+    """The static geometry of a sliding window: one tap reads `o * stride + t * dilation - low`."""
 
-    Attributes:
-      input_shape: the grid that the window reads.
-      window_shape: taps along each axis.
-      strides: steps between output sites, in input sites.
-      dilation: steps between taps, in input sites.
-      low: sites of padding before the first one.
-      output_shape: the grid that the window writes.
-    """
-
-    input_shape: tuple[int, ...]
-    window_shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilation: tuple[int, ...]
-    low: tuple[int, ...]
-    output_shape: tuple[int, ...]
+    input_shape: tuple[int, ...]  # the grid that the window reads
+    window_shape: tuple[int, ...]  # taps along each axis
+    strides: tuple[int, ...]  # steps between output sites, in input sites
+    dilation: tuple[int, ...]  # steps between taps, in input sites
+    low: tuple[int, ...]  # sites of padding before the first one
+    output_shape: tuple[int, ...]  # the grid that the window writes
 
     @property
     def taps(self) -> int:
@@ -176,38 +177,27 @@ class Window:
 
     def input_keys(self, keys: jax.Array, tap: jax.Array) -> jax.Array:
         """The input key that `tap` reads for each output key; `input_sites` if there is none."""
-        offset = unravel(tap, self.window_shape)
         inside = (keys >= 0) & (keys < self.output_sites)
         position = [
             o * stride + t * dilation - low
-            for o, t, stride, dilation, low in zip(
-                unravel(keys, self.output_shape),
-                offset,
-                self.strides,
-                self.dilation,
-                self.low,
-                strict=True,
-            )
+            for o, t, stride, dilation, low in self._axes(keys, self.output_shape, tap)
         ]
         return jnp.where(inside, ravel(position, self.input_shape), self.input_sites)
 
     def output_keys(self, keys: jax.Array, tap: jax.Array) -> jax.Array:
         """The output key that each input key reaches through `tap`; `output_sites` if there is none."""
-        offset = unravel(tap, self.window_shape)
         reached = (keys >= 0) & (keys < self.input_sites)
         position = []
-        for p, t, stride, dilation, low in zip(
-            unravel(keys, self.input_shape),
-            offset,
-            self.strides,
-            self.dilation,
-            self.low,
-            strict=True,
-        ):
+        for p, t, stride, dilation, low in self._axes(keys, self.input_shape, tap):
             distance = p + low - t * dilation
             reached &= distance % stride == 0
             position.append(distance // stride)
         return jnp.where(reached, ravel(position, self.output_shape), self.output_sites)
+
+    def _axes(self, keys: jax.Array, shape: tuple[int, ...], tap: jax.Array) -> Iterator[Any]:
+        """For each axis: positions, the tap's place in the window, stride, dilation, low padding."""
+        taps = unravel(tap, self.window_shape)
+        return zip(unravel(keys, shape), taps, self.strides, self.dilation, self.low, strict=True)
 
 
 def conv_window(
@@ -234,28 +224,20 @@ def conv_window(
     extent = tuple((w - 1) * d + 1 for w, d in zip(window_shape, dilation, strict=True))
     padding = check_padding(padding, rank)
     if isinstance(padding, str):
-        padding = [
-            (int(low), int(high))
-            for low, high in jax.lax.padtype_to_pads(input_shape, extent, strides, padding.upper())
-        ]
+        pads = jax.lax.padtype_to_pads(input_shape, extent, strides, padding.upper())
+        padding = [(int(low), int(high)) for low, high in pads]
     output_shape = []
-    for axis, (size, reach, stride, (low, high)) in enumerate(
-        zip(input_shape, extent, strides, padding, strict=True)
-    ):
+    axes = zip(input_shape, extent, strides, padding, strict=True)
+    for axis, (size, reach, stride, (low, high)) in enumerate(axes):
         if reach > size + low + high:
             raise ValueError(
                 f"the window reaches over {reach} sites along spatial axis {axis}, but the padded grid has "
                 f"only {size + low + high}. Use a smaller window or kernel_dilation, or more padding."
             )
         output_shape.append((size + low + high - reach) // stride + 1)
-    return Window(
-        input_shape,
-        tuple(window_shape),
-        strides,
-        dilation,
-        tuple(low for low, _ in padding),
-        check_spatial_shape(output_shape),
-    )
+    lows = tuple(low for low, _ in padding)
+    written = check_spatial_shape(output_shape)
+    return Window(input_shape, tuple(window_shape), strides, dilation, lows, written)
 
 
 def pool_window(input_shape: tuple[int, ...], window: int | Sequence[int]) -> Window:
@@ -266,8 +248,13 @@ def pool_window(input_shape: tuple[int, ...], window: int | Sequence[int]) -> Wi
     return Window(input_shape, window_shape, window_shape, (1,) * rank, (0,) * rank, output_shape)
 
 
+def not_negative(keys: jax.Array, padding: int) -> jax.Array:
+    """Keys as indices: one below 0, which would wrap around, becomes that of padding."""
+    return jnp.where(keys < 0, padding, keys)
+
+
 def unravel(keys: jax.Array, shape: Sequence[int]) -> list[jax.Array]:
-    """Flat row-major keys to one position for each axis; undefined for keys outside the grid."""
+    """Flat row-major keys, of JAX or NumPy, to one position for each axis; undefined outside the grid."""
     positions = []
     for size in reversed(shape[1:]):
         positions.append(keys % size)

@@ -67,7 +67,7 @@ def plot(
     groups = None if other is None else _compare(stored, _stored(other, sample, channel))
     shape = x.spatial_shape[-3:]
     if title is None:
-        title = _title(x, sample, channel, len(stored.keys), groups)
+        title = _title(x, sample, channel, len(stored.keys) if groups is None else None)
     if ax is None and len(shape) == 3 and _turns():
         return _turning(stored, groups, shape, title)
     ax = _axes(ax, len(shape))
@@ -119,22 +119,14 @@ def _positions(keys: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.stack(np.unravel_index(keys, shape), axis=1)
 
 
-def _title(
-    x: SparseTensor,
-    sample: int,
-    channel: int | None,
-    count: int,
-    groups: dict[str, np.ndarray] | None,
-) -> str:
+def _title(x: SparseTensor, sample: int, channel: int | None, count: int | None) -> str:
+    channels = f", strongest of {x.channels} channels" if x.channels > 1 else ""
     if channel is not None:
         channels = f", channel {channel}"
-    else:
-        channels = f", strongest of {x.channels} channels" if x.channels > 1 else ""
-    grid = "×".join(map(str, x.spatial_shape))
     # Of more than three axes, several stored sites may be drawn as one.
     what = "stored sites" if len(x.spatial_shape) <= 3 else "drawn sites"
-    counted = f"{count:,} {what}, " if groups is None else ""
-    return f"sample {sample}{channels}\n{counted}grid {grid}"
+    counted = "" if count is None else f"{count:,} {what}, "
+    return f"sample {sample}{channels}\n{counted}grid {'×'.join(map(str, x.spatial_shape))}"
 
 
 # --- matplotlib ------------------------------------------------------------------------------------
@@ -192,8 +184,7 @@ def _draw_values(ax: Any, stored: _Stored, shape: tuple[int, ...]) -> None:
         ax.set_ylabel("value")
         return
     colours = _colours(stored.values)
-    shades = colours["cmap"](colours["norm"](stored.values))
-    _draw_sites(ax, [(stored.keys, shades)], shape)
+    _draw_sites(ax, [(stored.keys, colours["cmap"](colours["norm"](stored.values)))], shape)
     pad = 0.12 if len(shape) == 3 else 0.03  # beyond the label of the third axis
     bar = ax.figure.colorbar(matplotlib.cm.ScalarMappable(**colours), ax=ax, shrink=0.8, pad=pad)
     bar.set_label("value")
@@ -264,15 +255,9 @@ def _draw_cubes(
             faces.append(position[seen, None] + corners)
             bright = 0.65 + 0.35 * SUN[axis]
             shades.append(colours[seen] * [bright, bright, bright, 1])
-    edges = np.concatenate(shades) * [0.75, 0.75, 0.75, 1]
-    ax.add_collection3d(
-        Poly3DCollection(
-            np.concatenate(faces),
-            facecolors=np.concatenate(shades),
-            edgecolors=edges,
-            linewidths=0.2,
-        )
-    )
+    colours = np.concatenate(shades)
+    style = {"facecolors": colours, "edgecolors": colours * [0.75, 0.75, 0.75, 1]}
+    ax.add_collection3d(Poly3DCollection(np.concatenate(faces), linewidths=0.2, **style))
 
 
 def _frame(ax: Any, shape: tuple[int, ...], grid: tuple[int, ...]) -> None:
@@ -280,8 +265,7 @@ def _frame(ax: Any, shape: tuple[int, ...], grid: tuple[int, ...]) -> None:
     limits = [(-0.5, size - 0.5) for size in shape]
     names = [f"axis {len(grid) - len(shape) + a}" for a in range(len(shape))]
     if len(shape) == 2:
-        (bottom, left), (top, right) = (limits[0][1], limits[1][0]), (limits[0][0], limits[1][1])
-        ax.set(xlim=(left, right), ylim=(bottom, top), xlabel=names[1], ylabel=names[0])
+        ax.set(xlim=limits[1], ylim=limits[0][::-1], xlabel=names[1], ylabel=names[0])
         ax.set_aspect("equal")
         return
     ax.set(xlim=limits[0], xlabel=names[0])
@@ -307,31 +291,25 @@ def _turning(
 
     grid = [-0.5] * 3 + [size - 0.5 for size in shape]
     figure = k3d.plot(name=title.replace("\n", ", "), grid_auto_fit=False, grid=grid)
+    layers: list[tuple[np.ndarray, dict[str, Any]]] = []
     if groups is None:
-        colours, ramp = _colours(stored.values), np.linspace(0, 1, 32)
-        positions, nan = _positions(stored.keys, shape).astype(np.float32), np.isnan(stored.values)
-        if not nan.all():
-            figure += k3d.points(
-                positions[~nan],
-                point_size=1.0,
-                attribute=np.nan_to_num(stored.values[~nan]),  # infinities
-                color_map=[c for p in ramp for c in (p, *colours["cmap"](p)[:3])],
-                color_range=[colours["norm"].vmin, colours["norm"].vmax],
-                name="value",
-            )
-        if nan.any():
-            colour = int(NAN.removeprefix("#"), 16)
-            figure += k3d.points(positions[nan], point_size=1.0, color=colour, name="NaN")
-        return figure
-    for name, keys in groups.items():
+        colours, ramp, nan = _colours(stored.values), np.linspace(0, 1, 32), np.isnan(stored.values)
+        by_value = {
+            "attribute": np.nan_to_num(stored.values[~nan]),  # infinities
+            "color_map": [c for p in ramp for c in (p, *colours["cmap"](p)[:3])],
+            "color_range": [colours["norm"].vmin, colours["norm"].vmax],
+            "name": "value",
+        }
+        no_number = {"color": int(NAN[1:], 16), "name": "NaN"}
+        layers = [(stored.keys[~nan], by_value), (stored.keys[nan], no_number)]
+    for name, keys in (groups or {}).items():
+        colour, opacity = int(COLOURS[name][1:], 16), 1.0 if name == "kept" else VEIL
+        style = {"color": colour, "opacity": opacity, "name": f"{name} {len(keys):,}"}
+        layers.append((keys, style))
+    for keys, style in layers:
         if keys.size:
-            figure += k3d.points(
-                _positions(keys, shape).astype(np.float32),
-                point_size=1.0,
-                color=int(COLOURS[name].removeprefix("#"), 16),
-                opacity=1.0 if name == "kept" else VEIL,
-                name=f"{name} {len(keys):,}",
-            )
+            positions = _positions(keys, shape).astype(np.float32)
+            figure += k3d.points(positions, point_size=1.0, **style)
     return figure
 
 
@@ -341,17 +319,14 @@ def _turning(
 def _check(
     x: SparseTensor, other: SparseTensor | None, sample: int, channel: int | None
 ) -> tuple[int, int | None]:
-    check_sparse("x", x)
-    maps = {"x": x}
-    if other is not None:
-        check_sparse("other", other)
-        if other.spatial_shape != x.spatial_shape:
+    maps = {"x": x} if other is None else {"x": x, "other": other}
+    for name, y in maps.items():
+        check_sparse(name, y)
+        if y.spatial_shape != x.spatial_shape:
             raise ValueError(
-                f"other must have x's grid {x.spatial_shape}, got {other.spatial_shape}. plot compares a map "
+                f"other must have x's grid {x.spatial_shape}, got {y.spatial_shape}. plot compares a map "
                 f"before and after a selection."
             )
-        maps["other"] = other
-    for name, y in maps.items():
         if any(isinstance(a, jax.core.Tracer) for a in (y.keys, y.values)):
             raise ValueError(f"{name} must be concrete, got tracers. Call plot outside jit.")
     if channel is not None:

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ilajax.geometry import MAX_SITES, sites
-from ilajax.sparse_tensor import VALUE_DTYPES
+from ilajax.geometry import MAX_SITES, not_negative, sites
+from ilajax.sparse_tensor import check_concrete, check_dtypes, register
 
 
-@jax.tree_util.register_pytree_with_keys_class
+@register
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SparseKernel:
     """A convolution filter as a list of its live weights, of fixed length.
@@ -47,12 +47,7 @@ class SparseKernel:
                 f"{self.values.shape}. Were a layer's weights restored without its kernel_keys? Save all "
                 f"variables, nnx.state(model), and load them with ilajax.nn.load_state."
             )
-        if self.keys.dtype != jnp.int32:
-            raise TypeError(f"keys must be int32, got {self.keys.dtype}.")
-        if self.values.dtype not in VALUE_DTYPES:
-            raise TypeError(
-                f"values must be float32, bfloat16 or float16, got {self.values.dtype}."
-            )
+        check_dtypes(self.keys, self.values)
 
     @property
     def window_shape(self) -> tuple[int, ...]:
@@ -115,20 +110,17 @@ class SparseKernel:
         live = _to_key_order(mask)
         keys = jnp.where(live, keys, values.size)
         order = jnp.argsort(keys)
-        slots = values.size
         if not isinstance(live, jax.core.Tracer):
-            slots = max(1, int(live.sum()))
-        return cls(keys[order][:slots], jnp.where(live, values, 0)[order][:slots], shape)
+            order = order[: max(1, int(live.sum()))]
+        return cls(keys[order], jnp.where(live, values, 0)[order], shape)
 
     def to_dense(self) -> jax.Array:
         """The dense kernel [*window, Cin, Cout], 0 where no weight is stored."""
-        flat = jnp.zeros(self.size, self.dtype).at[self._safe_keys].set(self.values, mode="drop")
-        return _from_key_order(flat, self.shape)
+        return self._scattered(self.values)
 
     def mask(self) -> jax.Array:
         """Where a weight is live, bool [*window, Cin, Cout]."""
-        flat = jnp.zeros(self.size, bool).at[self._safe_keys].set(True, mode="drop")
-        return _from_key_order(flat, self.shape)
+        return self._scattered(jnp.ones(self.keys.shape, bool))
 
     def refill(self) -> Self:
         """The full filter again: removed weights come back, at 0 and live, for transfer learning."""
@@ -141,37 +133,22 @@ class SparseKernel:
           ValueError: if a key is outside the filter, or keys do not ascend with padding at the end. Under
             `jit` there is nothing to check: validate outside.
         """
-        if isinstance(self.keys, jax.core.Tracer):
-            raise ValueError(
-                "validate() looks at concrete arrays, got tracers. Call it outside jit."
-            )
+        check_concrete(self.keys)
         check_kernel_keys("keys", self.keys, self.shape)
         return self
 
-    @property
-    def _safe_keys(self) -> jax.Array:
-        # Negative indices would wrap around.
-        return jnp.where(self.keys < 0, self.size, self.keys)
+    def _scattered(self, values: jax.Array) -> jax.Array:
+        """Values at the keys as a dense array [*window, Cin, Cout], 0 elsewhere."""
+        flat = jnp.zeros(self.size, values.dtype)
+        flat = flat.at[not_negative(self.keys, self.size)].set(values, mode="drop")
+        by_channel = flat.reshape(self.out_channels, self.in_channels, self.taps)
+        return jnp.moveaxis(by_channel, (0, 1, 2), (2, 1, 0)).reshape(self.shape)
 
     def __repr__(self) -> str:
         if not hasattr(self.values, "dtype"):
             return f"SparseKernel(keys={self.keys!r}, values={self.values!r}, shape={self.shape})"
-        return (
-            f"SparseKernel({self.dtype}{list(self.shape)}, {self.values.size} of {self.size} slots)"
-        )
-
-    def tree_flatten_with_keys(self) -> tuple[tuple[Any, Any], tuple[int, ...]]:
-        name = jax.tree_util.GetAttrKey
-        return ((name("keys"), self.keys), (name("values"), self.values)), self.shape
-
-    @classmethod
-    def tree_unflatten(cls, shape: tuple[int, ...], leaves: tuple[Any, Any]) -> Self:
-        # Transformations put tracers, None and plain objects here: nothing is checked.
-        self = object.__new__(cls)
-        for name, value in zip(("keys", "values"), leaves, strict=True):
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "shape", shape)
-        return self
+        slots = f"{self.values.size} of {self.size} slots"
+        return f"SparseKernel({self.dtype}{list(self.shape)}, {slots})"
 
 
 def check_kernel_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -213,10 +190,3 @@ def check_kernel_keys(argument: str, keys: Any, shape: tuple[int, ...]) -> None:
 def _to_key_order(w: jax.Array) -> jax.Array:
     """[*window, Cin, Cout] to the flat order (Cout, Cin, tap) of the keys."""
     return jnp.moveaxis(w.reshape(-1, *w.shape[-2:]), (0, 1, 2), (2, 1, 0)).reshape(-1)
-
-
-def _from_key_order(flat: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    taps = sites(shape[:-2])
-    return jnp.moveaxis(flat.reshape(shape[-1], shape[-2], taps), (0, 1, 2), (2, 1, 0)).reshape(
-        shape
-    )

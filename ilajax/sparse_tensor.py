@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,24 +10,44 @@ import numpy as np
 from jax.experimental import sparse
 
 from ilajax import display
-from ilajax.geometry import check_spatial_shape, sites
+from ilajax.geometry import check_spatial_shape, ravel, sites, unravel
 
 VALUE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
+T = TypeVar("T")
 
-@jax.tree_util.register_pytree_with_keys_class
+
+def register(cls: type[T]) -> type[T]:
+    """Registers a dataclass of two arrays and a static field as a pytree."""
+    *arrays, static = (field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+
+    def flatten(x: T) -> tuple[tuple[Any, ...], Any]:
+        key = jax.tree_util.GetAttrKey
+        return tuple((key(name), getattr(x, name)) for name in arrays), getattr(x, static)
+
+    def unflatten(value: Any, leaves: Any) -> T:
+        # Transformations put tracers, None and plain objects here: nothing is checked.
+        x = object.__new__(cls)
+        x.__dict__.update(zip((*arrays, static), (*leaves, value), strict=True))
+        return x
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+    return cls
+
+
+@register
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SparseTensor:
     """A batch of feature maps that stores at most K sites for each sample and channel.
 
-    Every (batch, channel) segment holds its stored sites in ascending order of their keys, then
-    padding. All shapes are static, so a SparseTensor goes through `jit`, `vmap`, `scan` and
-    `shard_map` like any array with a leading batch axis.
+    Every (batch, channel) segment holds its stored sites in ascending order of their keys, then padding. All
+    shapes are static, so a SparseTensor goes through `jit`, `vmap`, `scan` and `shard_map` like any array
+    with a leading batch axis.
 
     Attributes:
-      keys: int32[B, C or 1, K], the flat row-major position in the spatial grid. Padding comes
-        last and has the key `prod(spatial_shape)`. A channel axis of 1 is a shared support: all
-        channels have the same sites.
+      keys: int32[B, C or 1, K], the flat row-major position in the spatial grid. Padding comes last and has
+        the key `prod(spatial_shape)`. A channel axis of 1 is a shared support: all channels have the same
+        sites.
       values: float32, bfloat16 or float16 [B, C, K]; 0 in padding.
       spatial_shape: the grid, one or more axes with fewer than 2**31 sites; static.
 
@@ -44,8 +64,8 @@ class SparseTensor:
       (1, 1, 16)
 
     Raises:
-      TypeError, ValueError: if the arrays' shapes or dtypes do not fit together. Only `validate()`
-        checks the contents of the arrays.
+      TypeError, ValueError: if the arrays' shapes or dtypes do not fit together. Only `validate()` checks the
+        contents of the arrays.
     """
 
     keys: jax.Array
@@ -104,9 +124,7 @@ class SparseTensor:
         return self.counts.astype(np.float32) / self.sites
 
     def coordinates(self) -> jax.Array:
-        """Positions of the stored sites, int32[B, C or 1, K, d]; padding has `spatial_shape`.
-
-        So padding is one past the end on every axis, as in a `BCOO`.
+        """Positions of the stored sites, int32[B, C or 1, K, d]; padding has `spatial_shape`, as in a `BCOO`.
 
         Example:
           >>> x = ilajax.from_dense(jnp.eye(2)[None, ..., None], capacity=3)
@@ -116,13 +134,9 @@ class SparseTensor:
                  [2, 2]], dtype=int32)
         """
         xp = _namespace(self.keys)
-        axes, rest = [], self.keys
-        for size in reversed(self.spatial_shape):
-            axes.append(rest % size)
-            rest = rest // size
+        positions = xp.stack(unravel(self.keys, self.spatial_shape), axis=-1)
         stored = (self.keys < self.sites)[..., None]
-        extent = np.array(self.spatial_shape, np.int32)
-        return xp.where(stored, xp.stack(axes[::-1], axis=-1), extent)
+        return xp.where(stored, positions, np.array(self.spatial_shape, np.int32))
 
     def with_values(self, values: jax.Array) -> Self:
         """The same support with other values, [B, C', K]; C' may differ if the support is shared.
@@ -151,14 +165,12 @@ class SparseTensor:
         return self.map(lambda values: -values)
 
     def __mul__(self, factor: Any) -> Self:
-        """The stored values times a scalar."""
         _check_scalar("*", factor)
         return self.map(lambda values: values * factor)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Any) -> Self:
-        """The stored values divided by a scalar."""
         _check_scalar("/", divisor)
         return self.map(lambda values: values / divisor)
 
@@ -166,7 +178,7 @@ class SparseTensor:
         """The sum over the union of both supports, see `ilajax.add`."""
         if isinstance(other, SparseTensor):
             return SparseTensor._add(self, other)
-        if _is_zero(other):
+        if isinstance(other, int | float | np.number) and other == 0:
             return self  # sum() starts from 0
         raise TypeError(
             f"+ and - take another SparseTensor, got {type(other).__name__}. To add to the stored sites use "
@@ -218,21 +230,13 @@ class SparseTensor:
         spatial_shape = check_spatial_shape(matrix.shape[2:])
         if not matrix.unique_indices:
             matrix = matrix.sum_duplicates(nse=matrix.nse)
-        extent = jnp.array(spatial_shape, jnp.int32)
-        inside = jnp.all((matrix.indices >= 0) & (matrix.indices < extent), axis=-1)
-        flat = jnp.zeros(inside.shape, jnp.int32)
-        for axis, size in enumerate(spatial_shape):
-            flat = flat * size + jnp.clip(matrix.indices[..., axis], 0, size - 1)
-        keys = jnp.where(inside, flat, sites(spatial_shape))
+        keys = ravel(list(jnp.moveaxis(matrix.indices, -1, 0)), spatial_shape)
+        values = jnp.where(keys < sites(spatial_shape), matrix.data, 0)
         shape = (*matrix.shape[:2], matrix.nse)
-        keys = jnp.broadcast_to(keys, shape)
-        values = jnp.broadcast_to(jnp.where(inside, matrix.data, 0), shape)
+        keys, values = jnp.broadcast_to(keys, shape), jnp.broadcast_to(values, shape)
         order = jnp.argsort(keys, axis=2, stable=True)
-        return cls(
-            jnp.take_along_axis(keys, order, axis=2),
-            jnp.take_along_axis(values, order, axis=2),
-            spatial_shape,
-        )
+        keys, values = (jnp.take_along_axis(a, order, axis=2) for a in (keys, values))
+        return cls(keys, values, spatial_shape)
 
     def validate(self) -> Self:
         """Checks the invariants on concrete arrays and returns the tensor.
@@ -245,10 +249,7 @@ class SparseTensor:
             _check_arrays(self.keys, self.values)
         except TypeError as error:
             raise ValueError(str(error)) from None
-        if any(isinstance(a, jax.core.Tracer) for a in (self.keys, self.values)):
-            raise ValueError(
-                "validate() looks at concrete arrays, got tracers. Call it outside jit."
-            )
+        check_concrete(self.keys, self.values)
         keys = np.asarray(self.keys, np.int64)
         values = np.asarray(self.values, np.float32)
         padding = keys == self.sites
@@ -264,19 +265,6 @@ class SparseTensor:
 
     def _repr_html_(self) -> str | None:
         return display.html(self.keys, self.values, self.spatial_shape)
-
-    def tree_flatten_with_keys(self) -> tuple[tuple[Any, Any], tuple[int, ...]]:
-        name = jax.tree_util.GetAttrKey
-        return ((name("keys"), self.keys), (name("values"), self.values)), self.spatial_shape
-
-    @classmethod
-    def tree_unflatten(cls, spatial_shape: tuple[int, ...], leaves: tuple[Any, Any]) -> Self:
-        # Transformations put tracers, None and plain objects here: nothing is checked.
-        self = object.__new__(cls)
-        for name, value in zip(("keys", "values"), leaves, strict=True):
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "spatial_shape", spatial_shape)
-        return self
 
 
 def _namespace(*arrays: Any) -> Any:
@@ -297,20 +285,29 @@ def check_sparse(argument: str, x: object) -> None:
     _check_arrays(x.keys, x.values)
 
 
+def check_concrete(*arrays: Any) -> None:
+    """What `validate` raises under `jit`."""
+    if any(isinstance(a, jax.core.Tracer) for a in arrays):
+        raise ValueError("validate() looks at concrete arrays, got tracers. Call it outside jit.")
+
+
+def check_dtypes(keys: Any, values: Any) -> None:
+    """Raises TypeError unless keys and values have the dtypes of such."""
+    if keys.dtype != jnp.int32:
+        raise TypeError(f"keys must be int32, got {keys.dtype}.")
+    if values.dtype not in VALUE_DTYPES:
+        raise TypeError(f"values must be float32, bfloat16 or float16, got {values.dtype}.")
+
+
 def _check_scalar(operator: str, factor: object) -> None:
-    if isinstance(factor, int | float) or getattr(factor, "shape", None) == ():
+    shape = getattr(factor, "shape", None)
+    if isinstance(factor, int | float) or shape == ():
         return
-    what = type(factor).__name__
-    if hasattr(factor, "shape"):
-        what += f" of shape {factor.shape}"
+    what = type(factor).__name__ + ("" if shape is None else f" of shape {shape}")
     raise TypeError(
         f"a SparseTensor {operator} takes a scalar, got {what}. For two tensors of one support, or a factor "
         f"for each channel, use x.with_values(x.values {operator} ...); for any function, x.map(f)."
     )
-
-
-def _is_zero(other: object) -> bool:
-    return isinstance(other, int | float | np.number) and other == 0
 
 
 def _check_arrays(keys: Any, values: Any) -> None:
@@ -321,10 +318,7 @@ def _check_arrays(keys: Any, values: Any) -> None:
             raise ValueError(
                 f"{name} must have three axes (batch, channel, slot), got shape {array.shape}."
             )
-    if keys.dtype != jnp.int32:
-        raise TypeError(f"keys must be int32, got {keys.dtype}.")
-    if values.dtype not in VALUE_DTYPES:
-        raise TypeError(f"values must be float32, bfloat16 or float16, got {values.dtype}.")
+    check_dtypes(keys, values)
     batch, channels, slots = values.shape
     if keys.shape not in ((batch, channels, slots), (batch, 1, slots)):
         raise ValueError(

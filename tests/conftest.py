@@ -55,7 +55,7 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
-        # testroutes.py says where kernels must be installed.
+        # test_ffi.py says where kernels must be installed.
         native = ["native"] if routes.native_platforms() else []
         metafunc.parametrize("backend", [*native, "reference"], indirect=True)
 

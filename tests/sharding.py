@@ -4,8 +4,6 @@ They run on a mesh of Auto axes, or on one of Explicit axes, which is what `jax.
 argument says which. More arguments name the checks to run; without any, all are.
 """
 
-import contextlib
-import dataclasses
 import functools
 import json
 import re
@@ -23,168 +21,23 @@ from jax.sharding import PartitionSpec as P
 
 import ilajax
 import samples
-
-BATCH = 8
-GRID = (5, 6)
-KERNEL = samples.kernel(0, (3, 3), 2, 3)
-BIAS = jnp.array([1.0, 0.0, -1.0])
-
-
-kind = AxisType.Auto
-
-
-def mesh(shape=(4,), names=("data",)):
-    return jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
-
-
-def context(mesh):
-    """What a user of Explicit axes sets around the whole program."""
-    return jax.set_mesh(mesh) if kind == AxisType.Explicit else contextlib.nullcontext()
-
-
-def tensor(seed=0, **options):
-    return samples.tensor(seed, BATCH, 2, GRID, **options)
-
-
-def conv(x, weights, bias, **options):
-    kernel = dataclasses.replace(KERNEL, values=weights)
-    return ilajax.conv(x, kernel, bias, **({"capacity": 7, "select": "value"} | options))
-
-
-def chain(x, weights, bias):
-    """All kinds of operation in a row, [B, C]."""
-    x, _ = conv(x, weights, bias)
-    x = ilajax.max_pool(ilajax.k_select(x, 6), 2, capacity=5)
-    x = ilajax.avg_pool(ilajax.relu(x), (1, 3))
-    x = ilajax.from_dense(ilajax.to_dense(x), 3)
-    return ilajax.global_max_pool(x) + ilajax.global_avg_pool(x)
-
-
-def total(weights, bias, x):
-    return (chain(x, weights, bias) ** 2).sum()
-
-
-def submanifold_total(weights, bias, x):
-    features, _ = conv(x, weights, bias, capacity=None, select=None, support="input")
-    return (features.values**2).sum()
-
-
-def split(x, spec=P("data")):
-    return jax.device_put(x, NamedSharding(mesh(), spec))
-
-
-def close(got, want):
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), got, want)
-
-
-def check_shard_map_forward():
-    """Catches shards that see another's samples."""
-    x = tensor()
-    run = jax.jit(
-        jax.shard_map(chain, mesh=mesh(), in_specs=(P("data"), P(), P()), out_specs=P("data"))
-    )
-    close(run(split(x), KERNEL.values, BIAS), jax.jit(chain)(x, KERNEL.values, BIAS))
-
-
-def gradients_in_shard_map(loss, x):
-    """The gradient of a mean over devices, without any pcast of the user's."""
-
-    def step(weights, bias, x):
-        def mean(weights, bias):
-            return jax.lax.psum(loss(weights, bias, x), "data")
-
-        return jax.grad(mean, (0, 1))(weights, bias)
-
-    sharded = jax.shard_map(step, mesh=mesh(), in_specs=(P(), P(), P("data")), out_specs=(P(), P()))
-    return jax.jit(sharded)(KERNEL.values, BIAS, split(x))
-
-
-def check_gradients_of_replicated_weights():
-    """Catches a weight gradient of one shard only, or a sum counted four times."""
-    x = tensor(1)
-    want = jax.jit(jax.grad(total, (0, 1)))(KERNEL.values, BIAS, x)
-    close(gradients_in_shard_map(total, x), want)
-
-
-def check_gradients_of_replicated_weights_submanifold():
-    """Catches the same under support="input"."""
-    x = tensor(2, shared=True)
-    want = jax.jit(jax.grad(submanifold_total, (0, 1)))(KERNEL.values, BIAS, x)
-    close(gradients_in_shard_map(submanifold_total, x), want)
-
-
-def check_gradient_without_psum():
-    """Catches a local loss whose gradient with respect to replicated weights is not summed over devices."""
-    x = tensor(3)
-
-    def step(weights, x):
-        return jax.grad(lambda w: total(w, BIAS, x))(weights)
-
-    got = jax.jit(jax.shard_map(step, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P()))(
-        KERNEL.values, split(x)
-    )
-    close(got, jax.jit(jax.grad(total))(KERNEL.values, BIAS, x))
-
-
-def false_out_specs(f):
-    """Fails unless JAX refuses to return device-dependent data of f as if it were replicated."""
-    with pytest.raises(ValueError, match="out_specs"):
-        jax.jit(jax.shard_map(f, mesh=mesh(), in_specs=P("data"), out_specs=P()))(split(tensor()))
-
-
-def check_false_out_specs_of_conv():
-    """Catches results of a custom call that lose their varying type."""
-    false_out_specs(lambda x: conv(x, KERNEL.values, BIAS))
-
-
-def check_false_out_specs_of_k_select():
-    """Catches the same in k_select."""
-    false_out_specs(lambda x: ilajax.k_select(x, 3))
-
-
-def check_false_out_specs_of_pooling():
-    """Catches the same in pooling."""
-    false_out_specs(lambda x: (ilajax.max_pool(x, 2), ilajax.avg_pool(x, 2)))
-
-
-def check_false_out_specs_of_to_dense():
-    """Catches the same in to_dense."""
-    false_out_specs(ilajax.to_dense)
-
-
-def check_false_out_specs_of_from_dense():
-    """Catches the same in from_dense."""
-    false_out_specs(lambda x: ilajax.from_dense(x.values, 3))
-
-
-def check_false_out_specs_of_submanifold():
-    """Catches the same under support="input"."""
-
-    def f(x):
-        shared = ilajax.SparseTensor(x.keys[:, :1], x.values, x.spatial_shape)
-        return conv(shared, KERNEL.values, BIAS, capacity=None, select=None, support="input")
-
-    false_out_specs(f)
-
-
-def check_replicated_data_stays_replicated():
-    """Catches a cast to varying where nothing varies, so that a true out_specs=P() is refused."""
-    x = tensor(4)
-    run = jax.jit(jax.shard_map(chain, mesh=mesh(), in_specs=(P(), P(), P()), out_specs=P()))
-    close(run(x, KERNEL.values, BIAS), jax.jit(chain)(x, KERNEL.values, BIAS))
-
-
-def check_vmap_inside_shard_map():
-    """Catches a mapped axis and a mesh axis that get in each other's way."""
-    xs = jax.tree.map(lambda *a: jnp.stack(a), tensor(5), tensor(6))
-    f = jax.vmap(chain, (0, None, None))
-    run = jax.jit(
-        jax.shard_map(
-            f, mesh=mesh(), in_specs=(P(None, "data"), P(), P()), out_specs=P(None, "data")
-        )
-    )
-    placed = split(xs, P(None, "data"))
-    close(run(placed, KERNEL.values, BIAS), jax.jit(f)(xs, KERNEL.values, BIAS))
+import sharding_shard_map
+from four_devices import (
+    BATCH,
+    BIAS,
+    GRID,
+    KERNEL,
+    KIND,
+    chain,
+    close,
+    context,
+    conv,
+    mesh,
+    split,
+    submanifold_total,
+    tensor,
+    total,
+)
 
 
 def no_gather(f, *arguments):
@@ -285,20 +138,6 @@ def check_two_mesh_axes():
         close(jax.jit(jax.grad(total, (0, 1)))(KERNEL.values, BIAS, half), want)
 
 
-def check_pmean_training_step():
-    """Catches a data-parallel step that differs from one on a single device."""
-    x = tensor(16)
-
-    def step(weights, x):
-        gradient = jax.grad(lambda w: jax.lax.pmean(total(w, BIAS, x), "data"))(weights)
-        return weights - 0.01 * gradient
-
-    sharded = jax.shard_map(step, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P())
-    got = jax.jit(sharded)(KERNEL.values, split(x))
-    want = KERNEL.values - 0.01 * jax.jit(jax.grad(total))(KERNEL.values, BIAS, x) / 4
-    close(got, want)
-
-
 def sums(x, y):
     """What adds and joins feature maps, [B, C]."""
     x = ilajax.concatenate([x + y, 2 * x - y])
@@ -352,7 +191,7 @@ def check_a_mesh_that_no_argument_names():
             x = jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, P("data")), x)
             return jax.value_and_grad(total)(weights, bias, x)
 
-        if kind == AxisType.Auto:
+        if KIND is AxisType.Auto:
             close(jax.jit(inside)(KERNEL.values, BIAS, x), want)
 
 
@@ -371,7 +210,7 @@ def check_step_by_step_without_a_mesh_around():
         return conv(x, KERNEL.values, BIAS), ilajax.k_select(x, 3), x + y, read_at(points)
 
     want = jax.jit(operations)(x, y, points)
-    if kind == AxisType.Explicit:
+    if KIND is AxisType.Explicit:
         with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
             close(operations(*split((x, y, points))), want)
             close(split(x) + y, want[2])
@@ -400,7 +239,7 @@ def check_points():
 
 def check_one_list_of_points():
     """Catches a list of points that is gathered, or dropped, though its type says that it is sharded."""
-    if kind == AxisType.Explicit:
+    if KIND is AxisType.Explicit:
         places, index = split((jnp.zeros((16, 2), jnp.int32), jnp.zeros(16, jnp.int32)))
         options = {"spatial_shape": GRID, "batch_size": 1, "capacity": 3}
         with pytest.raises(ValueError, match=r"sharded over 'data'.*\[B, N, d\]"):
@@ -486,14 +325,12 @@ def check_a_training_step_in_shard_map():
 
 def main():
     assert jax.device_count() == 4, "run with XLA_FLAGS=--xla_force_host_platform_device_count=4"
-    global kind
-    kind = AxisType[sys.argv[1]]
-    checks = [name for name in globals() if name.startswith("check_")]
+    checks = vars(sharding_shard_map) | globals()
     results = {}
-    for name in sys.argv[2:] or checks:
+    for name in sys.argv[2:] or [name for name in checks if name.startswith("check_")]:
         try:
             with context(mesh()):
-                globals()[name]()
+                checks[name]()
             results[name] = None
         except Exception:
             results[name] = traceback.format_exc()

@@ -1,7 +1,6 @@
 // What both Python modules have: registrations() and plan().
 
-#ifndef ILAJAX_XLA_KERNELS_BIND_H_
-#define ILAJAX_XLA_KERNELS_BIND_H_
+#pragma once
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/map.h>
@@ -72,5 +71,3 @@ inline void Bind(nb::module_& m, nb::dict (*registrations)() = &Registrations) {
 }
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_BIND_H_

@@ -94,8 +94,8 @@ def mesh_voxels(
             found.append(np.ravel_multi_index(tuple(np.minimum(cells, extent - 1)), spatial_shape))
             waiting += len(found[-1])
             if waiting > max(_KEYS, len(found[0])):
-                found, waiting = [_distinct(found)], 0
-    places = np.unravel_index(_distinct(found), spatial_shape)
+                found, waiting = [np.unique(np.concatenate(found))], 0
+    places = np.unravel_index(np.unique(np.concatenate(found)), spatial_shape)
     return np.stack(places, axis=1, dtype=np.int32, casting="same_kind")
 
 
@@ -125,15 +125,7 @@ def _used(points: np.ndarray, corners: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """The points that a face uses, and the faces with the new numbers of these points."""
     used = np.zeros(points.shape[1], bool)
     used[corners] = True
-    if used.all():
-        return points, corners
     return points[:, used], (np.cumsum(used) - 1)[corners]
-
-
-def _distinct(keys: list[np.ndarray]) -> np.ndarray:
-    """All keys, sorted, without repeats."""
-    keys_sorted = np.sort(np.concatenate(keys))
-    return keys_sorted[np.diff(keys_sorted, prepend=-1) > 0]
 
 
 def _met(triangles: np.ndarray, extent: np.ndarray) -> Iterator[np.ndarray]:
@@ -144,12 +136,11 @@ def _met(triangles: np.ndarray, extent: np.ndarray) -> Iterator[np.ndarray]:
     triangles = triangles[:, :, near]
     low, high = low[:, near].astype(np.int64), high[:, near].astype(np.int64)
     for level, chosen in _pieces(low, high):
-        piece = triangles[:, :, chosen]
-        bounds = low[:, chosen], high[:, chosen]
-        triangle, block = np.arange(len(chosen)), bounds[0] >> level
+        piece, first, last = triangles[:, :, chosen], low[:, chosen], high[:, chosen]
+        triangle, block = np.arange(len(chosen)), first >> level
         for cell_level in range(level, -1, -1):
             halves = _half_spaces(piece / (1 << cell_level))
-            box = tuple(bound >> cell_level for bound in bounds)
+            box = (first >> cell_level, last >> cell_level)
             triangle, cells = _split(triangle, block, halves, box)
             block = 2 * cells
         yield cells
@@ -181,14 +172,11 @@ class _HalfSpaces(NamedTuple):
     c is met only if `normal . c <= top` for all of them. Those of three edges in a projection along an axis
     have a normal without that axis. A cell is open above: if its farthest corner is not its own, the
     inequality is strict, and `top` is the next float below.
-
-    Attributes:
-      edges: float64[3 axes, 3 edges, (u, v, top), T], u and v the two other axes in ascending order.
-      plane: float64[2 sides, (x, y, z, top), T].
     """
 
+    # float64[3 axes, 3 edges, (u, v, top), T], u and v the two other axes in ascending order.
     edges: np.ndarray
-    plane: np.ndarray
+    plane: np.ndarray  # float64[2 sides, (x, y, z, top), T]
 
 
 def _half_spaces(triangles: np.ndarray) -> _HalfSpaces:
@@ -232,10 +220,7 @@ def _others(axis: int) -> tuple[int, int]:
 
 
 def _split(
-    triangle: np.ndarray,
-    block: np.ndarray,
-    halves: _HalfSpaces,
-    box: tuple[np.ndarray, ...],
+    triangle: np.ndarray, block: np.ndarray, halves: _HalfSpaces, box: tuple[np.ndarray, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Those of the 2 x 2 x 2 cells of each block that its triangle meets.
 

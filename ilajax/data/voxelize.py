@@ -117,15 +117,14 @@ def voxelize(
             )
         )
     tensors, overflow, slots = zip(*packed, strict=True)
-    keys, values = (
-        np.concatenate([getattr(x, name) for x in tensors]) for name in ("keys", "values")
-    )
+    keys: Any = np.concatenate([x.keys for x in tensors])
+    values: Any = np.concatenate([x.values for x in tensors])
     majority = None
     if labels is not None:
         voters = _joined("labels", labels, sizes, "[N]")
         majority = _majority(voters, sample, np.concatenate(slots), (len(sizes), capacity))
     return Voxels(
-        SparseTensor(keys, values, spatial_shape),  # type: ignore[arg-type]
+        SparseTensor(keys, values, spatial_shape),
         list(slots),
         majority,
         np.concatenate(overflow),

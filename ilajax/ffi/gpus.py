@@ -29,9 +29,7 @@ def runs_on(built: tuple[str, ...], capability: str) -> bool:
     for name in built:
         number, _, kind = name.partition("-")
         code = divmod(int(number.rstrip("af")), 10)  # "90a" and "100f" are variants
-        if kind != "virtual" and code[0] == device[0] and code <= device:
-            return True
-        if kind != "real" and code <= device:
+        if code <= device and (kind != "real" or code[0] == device[0]):
             return True
     return False
 

@@ -27,16 +27,12 @@ def vary_together(*operands: jax.Array) -> Outputs:
 
 
 def varying_axes(operands: Sequence[jax.Array]) -> frozenset[str]:
-    return frozenset().union(*(_varying(operand) for operand in operands))
+    return frozenset().union(*(jax.typeof(o).manual_axis_type.varying for o in operands))
 
 
 def vary(operand: jax.Array, axes: frozenset[str]) -> jax.Array:
-    missing = tuple(sorted(axes - _varying(operand)))
+    missing = tuple(sorted(axes - varying_axes([operand])))
     return jax.lax.pcast(operand, missing, to="varying") if missing else operand
-
-
-def _varying(operand: jax.Array) -> frozenset[str]:
-    return jax.typeof(operand).manual_axis_type.varying
 
 
 def place(operands: Sequence[jax.Array], batched: Sequence[bool]) -> Outputs:
@@ -47,10 +43,8 @@ def place(operands: Sequence[jax.Array], batched: Sequence[bool]) -> Outputs:
     """
     operands = vary_together(*operands)
     mesh, batch = _mesh(operands), _explicit_batch(operands, batched)
-    return tuple(
-        _reshard(operand, mesh, batch if leads else PartitionSpec())
-        for operand, leads in zip(operands, batched, strict=True)
-    )
+    specs = (batch if leads else PartitionSpec() for leads in batched)
+    return tuple(_reshard(o, mesh, spec) for o, spec in zip(operands, specs, strict=True))
 
 
 def split_by_type(
@@ -110,7 +104,7 @@ def split_by_compiler(
         is added up over the shards, and of several each shard has its own.
     """
     shapes = jax.eval_shape(functools.partial(function, groups), *operands)
-    batch = next(o.shape[0] for o, leads in zip(operands, batched, strict=True) if leads)
+    batch = next(itertools.compress(operands, batched)).shape[0]
     led = [True] * (len(shapes) - sums) + [False] * sums
 
     @custom_partitioning
@@ -119,12 +113,8 @@ def split_by_compiler(
 
     def partition(mesh, operand_shapes, result_shapes):
         # Of the first that is split: a constant, such as keys that all samples have, is on every device.
-        axes = (
-            _leading_axis(shape)
-            for shape, leads in zip(operand_shapes, batched, strict=True)
-            if leads
-        )
-        axis = next((axis for axis in axes if axis is not None), None)
+        led_by_batch = itertools.compress(operand_shapes, batched)
+        axis = next((a for a in map(_leading_axis, led_by_batch) if a is not None), None)
         shards = math.prod(mesh.shape[name] for name in _names(axis))
         if groups > 1 and groups % shards:
             axis, shards = None, 1
@@ -134,10 +124,8 @@ def split_by_compiler(
             results = function(max(groups // shards, 1), *operands)
             if groups > 1 or shards == 1:
                 return results
-            return tuple(
-                result if leads else jax.lax.psum(result, axis)
-                for result, leads in zip(results, led, strict=True)
-            )
+            count = len(results) - sums
+            return *results[:count], *(jax.lax.psum(r, axis) for r in results[count:])
 
         operand_shardings = tuple(split if leads else whole for leads in batched)
         result_shardings = tuple(split if leads or groups > 1 else whole for leads in led)
@@ -154,9 +142,9 @@ def split_by_compiler(
 
 def _explicit_batch(operands: Sequence[jax.Array], batched: Sequence[bool]) -> PartitionSpec:
     """How the types of the operands split the batch, P(axes); P() where they do not."""
-    for operand, leads in zip(operands, batched, strict=True):
+    for operand in itertools.compress(operands, batched):
         spec = jax.typeof(operand).sharding.spec
-        if leads and spec and spec[0] is not None:
+        if spec and spec[0] is not None:
             return PartitionSpec(spec[0])
     return PartitionSpec()
 
@@ -180,22 +168,16 @@ def _mesh(operands: Sequence[Any]) -> Any:
 
 
 def _sharding_rule(
-    operands: Sequence[Any],
-    batched: Sequence[bool],
-    results: Sequence[Any],
-    led: Sequence[bool],
-    groups: int,
+    operands: Sequence[Any], batched: Sequence[bool], results: Any, led: Sequence[bool], groups: int
 ) -> str:
     """Says that the batch axes go together, and every other axis stands for itself."""
     own = (f"a{i}" for i in itertools.count())
-    sizes = {o.shape[0] for o, leads in zip(operands, batched, strict=True) if leads}
+    sizes = {operand.shape[0] for operand in itertools.compress(operands, batched)}
     batch = "b" if groups == 1 else "g" if groups in sizes else "(g b)"
 
     def side(arrays, leads):
-        return ", ".join(
-            " ".join([lead, *itertools.islice(own, a.ndim - 1)])
-            for a, lead in zip(arrays, leads, strict=True)
-        )
+        pairs = zip(arrays, leads, strict=True)
+        return ", ".join(" ".join([lead, *itertools.islice(own, a.ndim - 1)]) for a, lead in pairs)
 
     left = side(operands, [batch if leads else next(own) for leads in batched])
     group = "g" if groups > 1 else None

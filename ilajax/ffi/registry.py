@@ -13,17 +13,11 @@ PLATFORMS = {"cpu": ("cpu", "ilajax._cpu"), "cuda": ("CUDA", "ilajax._cuda")}
 
 
 class Extension(NamedTuple):
-    """What there is for one platform.
+    """What there is for one platform."""
 
-    Attributes:
-      targets: names of the FFI targets that are registered.
-      module: the extension; None where it could not be imported.
-      missing: why no target is registered, and what to do; "" where they are.
-    """
-
-    targets: frozenset[str]
-    module: Any
-    missing: str
+    targets: frozenset[str]  # names of the FFI targets that are registered
+    module: Any  # the extension; None where it could not be imported
+    missing: str  # why no target is registered, and what to do; "" where they are
 
 
 def _load(platform: str) -> Extension:
@@ -48,14 +42,12 @@ def _load(platform: str) -> Extension:
 def _not_built(platform: str) -> str:
     what, tool = {"cpu": ("C++", "a C++20 compiler"), "cuda": ("CUDA", "nvcc")}[platform]
     try:
-        build = importlib.import_module("ilajax._build")
-        said = build.MISSING.get(platform)
+        said = importlib.import_module("ilajax._build").MISSING.get(platform)
     except ModuleNotFoundError:
         said = "This copy of ilajax was never built."
     reason = f" The build said:\n{said}\n" if said else " "
-    return (
-        f"The {what} kernels are not installed.{reason}Install ilajax again where {tool} is found."
-    )
+    advice = f"Install ilajax again where {tool} is found."
+    return f"The {what} kernels are not installed.{reason}{advice}"
 
 
 def _unfit_driver(module: Any) -> str:

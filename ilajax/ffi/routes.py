@@ -1,12 +1,4 @@
-"""Which operation runs where: a kernel, or its jax.numpy reference; and one warning where that is a surprise.
-
-    ILAJAX_BACKEND=auto        kernels, where there are any that fit the device (the default)
-    ILAJAX_BACKEND=native      kernels, and an error where there is none
-    ILAJAX_BACKEND=reference   the reference
-    ILAJAX_REFERENCE=conv,pool the reference for these operations
-
-Both variables are read when a program is traced; one that is compiled stays as it is.
-"""
+"""Which operation runs where: a kernel or its jax.numpy reference, and one warning where that surprises."""
 
 import dataclasses
 import os
@@ -89,7 +81,7 @@ def backend() -> Backend:
 
     Environment variables choose, read when a program is traced: `ILAJAX_BACKEND` is "auto" (kernels where
     there are any that fit the device; the default), "native" (an error where there is none) or "reference";
-    `ILAJAX_REFERENCE=conv,pool` sends single operations to the reference.
+    `ILAJAX_REFERENCE=conv,pool` sends single operations to the reference. A compiled program stays as it is.
 
     Returns:
       A `Backend`. `print(ilajax.backend())` is `python -m ilajax`.

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ilajax.geometry import sites
-from ilajax.models import _dense_conv
+from ilajax.geometry import positive, sites
+from ilajax.models._dense_conv import conv_general_dilated
 from ilajax.nn.conv import Conv, Initializer
 from ilajax.nn.pool import MaxPool
 from ilajax.ops.convert import from_dense, to_dense
@@ -20,24 +19,16 @@ from ilajax.sparse_tensor import SparseTensor, check_sparse
 
 
 class Architecture(NamedTuple):
-    """One column of the paper's table 2.
-
-    Attributes:
-      input_shape: the grid.
-      sparse: channels of the sparse blocks.
-      density_bounds: of the sparse blocks.
-      dense: channels of the dense blocks that follow.
-    """
+    """One column of the paper's table 2."""
 
     input_shape: tuple[int, ...]
-    sparse: tuple[int, ...]
-    density_bounds: tuple[float, ...]
-    dense: tuple[int, ...] = ()
+    sparse: tuple[int, ...]  # channels of the sparse blocks
+    density_bounds: tuple[float, ...]  # of the sparse blocks
+    dense: tuple[int, ...] = ()  # channels of the dense blocks that follow
 
 
-# "24" is the paper's name for the network on the 28 x 28 pixels of MNIST. The bounds are the appendix's. For
-# 16^3 and 24^2 it tries several; these are the strictest without a loss of accuracy. It has none for 256^3,
-# which takes those of 128^3, one block later: a surface meets half as large a share of the sites there.
+# "24" is the paper's name for the network on the 28 x 28 pixels of MNIST. For 256^3 the bounds are those of
+# 128^3, one block later: a surface meets half as large a share of the sites there.
 TABLE_2 = {
     16: Architecture((16,) * 3, (8, 16), (0.33, 0.33)),
     24: Architecture((28,) * 2, (8, 16), (0.095, 0.19)),
@@ -174,8 +165,8 @@ class OctNet3(nnx.Module):
     ):
         if resolution not in TABLE_2:
             raise ValueError(f"resolution must be one of {tuple(TABLE_2)}, got {resolution!r}.")
-        _check_positive("num_classes", num_classes)
-        _check_positive("in_features", in_features)
+        positive("num_classes", num_classes)
+        positive("in_features", in_features)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be a rate in [0, 1), got {dropout!r}.")
         if dense and kernel_density != 1:
@@ -200,10 +191,8 @@ class OctNet3(nnx.Module):
         for index, (before, after) in enumerate(itertools.pairwise((in_features, *widths))):
             layer: Callable[..., nnx.Module] = functools.partial(nnx.Conv, **common)
             if index >= len(architecture.sparse):
-                layer = functools.partial(
-                    layer, conv_general_dilated=_dense_conv.conv_general_dilated
-                )
-            activation: Callable[[Any], Any] = nnx.relu
+                layer = functools.partial(layer, conv_general_dilated=conv_general_dilated)
+            activation: Callable[[Any], Any] | None = nnx.relu
             if index < self.num_sparse_blocks:
                 layer = functools.partial(
                     Conv,
@@ -214,7 +203,7 @@ class OctNet3(nnx.Module):
                     **common,
                 )
                 # "positive" is its own activation.
-                activation = _identity if select == "positive" else relu
+                activation = None if select == "positive" else relu
             self.blocks.append(Block(layer, before, after, activation))
         self.pool = MaxPool(2)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
@@ -226,7 +215,13 @@ class OctNet3(nnx.Module):
         self.logits = linear(HIDDEN_FEATURES, num_classes)
 
     def __call__(self, x: SparseTensor | jax.Array) -> jax.Array:
-        self._check_input(x)
+        if self.num_sparse_blocks:
+            check_sparse("x", x)
+        expected = (*self.input_shape, self.in_features)
+        if x.shape[1:] != expected:
+            raise ValueError(
+                f"x must have the shape (batch, {', '.join(map(str, expected))}), got {x.shape}."
+            )
         features: Any = x
         if isinstance(x, SparseTensor) and not self.num_sparse_blocks:
             features = to_dense(x)
@@ -259,10 +254,8 @@ class OctNet3(nnx.Module):
         The number of slots, the capacity, is the most entries that a channel can store. A slot takes a key of
         4 bytes, and a value. Parameters are stored weights and biases.
         """
-        lines: list[tuple[str, ...]] = [
-            ("layer", "output", "bound", "slots", "parameters", "bytes")
-        ]
         layers = self.layers()
+        lines = [("layer", "output", "bound", "slots", "parameters", "bytes")]
         for layer in layers:
             grid, channels = layer.shape[:-1], layer.shape[-1]
             shape = f"{grid[0]}^{len(grid)} x {channels}" if grid else str(channels)
@@ -270,25 +263,12 @@ class OctNet3(nnx.Module):
             slots = "" if layer.capacity is None else f"{layer.capacity:,}"
             parameters = f"{layer.parameters:,}" if layer.parameters else ""
             lines.append((layer.name, shape, bound, slots, parameters, f"{layer.bytes:,}"))
-        totals = (sum(layer.parameters for layer in layers), sum(layer.bytes for layer in layers))
-        lines.append(("all", "", "", "", *(f"{total:,}" for total in totals)))
+        parameters = sum(layer.parameters for layer in layers)
+        size = sum(layer.bytes for layer in layers)
+        lines.append(("all", "", "", "", f"{parameters:,}", f"{size:,}"))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if at < 2 else cell.rjust(width)
-                for at, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        )
-
-    def _check_input(self, x: SparseTensor | jax.Array) -> None:
-        if self.num_sparse_blocks:
-            check_sparse("x", x)
-        expected = (*self.input_shape, self.in_features)
-        if x.shape[1:] != expected:
-            raise ValueError(
-                f"x must have the shape (batch, {', '.join(map(str, expected))}), got {x.shape}."
-            )
+        align = [f"{{:{'<' if at < 2 else '>'}{width}}}" for at, width in enumerate(widths)]
+        return "\n".join("  ".join(align).format(*line) for line in lines)
 
 
 # Functions, not methods: `nnx.capture` takes what a module's methods return for arrays.
@@ -314,8 +294,8 @@ def _block_stages(block: Block) -> Iterator[Stage]:
         yield Stage(name, conv, functools.partial(_activated, conv, block.activation))
 
 
-def _activated(conv: Any, activation: Callable[[Any], Any], x: Any) -> Any:
-    return activation(conv(x))
+def _activated(conv: Any, activation: Callable[[Any], Any] | None, x: Any) -> Any:
+    return conv(x) if activation is None else activation(conv(x))
 
 
 def _layer(stage: Stage, x: SparseTensor | jax.Array) -> Layer:
@@ -331,22 +311,9 @@ def _layer(stage: Stage, x: SparseTensor | jax.Array) -> Layer:
     )
 
 
-def _identity(x: Any) -> Any:
-    return x
-
-
 def _dense_max_pool(x: jax.Array) -> jax.Array:
     window = (2,) * (x.ndim - 2)
     return nnx.max_pool(x, window, strides=window)
-
-
-def _check_positive(argument: str, value: int) -> None:
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{argument} must be an integer, got {value!r}.") from None
-    if count < 1:
-        raise ValueError(f"{argument} must be at least 1, got {count}.")
 
 
 def _checked_bounds(density_bounds: Sequence[float] | None, resolution: int) -> tuple[float, ...]:

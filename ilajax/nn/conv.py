@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from flax import errors, nnx
 
 from ilajax import geometry
-from ilajax.geometry import Padding, check_padding, conv_window, per_axis
+from ilajax.geometry import Padding, check_padding, conv_window, per_axis, positive
 from ilajax.ops.conv import check_support, conv
 from ilajax.ops.k_select import check_select
 from ilajax.sparse_kernel import SparseKernel, check_kernel_keys
@@ -125,13 +124,17 @@ class Conv(nnx.Module):
         axis_name: str | tuple[str, ...] | None = None,
         rngs: nnx.Rngs,
     ):
-        _check_rngs(rngs)
-        window = _window(kernel_size)
-        self.kernel_shape = (
-            *window,
-            _features("in_features", in_features),
-            _features("out_features", out_features),
-        )
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(
+                f"rngs must be an nnx.Rngs, got {type(rngs).__name__}. Make one from a seed or a key: "
+                f"rngs=nnx.Rngs(0), rngs=nnx.Rngs(key)."
+            )
+        sizes = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+        window = per_axis("kernel_size", sizes, len(sizes))
+        features = {"in_features": in_features, "out_features": out_features}
+        advice = " It is not read off the first input: weights exist from the start."
+        channels = (positive(*f, ", a number of channels", advice) for f in features.items())
+        self.kernel_shape = (*window, *channels)
         self.density_bound, self.select = _output_rule(support, density_bound, select, len(window))
         self.support = support
         self.strides = per_axis("strides", strides, len(window))
@@ -184,24 +187,19 @@ class Conv(nnx.Module):
                 f"x must have the {self.in_features} channels that the layer was made for, got {x.channels}: "
                 f"{x}. Make the layer with in_features={x.channels}."
             )
-        window = conv_window(
-            x.spatial_shape,
-            self.kernel_size,
-            strides=self.strides,
-            padding=self.padding,
-            dilation=self.kernel_dilation,
-        )
+        steps: Any = {"strides": self.strides, "padding": self.padding}
+        dilation = self.kernel_dilation
+        window = conv_window(x.spatial_shape, self.kernel_size, dilation=dilation, **steps)
         capacity = None
         if self.density_bound is not None:
             capacity = geometry.capacity(self.density_bound, window.output_shape)
         result = conv(
             *self._promoted(x),
             capacity=capacity,
-            strides=self.strides,
-            padding=self.padding,
-            kernel_dilation=self.kernel_dilation,
+            kernel_dilation=dilation,
             select=self.select,
             support=self.support,
+            **steps,
         )
         if use_running_average is None:
             use_running_average = self.use_running_average
@@ -218,12 +216,9 @@ class Conv(nnx.Module):
         dtype = self.dtype
         if dtype is None:
             dtype = jnp.result_type(x.values, kernel.values, *(() if bias is None else (bias,)))
-        kernel = SparseKernel(kernel.keys, _rounded(kernel.values, dtype), kernel.shape)
-        return (
-            x.with_values(x.values.astype(dtype)),
-            kernel,
-            None if bias is None else _rounded(bias, dtype),
-        )
+        rounded = SparseKernel(kernel.keys, _rounded(kernel.values, dtype), kernel.shape)
+        x = x.with_values(x.values.astype(dtype))
+        return x, rounded, None if bias is None else _rounded(bias, dtype)
 
     def _measure(self, responses: jax.Array, output_sites: int) -> None:
         density = jnp.mean(responses.astype(jnp.float32), axis=0) / output_sites
@@ -261,32 +256,6 @@ def _straight_through(weights: jax.Array, dtype: Any) -> jax.Array:
 def _(dtype, primals, tangents):
     # The derivative of a cast would be rounded by it: in float16 a gradient overflows at 65504.
     return _straight_through(*primals, dtype), *tangents
-
-
-def _check_rngs(rngs: object) -> None:
-    if not isinstance(rngs, nnx.Rngs):
-        raise TypeError(
-            f"rngs must be an nnx.Rngs, got {type(rngs).__name__}. Make one from a seed or a key: "
-            f"rngs=nnx.Rngs(0), rngs=nnx.Rngs(key)."
-        )
-
-
-def _window(kernel_size: int | Sequence[int]) -> tuple[int, ...]:
-    sizes = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
-    return per_axis("kernel_size", sizes, len(sizes))
-
-
-def _features(argument: str, features: int) -> int:
-    try:
-        count = operator.index(features)
-    except TypeError:
-        raise TypeError(
-            f"{argument} must be an integer, a number of channels, got {features!r}. It is not read off the "
-            f"first input: weights exist from the start."
-        ) from None
-    if count < 1:
-        raise ValueError(f"{argument} must be at least 1, got {count}.")
-    return count
 
 
 def _output_rule(

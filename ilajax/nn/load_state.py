@@ -10,7 +10,7 @@ from flax import nnx
 
 from ilajax.geometry import sites
 from ilajax.nn.conv import Conv, iter_convs
-from ilajax.nn.slots import Path, iter_slots, plain_key
+from ilajax.nn.slots import Path, dotted, iter_slots, plain_key
 from ilajax.sparse_kernel import check_kernel_keys
 
 Name = tuple[str, ...]  # a path as a checkpoint has it: of strings alone
@@ -52,22 +52,20 @@ def load_state(node: Any, stored: Any) -> None:
     arrays = _matched(variables, _by_name(stored))
     shapes = {path: [variable.shape] for path, variable in variables.items()}
     filters = _stored_filters(node, variables, arrays)
-    for path, shape in filters.items():
-        shapes[path] = [shape]
+    shapes |= {path: [shape] for path, shape in filters.items()}
     shapes |= _slots_of(filters, node, variables)
     _raise_if(
         "do not fit, so that they were saved from another model or optimizer",
         [
-            f"{_dotted(path)} (stored as {_signature(arrays[path])}, expected "
+            f"{dotted(path)} (stored as {_signature(arrays[path])}, expected "
             f"{' or '.join(_signature(variable, shape) for shape in shapes[path])})"
             for path, variable in variables.items()
             if jnp.shape(arrays[path]) not in shapes[path] or arrays[path].dtype != variable.dtype
         ],
     )
     for path, conv in _convs(node, variables):
-        check_kernel_keys(
-            _dotted((*path, "kernel_keys")), arrays[*path, "kernel_keys"], conv.kernel_shape
-        )
+        name = (*path, "kernel_keys")
+        check_kernel_keys(dotted(name), arrays[name], conv.kernel_shape)
     for path, variable in variables.items():
         variable.set_value(jnp.asarray(arrays[path]))
 
@@ -79,7 +77,7 @@ def _by_name(stored: Any) -> dict[Name, Any]:
         arrays[name] = array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
         if isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct):
             raise TypeError(
-                f"stored must hold concrete arrays, but {_dotted(name)} is a {type(array).__name__}. Restore "
+                f"stored must hold concrete arrays, but {dotted(name)} is a {type(array).__name__}. Restore "
                 f"the checkpoint first, and call load_state outside of nnx.jit."
             )
     return arrays
@@ -93,17 +91,13 @@ def _matched(variables: Variables, stored: dict[Name, Any]) -> dict[Path, Any]:
         # In an nnx.State a variable is a node, whose leaf is called "value".
         found = next((n for n in (name, (*name, "value")) if n in stored), None)
         if found is None:
-            missing.append(_dotted(path))
+            missing.append(dotted(path))
         else:
             arrays[path] = stored.pop(found)
-    _raise_if(
-        "are missing (save nnx.state(...) whole: weights mean nothing without their kernel_keys)",
-        missing,
-    )
-    _raise_if(
-        "are of no use to this model or optimizer, which has none of that name",
-        map(_dotted, stored),
-    )
+    whole = "save nnx.state(...) whole: weights mean nothing without their kernel_keys"
+    _raise_if(f"are missing ({whole})", missing)
+    unknown = "are of no use to this model or optimizer, which has none of that name"
+    _raise_if(unknown, map(dotted, stored))
     return arrays
 
 
@@ -161,7 +155,3 @@ def _raise_if(problem: str, names: Iterable[str]) -> None:
 
 def _signature(array: Any, shape: Shape | None = None) -> str:
     return f"{array.dtype}{list(jnp.shape(array) if shape is None else shape)}"
-
-
-def _dotted(path: Iterable[Any]) -> str:
-    return ".".join(map(str, path))

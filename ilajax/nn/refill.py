@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from ilajax.nn.conv import iter_convs
+from ilajax.nn.slots import dotted
 from ilajax.sparse_kernel import SparseKernel, check_kernel_keys
 
 
@@ -33,7 +34,7 @@ def refill(model: Any) -> None:
     """
     for path, conv in iter_convs(model):
         if not isinstance(conv.kernel_keys[...], jax.core.Tracer):
-            name = ".".join(map(str, (*path, "kernel_keys")))
+            name = dotted((*path, "kernel_keys"))
             check_kernel_keys(name, conv.kernel_keys[...], conv.kernel_shape)
 
         def full(keys: jax.Array, values: jax.Array, shape: Any = conv.kernel_shape) -> Any:

@@ -1,6 +1,6 @@
 """The arrays of an optimizer's state that belong to a parameter, found by the parameter's path."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -35,6 +35,11 @@ def plain_key(key: Any) -> Any:
         if hasattr(key, attribute):
             return getattr(key, attribute)
     raise TypeError(f"unknown kind of path key {key!r}.")
+
+
+def dotted(path: Iterable[Any]) -> str:
+    """A path in an error's words."""
+    return ".".join(map(str, path))
 
 
 def _is_variable(node: Any) -> bool:

@@ -2,12 +2,7 @@
 
 import jax.numpy as jnp
 
-from ilajax.ops._supports import (
-    check_alike,
-    have_one_support,
-    place_alike,
-    spread_over_union,
-)
+from ilajax.ops._supports import check_alike, have_one_support, place_alike, spread_over_union
 from ilajax.ops.k_select import check_capacity, check_select, k_select
 from ilajax.sparse_tensor import SparseTensor
 

@@ -4,12 +4,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from ilajax.ops._supports import (
-    check_alike,
-    have_one_support,
-    place_alike,
-    spread_over_union,
-)
+from ilajax.ops._supports import check_alike, have_one_support, place_alike, spread_over_union
 from ilajax.ops.k_select import pad_slots
 from ilajax.sparse_tensor import SparseTensor
 

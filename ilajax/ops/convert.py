@@ -1,6 +1,5 @@
 """Between dense arrays and sparse tensors."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ilajax import ffi
-from ilajax.geometry import check_spatial_shape, sites
+from ilajax.geometry import check_spatial_shape, not_negative, sites
 from ilajax.ops._shapes import Array, Float, Int32
-from ilajax.ops.k_select import Selected, check_capacity, check_select, select_reference
+from ilajax.ops.k_select import Selected, Selection, check_capacity, check_select, select_reference
 from ilajax.sparse_tensor import VALUE_DTYPES, SparseTensor, check_sparse
 
 _SCATTER, _GATHER = ffi.declare("to_dense")
@@ -43,7 +42,7 @@ def _scatter(
     sites: int, keys: Int32[Array, "b ck k"], values: Float[Array, "b c k"]
 ) -> Float[Array, "b c {sites}"]:
     def reference(keys, values):
-        keys = jnp.broadcast_to(_drop_outside(keys, sites), values.shape)
+        keys = jnp.broadcast_to(not_negative(keys, sites), values.shape)
         # Mapped over segments, not indexed by them: a sharded batch stays where it is.
         segment = lambda k, v: jnp.zeros(sites, v.dtype).at[k].set(v, mode="drop")  # noqa: E731
         return (jax.vmap(jax.vmap(segment))(keys, values),)
@@ -56,16 +55,11 @@ def _gather(
     sites: int, keys: Int32[Array, "b ck k"], planes: Float[Array, "b c {sites}"]
 ) -> Float[Array, "b c k"]:
     def reference(keys, planes):
-        keys = jnp.broadcast_to(_drop_outside(keys, sites), (*planes.shape[:2], keys.shape[2]))
+        keys = jnp.broadcast_to(not_negative(keys, sites), (*planes.shape[:2], keys.shape[2]))
         return (jnp.take_along_axis(planes, keys, axis=2, mode="fill", fill_value=0),)
 
     each = (ffi.result((planes.shape[1], keys.shape[2]), planes.dtype),)
     return ffi.dispatch(_GATHER, reference, (keys, planes), (True, True), each)[0]
-
-
-def _drop_outside(keys: Int32[Array, "b ck k"], sites: int) -> Int32[Array, "b ck k"]:
-    # Negative indices would wrap around.
-    return jnp.where(keys < 0, sites, keys)
 
 
 def _to_dense_forward(sites, keys, values):
@@ -118,14 +112,13 @@ def from_dense(x: jax.Array, capacity: int, *, select: str | None = "magnitude")
         )
     spatial_shape = check_spatial_shape(x.shape[1:-1])
     capacity = check_capacity(capacity)
-    if select is None:
-        if not isinstance(x, jax.core.Tracer):
-            _raise_if_cut(np.asarray(x), capacity)
-        select = "magnitude"
+    if select is None and not isinstance(x, jax.core.Tracer):
+        _raise_if_cut(np.asarray(x), capacity)
+    select = "magnitude" if select is None else select
     check_select(select)
     (x,) = ffi.place((jnp.asarray(x),), (True,))
     flat = x.reshape(x.shape[0], sites(spatial_shape), x.shape[-1])
-    keys, values = _from_dense(_Config(sites(spatial_shape), capacity, select), flat)
+    keys, values = _from_dense(Selection(sites(spatial_shape), capacity, select), flat)
     return SparseTensor(keys, values, spatial_shape)
 
 
@@ -139,40 +132,28 @@ def _raise_if_cut(x: np.ndarray, capacity: int) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Config:
-    sites: int
-    capacity: int
-    select: str
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _from_dense(config: _Config, x: jax.Array) -> Selected:
+def _from_dense(selection: Selection, x: jax.Array) -> Selected:
     """From [B, sites, C]."""
 
     def reference(x):
         values = jnp.moveaxis(x, 2, 1)
-        keys = jnp.broadcast_to(jnp.arange(config.sites, dtype=jnp.int32), values.shape)
-        return tuple(
-            select_reference(
-                keys, values, values != 0, config.sites, config.capacity, config.select
-            )
-        )
+        keys = jnp.broadcast_to(jnp.arange(selection.sites, dtype=jnp.int32), values.shape)
+        return tuple(select_reference(keys, values, values != 0, *selection))
 
-    shape = (x.shape[2], config.capacity)
+    shape = (x.shape[2], selection.capacity)
     each = (ffi.result(shape, jnp.int32), ffi.result(shape, x.dtype))
-    return Selected(
-        *ffi.dispatch(_FROM_DENSE, reference, (x,), (True,), each, select=config.select)
-    )
+    results = ffi.dispatch(_FROM_DENSE, reference, (x,), (True,), each, select=selection.select)
+    return Selected(*results)
 
 
-def _from_dense_forward(config, x):
-    selected = _from_dense(config, x)
+def _from_dense_forward(selection, x):
+    selected = _from_dense(selection, x)
     return selected, selected.keys
 
 
-def _from_dense_backward(config, keys, cotangents):
-    planes = _scatter(config.sites, keys, cotangents.values)
+def _from_dense_backward(selection, keys, cotangents):
+    planes = _scatter(selection.sites, keys, cotangents.values)
     return (jnp.moveaxis(planes, 1, 2),)
 
 

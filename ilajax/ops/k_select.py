@@ -1,14 +1,13 @@
 """k-selection, the paper's attention: keep the strongest entries of each sample and channel."""
 
-import dataclasses
 import functools
-import operator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ilajax import ffi
+from ilajax.geometry import positive
 from ilajax.ops._shapes import Array, Bool, Float, Int32
 from ilajax.ops._supports import place_alike
 from ilajax.sparse_tensor import SparseTensor, check_sparse
@@ -49,22 +48,14 @@ def k_select(x: SparseTensor, capacity: int, *, select: str = "value") -> Sparse
     (x,) = place_alike([x])
     if x.shared and select != "positive" and capacity >= x.capacity:
         return pad_slots(x, capacity)
-    keys, values = _k_select(_Config(x.sites, capacity, select), x.unshare().keys, x.values)
+    keys, values = _k_select(Selection(x.sites, capacity, select), x.unshare().keys, x.values)
     return SparseTensor(keys, values, x.spatial_shape)
 
 
 def check_capacity(capacity: int) -> int:
     """Returns the capacity as an int; TypeError or ValueError unless it is an integer of at least 1."""
-    try:
-        capacity = operator.index(capacity)
-    except TypeError:
-        raise TypeError(
-            f"capacity must be an integer number of slots, got {capacity!r}. For a share of the sites use "
-            f"ilajax.capacity(density_bound, spatial_shape)."
-        ) from None
-    if capacity < 1:
-        raise ValueError(f"capacity must be at least 1, got {capacity}.")
-    return capacity
+    advice = " For a share of the sites use ilajax.capacity(density_bound, spatial_shape)."
+    return positive("capacity", capacity, " number of slots", advice)
 
 
 def check_select(select: str) -> None:
@@ -81,6 +72,14 @@ def pad_slots(x: SparseTensor, capacity: int) -> SparseTensor:
     return SparseTensor(
         jnp.pad(x.keys, pad, constant_values=x.sites), jnp.pad(values, pad), x.spatial_shape
     )
+
+
+class Selection(NamedTuple):
+    """How entries are selected; `sites` is the key of padding."""
+
+    sites: int
+    capacity: int
+    select: str
 
 
 class Selected(NamedTuple):
@@ -122,62 +121,48 @@ def lookup_reference(
     values: Float[Array, "b c k"],
     sites: int,
 ) -> Float[Array, "b c q"]:
-    """For each query key the value stored under the same key, 0 where there is none or at padding.
-
-    Keys ascend.
-    """
+    """For each query key the value stored under it, 0 where there is none or at padding. Keys ascend."""
     search = jax.vmap(jax.vmap(functools.partial(jnp.searchsorted, method="sort")))
     slot = jnp.clip(search(keys, queries), 0, keys.shape[2] - 1)
-    found = (
-        (jnp.take_along_axis(keys, slot, axis=2) == queries) & (queries >= 0) & (queries < sites)
-    )
+    found = jnp.take_along_axis(keys, slot, axis=2) == queries
+    found &= (queries >= 0) & (queries < sites)
     return jnp.where(found, jnp.take_along_axis(values, slot, axis=2), 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Config:
-    sites: int
-    capacity: int
-    select: str
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _k_select(config: _Config, keys: jax.Array, values: jax.Array) -> Selected:
-    return _forward(config, keys, values)
+def _k_select(selection: Selection, keys: jax.Array, values: jax.Array) -> Selected:
+    return _forward(selection, keys, values)
 
 
 def _forward(
-    config: _Config, keys: Int32[Array, "b c k"], values: Float[Array, "b c k"]
+    selection: Selection, keys: Int32[Array, "b c k"], values: Float[Array, "b c k"]
 ) -> Selected:
     def reference(keys, values):
-        stored = (keys >= 0) & (keys < config.sites)
-        return tuple(
-            select_reference(keys, values, stored, config.sites, config.capacity, config.select)
-        )
+        stored = (keys >= 0) & (keys < selection.sites)
+        return tuple(select_reference(keys, values, stored, *selection))
 
-    shape = (values.shape[1], config.capacity)
-    return Selected(
-        *ffi.dispatch(
-            _FORWARD,
-            reference,
-            (keys, values),
-            (True, True),
-            (ffi.result(shape, jnp.int32), ffi.result(shape, values.dtype)),
-            sites=config.sites,
-            select=config.select,
-        )
+    shape = (values.shape[1], selection.capacity)
+    results = ffi.dispatch(
+        _FORWARD,
+        reference,
+        (keys, values),
+        (True, True),
+        (ffi.result(shape, jnp.int32), ffi.result(shape, values.dtype)),
+        sites=selection.sites,
+        select=selection.select,
     )
+    return Selected(*results)
 
 
-def _vjp_forward(config, keys, values):
-    selected = _forward(config, keys, values)
+def _vjp_forward(selection, keys, values):
+    selected = _forward(selection, keys, values)
     return selected, (keys, selected.keys)
 
 
-def _vjp_backward(config, residuals, cotangents):
+def _vjp_backward(selection, residuals, cotangents):
     """x_bar[e] is the cotangent of entry e where it was kept, else 0."""
     keys, selected_keys = residuals
-    return None, match(config.sites, keys, selected_keys, cotangents.values)
+    return None, match(selection.sites, keys, selected_keys, cotangents.values)
 
 
 _k_select.defvjp(_vjp_forward, _vjp_backward)

@@ -1,15 +1,14 @@
 """Points with features to a sparse tensor: voxels, and what becomes of the points that share one."""
 
-import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ilajax.geometry import check_spatial_shape, sites
+from ilajax.geometry import check_spatial_shape, ravel, sites
 from ilajax.ops._points import (
     as_array,
     as_batch_index,
@@ -130,24 +129,25 @@ def from_points(
     spatial_shape, capacity = check_spatial_shape(spatial_shape), check_capacity(capacity)
     config = _Config(spatial_shape, batch_size, capacity, reduce)  # type: ignore[arg-type]
     _check_arguments(config, overflow, *points)
-    _check_points(
-        config, *(None if isinstance(a, jax.core.Tracer) else np.asarray(a) for a in points)
-    )
+    concrete = (None if isinstance(a, jax.core.Tracer) else np.asarray(a) for a in points)
+    _check_points(config, *concrete)
+    run: Any = _with_numpy
     if any(isinstance(a, jax.Array) for a in given):
         coordinates, features, batch_index = points
         points = (as_int32(coordinates), features, as_int32(batch_index))
         run = _with_jax_by_sample if coordinates.ndim == 3 else _with_jax
-        x, excess, slots = run(config, *points)
-    else:
-        x, excess, slots = _with_numpy(config, *points)
-    if overflow == "raise" and not isinstance(excess, jax.core.Tracer):
-        _raise_if_full(np.asarray(excess), capacity)
+    x, excess, slots = run(config, *points)
+    if overflow == "raise" and not isinstance(excess, jax.core.Tracer) and np.any(excess):
+        sample, most = int(np.argmax(excess)), capacity + int(np.max(excess))
+        raise ValueError(
+            f"capacity is {capacity}, but sample {sample} occupies {most} voxels. Raise the capacity, use a "
+            f'coarser grid, or keep the lowest keys only by overflow="drop".'
+        )
     extras = [a for a, asked in ((excess, return_overflow), (slots, return_slots)) if asked]
     return (x, *extras) if extras else x
 
 
-@dataclasses.dataclass(frozen=True)
-class _Config:
+class _Config(NamedTuple):
     spatial_shape: tuple[int, ...]
     batch_size: int
     capacity: int
@@ -189,8 +189,7 @@ def _with_numpy(
     slots = np.full(batch_index.shape, -1, np.int32)
     slots[real] = np.where(fits, slot, -1)[voxel]
     excess = np.maximum(occupied - capacity, 0).astype(np.int32)
-    leaves: tuple[Any, Any] = (table, values)
-    return SparseTensor(*leaves, config.spatial_shape), excess, slots
+    return SparseTensor(table, values, config.spatial_shape), excess, slots  # type: ignore[arg-type]
 
 
 def _distinct(keys: np.ndarray, bound: int) -> tuple[np.ndarray, np.ndarray]:
@@ -225,26 +224,17 @@ def _reduce_with_numpy(
 def _with_jax(
     config: _Config, coordinates: jax.Array, features: jax.Array, batch_index: jax.Array
 ) -> tuple[SparseTensor, jax.Array, jax.Array]:
-    """The same in jax.numpy on every platform: a sort dominates it, and XLA has one.
-
-    Points outside the grid, outside the batch, or with NaN are dropped.
-    """
+    """The same in jax.numpy; points outside the grid, outside the batch, or with NaN are dropped."""
     batch_size, capacity, grid = config.batch_size, config.capacity, sites(config.spatial_shape)
-    extent = jnp.array(config.spatial_shape, jnp.int32)
-    dropped = jnp.any((coordinates < 0) | (coordinates >= extent), axis=1)
-    dropped |= (batch_index < 0) | (batch_index >= batch_size)
+    keys = ravel(list(coordinates.T), config.spatial_shape)
+    dropped = (keys == grid) | (batch_index < 0) | (batch_index >= batch_size)
     dropped |= jnp.any(jnp.isnan(features), axis=1)
-    keys = jnp.zeros(batch_index.shape, jnp.int32)
-    for axis, size in enumerate(config.spatial_shape):
-        keys = keys * size + jnp.clip(coordinates[:, axis], 0, size - 1)
     keys = jnp.where(dropped, grid, keys)
     batch = jnp.where(dropped, batch_size, batch_index)
     # Points of one voxel stand together, and in their order of arrival: sums are repeatable.
     batch, keys, order = jax.lax.sort((batch, keys, jnp.arange(keys.size)), num_keys=2)
-    first = jnp.concatenate(
-        [jnp.ones(1, bool), (batch[1:] != batch[:-1]) | (keys[1:] != keys[:-1])]
-    )
-    first = first[: keys.size]
+    changes = (batch[1:] != batch[:-1]) | (keys[1:] != keys[:-1])
+    first = jnp.concatenate([jnp.ones(1, bool), changes])[: keys.size]
     voxel = jnp.cumsum(first) - 1
     # Slot of each voxel in its sample: voxels so far less those of the samples before.
     occupied = jax.ops.segment_sum(first.astype(jnp.int32), batch, batch_size + 1)
@@ -253,12 +243,8 @@ def _with_jax(
     target = jnp.where(inside, batch * capacity + slot, batch_size * capacity)
     reduced = _reduce_with_jax(features[order], target, batch_size * capacity, config.reduce)
     table = jnp.full(batch_size * capacity, grid, jnp.int32).at[target].set(keys, mode="drop")
-    shape = (batch_size, capacity, features.shape[1])
-    x = SparseTensor(
-        table.reshape(batch_size, 1, capacity),
-        jnp.moveaxis(reduced.reshape(shape), 1, 2).astype(features.dtype),
-        config.spatial_shape,
-    )
+    values = jnp.moveaxis(reduced.reshape(batch_size, capacity, -1), 1, 2).astype(features.dtype)
+    x = SparseTensor(table.reshape(batch_size, 1, capacity), values, config.spatial_shape)
     slots = jnp.zeros_like(batch).at[order].set(jnp.where(inside, slot, -1).astype(jnp.int32))
     return x, jnp.maximum(occupied[:batch_size] - capacity, 0), slots
 
@@ -266,8 +252,7 @@ def _with_jax(
 def _with_jax_by_sample(
     config: _Config, coordinates: jax.Array, features: jax.Array, batch_index: jax.Array
 ) -> tuple[SparseTensor, jax.Array, jax.Array]:
-    """The same for points with a batch axis."""
-    one_sample = functools.partial(_with_jax, dataclasses.replace(config, batch_size=1))
+    one_sample = functools.partial(_with_jax, config._replace(batch_size=1))
     x, excess, slots = by_sample(one_sample, (coordinates, features), batch_index)
     return SparseTensor(x.keys[:, 0], x.values[:, 0], x.spatial_shape), excess[:, 0], slots
 
@@ -275,7 +260,6 @@ def _with_jax_by_sample(
 def _reduce_with_jax(features: jax.Array, target: jax.Array, slots: int, reduce: str) -> jax.Array:
     """Reduces the rows of `features` [N, C] by slot; rows whose target is `slots` are dropped."""
     wide = features.astype(jnp.float32)
-    count = jax.ops.segment_sum(jnp.ones(target.shape), target, slots + 1)[:slots, None]
     if reduce == "max":
         # Differentiable: the gradient goes to the first of the largest, as in max_pool.
         largest = jax.ops.segment_max(jax.lax.stop_gradient(wide), target, slots + 1)
@@ -286,6 +270,7 @@ def _reduce_with_jax(features: jax.Array, target: jax.Array, slots: int, reduce:
     total = jax.ops.segment_sum(wide, target, slots + 1)[:slots]
     if reduce == "mean":
         # XLA would multiply by 1 / count, and the mean of 41 ones would not be 1.
+        count = jax.ops.segment_sum(jnp.ones(target.shape), target, slots + 1)[:slots, None]
         count = jnp.broadcast_to(jnp.maximum(count, 1), total.shape)
         total /= jax.lax.optimization_barrier(count)
     return total
@@ -306,11 +291,9 @@ def _check_arguments(
     has_batch_axis = coordinates.ndim == 3  # whose length may be a symbol
     if not has_batch_axis and (not isinstance(batch_size, int | np.integer) or batch_size < 1):
         raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
-    for name, array in (("coordinates", coordinates), ("batch_index", batch_index)):
-        if not jnp.issubdtype(array.dtype, jnp.integer):
-            raise TypeError(
-                f"{name} must be integers, got {array.dtype}. Round or floor them first."
-            )
+    for name, dtype in (("coordinates", coordinates.dtype), ("batch_index", batch_index.dtype)):
+        if not jnp.issubdtype(dtype, jnp.integer):
+            raise TypeError(f"{name} must be integers, got {dtype}. Round or floor them first.")
     if features.dtype not in VALUE_DTYPES:
         raise TypeError(
             f"features must be float32, bfloat16 or float16, got {features.dtype}. Cast them first; points "
@@ -349,43 +332,21 @@ def _check_points(
     if batch_index is None:
         return  # any point may be padding
     check_batch_index(batch_index, config.batch_size)
-    real = batch_index != -1
+    wrong = np.zeros(batch_index.shape, bool)
     if coordinates is not None:
-        _check_coordinates(coordinates, real, config.spatial_shape)
+        for place, size in zip(np.moveaxis(coordinates, -1, 0), config.spatial_shape, strict=True):
+            wrong |= (batch_index != -1) & ((place < 0) | (place >= size))
+        if wrong.any():
+            raise ValueError(
+                f"coordinates of point {first(wrong)}, {coordinates[wrong][0].tolist()}, lie outside the "
+                f"grid {config.spatial_shape} ({int(wrong.sum())} such points). Shift, scale or drop them "
+                f"first; a batch_index of -1 drops a point."
+            )
     if features is not None:
-        _check_features(features, real)
-
-
-def _check_coordinates(
-    coordinates: np.ndarray, real: np.ndarray, spatial_shape: tuple[int, ...]
-) -> None:
-    outside = np.zeros(real.shape, bool)
-    for axis, size in enumerate(spatial_shape):
-        place = coordinates[..., axis]
-        outside |= real & ((place < 0) | (place >= size))
-    if outside.any():
-        raise ValueError(
-            f"coordinates of point {first(outside)}, {coordinates[outside][0].tolist()}, lie outside the "
-            f"grid {spatial_shape} ({int(outside.sum())} such points). Shift, scale or drop them "
-            f"first; a batch_index of -1 drops a point."
-        )
-
-
-def _check_features(features: np.ndarray, real: np.ndarray) -> None:
-    nan = np.zeros(real.shape, bool)
-    for channel in range(features.shape[-1]):
-        nan |= real & np.isnan(features[..., channel])
-    if nan.any():
-        raise ValueError(
-            f"features of point {first(nan)} are NaN ({int(nan.sum())} such points). "
-            "Drop them first: a batch_index of -1 does."
-        )
-
-
-def _raise_if_full(excess: np.ndarray, capacity: int) -> None:
-    if excess.any():
-        sample = int(excess.argmax())
-        raise ValueError(
-            f"capacity is {capacity}, but sample {sample} occupies {capacity + int(excess[sample])} voxels. "
-            f'Raise the capacity, use a coarser grid, or keep the lowest keys only by overflow="drop".'
-        )
+        for channel in np.moveaxis(features, -1, 0):
+            wrong |= (batch_index != -1) & np.isnan(channel)
+        if wrong.any():
+            raise ValueError(
+                f"features of point {first(wrong)} are NaN ({int(wrong.sum())} such points). "
+                "Drop them first: a batch_index of -1 does."
+            )

@@ -1,8 +1,8 @@
 """Pooling over non-overlapping cells and over the whole grid."""
 
-import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -147,14 +147,12 @@ def _pool_checked(
     capacity = lossless if capacity is None else check_capacity(capacity)
     if capacity < lossless:
         x = x.unshare()
-    keys, values = _pool(
-        _Config(cells, capacity, mode), *ffi.place((x.keys, x.values), (True, True))
-    )
+    operands = ffi.place((x.keys, x.values), (True, True))
+    keys, values = _pool(_Config(cells, capacity, mode), *operands)
     return SparseTensor(keys, values, cells.output_shape)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Config:
+class _Config(NamedTuple):
     cells: Window
     capacity: int
     mode: str
@@ -214,25 +212,16 @@ def _forward_reference(
 ) -> tuple[Int32[Array, "b ck q"], Float[Array, "b c q"]]:
     cells = config.cells
     by_cell = _sorted_by_cell(cells, keys, values)
-    if config.mode == "max":
-        pooled = by_cell.values
-    else:
-        total = _segment_sums(by_cell)
-        pooled = total / _sites_of(cells, by_cell.cell)
+    pooled = by_cell.values
+    if config.mode == "avg":
+        pooled = _segment_sums(by_cell) / _sites_of(cells, by_cell.cell)
+    pooled = pooled.astype(values.dtype)
     # One entry stands for its cell, which for a maximum is the first in the order of the sort.
     candidate = by_cell.first & (by_cell.cell < cells.output_sites)
-    selected = select_reference(
-        by_cell.cell,
-        pooled.astype(values.dtype),
-        candidate,
-        cells.output_sites,
-        config.capacity,
-        "value",
-    )
-    if keys.shape[1] == 1:
-        # A shared support loses no cell, so every channel has the same ones.
-        return selected.keys[:, :1], selected.values
-    return selected.keys, selected.values
+    selection = (cells.output_sites, config.capacity, "value")
+    selected = select_reference(by_cell.cell, pooled, candidate, *selection)
+    # A shared support loses no cell, so every channel has the same ones.
+    return selected.keys[:, : keys.shape[1]], selected.values
 
 
 def _backward_reference(
@@ -255,8 +244,7 @@ def _backward_reference(
     return (scatter(by_cell.slots, gradient).astype(values.dtype),)
 
 
-@dataclasses.dataclass(frozen=True)
-class _ByCell:
+class _ByCell(NamedTuple):
     """Entries [B, C, K] in the order of their cells; within a cell the largest first, ties by key."""
 
     cell: jax.Array  # output_sites for padding
@@ -291,10 +279,8 @@ def _segment_sums(by_cell: _ByCell) -> Float32[Array, "b c k"]:
     """At each entry the sum over its cell."""
     segment = jnp.cumsum(by_cell.first, axis=2) - 1
 
-    def one(segment, values):
-        return jax.ops.segment_sum(values, segment, values.size)[segment]
-
-    return jax.vmap(jax.vmap(one))(segment, by_cell.values)
+    sums = lambda s, v: jax.ops.segment_sum(v, s, v.size)[s]  # noqa: E731
+    return jax.vmap(jax.vmap(sums))(segment, by_cell.values)
 
 
 def _sites_of(cells: Window, cell: Int32[Array, "b c k"]) -> Float32[Array, "b c k"]:

@@ -70,10 +70,7 @@ def _vjp_backward(window, residuals, cotangents):
         (keys, values, kernel_keys, weights, cotangents[0]),
         (True, True, False, False, True),
         (ffi.result(values.shape[1:], values.dtype),),
-        (
-            ffi.result(weights.shape, jnp.float32),
-            ffi.result(cotangents[0].shape[1:2], jnp.float32),
-        ),
+        (ffi.result(weights.shape, jnp.float32), ffi.result(cotangents[0].shape[1:2], jnp.float32)),
         window=window,
     )
     return None, values_bar, None, weights_bar[0], bias_bar[0]
@@ -144,9 +141,7 @@ def _at_sites(
     keys: Int32[Array, "b 1 k"], values: Float[Array, "b c k"], sites: Int32[Array, "b 1 k"]
 ) -> Float[Array, "b c k"]:
     """The values at the slots whose shared keys equal `sites`, else 0."""
-    slot = jax.vmap(functools.partial(jnp.searchsorted, method="sort"))(keys[:, 0], sites[:, 0])[
-        :, None
-    ]
-    slot = jnp.minimum(slot, keys.shape[2] - 1)
+    search = jax.vmap(functools.partial(jnp.searchsorted, method="sort"))
+    slot = jnp.minimum(search(keys[:, 0], sites[:, 0]), keys.shape[2] - 1)[:, None]
     found = jnp.take_along_axis(keys, slot, axis=2) == sites
     return jnp.where(found, jnp.take_along_axis(values, slot, axis=2), 0)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from ilajax.geometry import not_negative
 from ilajax.ops._shapes import Array, Float32, Int32
 
 # Which operands lead with the batch axis: keys and values do; kernel keys, weights and bias do not.
@@ -14,13 +15,8 @@ def dense_weights(
 ) -> Float32[Array, "{cout} {cin} {taps}"]:
     """Live weights; padding is dropped, whatever its value is."""
     size = cout * cin * taps
-    keys = jnp.where(keys < 0, size, keys)
-    return (
-        jnp.zeros_like(values, shape=size)
-        .at[keys]
-        .set(values, mode="drop")
-        .reshape(cout, cin, taps)
-    )
+    flat = jnp.zeros_like(values, shape=size)
+    return flat.at[not_negative(keys, size)].set(values, mode="drop").reshape(cout, cin, taps)
 
 
 def at_live_weights(

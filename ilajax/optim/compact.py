@@ -9,7 +9,7 @@ from flax import nnx
 
 from ilajax.geometry import sites
 from ilajax.nn.conv import Conv, iter_convs
-from ilajax.nn.slots import Path, iter_slots, tree_nodes
+from ilajax.nn.slots import Path, dotted, iter_slots, tree_nodes
 from ilajax.optim.one_warning_shot_pruning import OneWarningShotPruningState
 from ilajax.sparse_kernel import check_kernel_keys
 
@@ -107,22 +107,18 @@ def _slots(optimizer: nnx.Optimizer) -> list[_Slot]:
             "optimizer has no state of one_warning_shot_pruning, so nothing says which weights are "
             "pruned. Make its transformation with ilajax.optim.sparse_training(model, optimizer)."
         )
-    _check_no_flat_state(optimizer)
+    _check_no_flat_state(optimizer, pruning[0].pruned)
     pruned = {id(leaf) for state in pruning for leaf in tree_nodes(state.pruned, nnx.Variable)}
     return [
         _Slot(path, variable, id(variable) in pruned) for path, variable in iter_slots(optimizer)
     ]
 
 
-def _check_no_flat_state(optimizer: nnx.Optimizer) -> None:
-    trees = tree_nodes(optimizer.opt_state, OneWarningShotPruningState)[0].pruned
-    size = sum(leaf.size for leaf in jax.tree.leaves(trees))
-    for leaf in jax.tree.leaves(
-        optimizer.opt_state, is_leaf=lambda node: isinstance(node, nnx.State)
-    ):
-        if isinstance(leaf, nnx.State):
-            continue
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and size in leaf.shape:
+def _check_no_flat_state(optimizer: nnx.Optimizer, pruned: Any) -> None:
+    size = sum(leaf.size for leaf in jax.tree.leaves(pruned))
+    for leaf in jax.tree.leaves(optimizer.opt_state, is_leaf=lambda n: isinstance(n, nnx.State)):
+        one_for_all = not isinstance(leaf, nnx.State) and size in leaf.shape
+        if one_for_all and jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
                 f"optimizer keeps one array of shape {leaf.shape} for all parameters (optax.flatten?), in "
                 f"which no weight can be found by its path. Use an optimizer that keeps them apart."
@@ -146,7 +142,7 @@ def _warn_beyond_filters(slots: list[_Slot], filters: set[Path]) -> None:
         return
     counts = jax.device_get([mark.sum() for mark in marks.values()])  # one wait for all
     hit = [
-        f"{_dotted(path)} ({count:,} of {mark.size:,})"
+        f"{dotted(path)} ({count:,} of {mark.size:,})"
         for (path, mark), count in zip(marks.items(), counts, strict=True)
         if count
     ]
@@ -163,9 +159,8 @@ def _warn_beyond_filters(slots: list[_Slot], filters: set[Path]) -> None:
 
 def _own(path: Path, conv: Conv, slots: list[_Slot]) -> list[_Slot]:
     """The slots of a layer's filter that have an entry for each weight."""
-    kernel = (*path, "kernel")
-    own = [slot for slot in slots if slot.path[: len(kernel)] == kernel]
-    return [slot for slot in own if _follows(slot, conv.kernel[...])]
+    name, values = (*path, "kernel"), conv.kernel[...]
+    return [slot for slot in slots if slot.path[: len(name)] == name and _follows(slot, values)]
 
 
 def _check_only_zeros(filters: list[_Filter]) -> None:
@@ -173,11 +168,11 @@ def _check_only_zeros(filters: list[_Filter]) -> None:
     looked_at = [(f.conv.kernel_keys[...], _pruned(f), _moved(f)) for f in filters]
     if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(looked_at)):
         return
-    sums = [(pruned.sum(), moved.sum()) for _, pruned, moved in looked_at]
-    counts = jax.device_get(sums)  # one wait for all
+    # One wait for all.
+    sums = jax.device_get([(pruned.sum(), moved.sum()) for _, pruned, moved in looked_at])
     moved = [
-        f"{_dotted((*f.path, 'kernel'))} ({count:,} of {pruned:,} pruned)"
-        for f, (pruned, count) in zip(filters, counts, strict=True)
+        f"{dotted((*f.path, 'kernel'))} ({count:,} of {pruned:,} pruned)"
+        for f, (pruned, count) in zip(filters, sums, strict=True)
         if count
     ]
     if moved:
@@ -188,7 +183,7 @@ def _check_only_zeros(filters: list[_Filter]) -> None:
             f"ilajax.optim.sparse_training does. Where weights were set by hand, create the optimizer anew."
         )
     for f in filters:
-        name = _dotted((*f.path, "kernel_keys"))
+        name = dotted((*f.path, "kernel_keys"))
         check_kernel_keys(name, f.conv.kernel_keys[...], f.conv.kernel_shape)
 
 
@@ -224,10 +219,6 @@ def _compact_kernel(f: _Filter, shrink: bool) -> None:
     conv.kernel.set_value(reordered(values, 0))
     for slot in slots:
         slot.variable.set_value(reordered(slot.variable[...], slot.is_pruned))
-
-
-def _dotted(path: Path) -> str:
-    return ".".join(map(str, path))
 
 
 def _follows(slot: _Slot, values: jax.Array) -> bool:

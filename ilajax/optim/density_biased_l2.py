@@ -45,10 +45,7 @@ def density_biased_l2(
       >>> _ = optimizer.update(model, grads, excess_density=excess)
 
     Args:
-      scale: strength of the regularisation, lambda, 0 or more.
-      offset: additional bias where the bound is exceeded, o, 0 or more.
-      b1: bias for each unit of density above the bound, 0 or more.
-      b2: bias for each unit of density below it, 0 or more.
+      scale, offset, b1, b2: lambda, o, b1 and b2 of the paper, each 0 or more, see `sparse_training`.
       momentum: share of the old bias that is kept at each step, in [0, 1).
 
     Returns:
@@ -71,9 +68,12 @@ def density_biased_l2(
         raise ValueError(
             f"momentum must lie in [0, 1), got {momentum}. 0 follows the densities at once."
         )
+    tree_map = jax.tree_util.tree_map_with_path
 
     def init(params: optax.Params) -> DensityBiasedL2State:
-        return DensityBiasedL2State(jax.tree.map(lambda w: jnp.zeros(w.shape, _wide(w)), params))
+        # A low-pass in bfloat16 would not move: its steps are below one part in 256.
+        wide = lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))  # noqa: E731
+        return DensityBiasedL2State(jax.tree.map(wide, params))
 
     def update(
         updates: optax.Updates,
@@ -93,7 +93,7 @@ def density_biased_l2(
             raise ValueError(
                 "density_biased_l2 needs params: call update(updates, state, params, ...)."
             )
-        jax.tree_util.tree_map_with_path(_check_made_for, state.bias, params)
+        tree_map(_check_made_for, state.bias, params)
         excess_at = _by_path(excess_density)
 
         def new_bias(path: Any, b: Any, g: Any, w: Any) -> Any:
@@ -110,7 +110,6 @@ def density_biased_l2(
                 return g
             return jnp.asarray(g + scale * (w + b), g.dtype)
 
-        tree_map = jax.tree_util.tree_map_with_path
         bias = tree_map(new_bias, state.bias, updates, params)
         updates = tree_map(regularised, bias, updates, params)
         return updates, DensityBiasedL2State(bias)
@@ -122,22 +121,13 @@ def density_biased_l2(
 _MISSING = object()
 
 
-def _wide(w: jax.Array) -> Any:
-    # A low-pass in bfloat16 would not move: its steps are below one part in 256.
-    return jnp.promote_types(w.dtype, jnp.float32)
-
-
-def _is_none(leaf: Any) -> bool:
-    return leaf is None
-
-
 def _by_path(excess: Any) -> Callable[[Any], Any]:
     """Looks an excess density up by the path of a parameter or of a subtree that it is in.
 
     By path, not by structure: excess may be a dict where params are an nnx.State, and optax.masked takes
     leaves out of params but not out of excess.
     """
-    leaves = dict(jax.tree_util.tree_leaves_with_path(excess, is_leaf=_is_none))
+    leaves = dict(jax.tree_util.tree_leaves_with_path(excess, is_leaf=lambda leaf: leaf is None))
 
     def find(path: Any) -> Any:
         for depth in range(len(path), -1, -1):

@@ -8,6 +8,7 @@ from flax import nnx
 
 from ilajax.geometry import sites
 from ilajax.nn.conv import Conv, iter_convs
+from ilajax.nn.slots import dotted
 
 
 def excess_density(model: Any, wrt: Any = nnx.Param) -> Any:
@@ -58,7 +59,7 @@ def _check_measured(densities: dict[tuple[Any, ...], jax.Array]) -> None:
     concrete = {p: d for p, d in densities.items() if not isinstance(d, jax.core.Tracer)}
     values = jax.device_get(list(concrete.values()))  # one wait for all
     unknown = [
-        ".".join(map(str, ("model", *path)))
+        dotted(("model", *path))
         for path, density in zip(concrete, values, strict=True)
         if (density < 0).any()
     ]

@@ -79,11 +79,9 @@ def one_warning_shot_pruning(threshold: float) -> optax.GradientTransformationEx
         raise ValueError(f"threshold must be a finite number, 0 or more, got {threshold}.")
 
     def init(params: optax.Params) -> OneWarningShotPruningState:
-        def none_yet() -> optax.Params:
-            return jax.tree.map(lambda w: jnp.zeros(w.shape, bool), params)
-
         # Two sets of buffers, so that a jitted step may donate both.
-        return OneWarningShotPruningState(none_yet(), none_yet())
+        none_yet = (jax.tree.map(lambda w: jnp.zeros(w.shape, bool), params) for _ in range(2))
+        return OneWarningShotPruningState(*none_yet)
 
     def update(
         updates: optax.Updates,
@@ -111,9 +109,8 @@ def one_warning_shot_pruning(threshold: float) -> optax.GradientTransformationEx
 
         small = jax.tree.map(lambda w: jnp.abs(w) < threshold, params)
         warned = jax.tree.map(lambda s, was: jnp.where(ends, s, was), small, state.warned)
-        pruned = jax.tree.map(
-            lambda s, warned, was: was | (ends & s & warned), small, state.warned, state.pruned
-        )
+        twice = jax.tree.map(lambda s, was: ends & s & was, small, state.warned)
+        pruned = jax.tree.map(jnp.logical_or, state.pruned, twice)
 
         def held(now: jax.Array, before: jax.Array, u: Any, w: jax.Array) -> Any:
             if u is None:

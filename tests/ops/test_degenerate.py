@@ -61,7 +61,7 @@ def squeeze(native, monkeypatch):
 
 
 class ForwardPlan(NamedTuple):
-    """The numbers of xla_kernels/conv/cpu_forward.h's."""
+    """The numbers of xla_kernels/conv/cpu.cc's."""
 
     block: int
     line_sites: int

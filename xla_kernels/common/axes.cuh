@@ -1,9 +1,6 @@
 // The geometry of a window for kernels, and its live taps.
 
-#ifndef ILAJAX_XLA_KERNELS_COMMON_AXES_CUH_
-#define ILAJAX_XLA_KERNELS_COMMON_AXES_CUH_
-
-#include <cstdint>
+#pragma once
 
 #include "xla_kernels/common/block.cuh"
 #include "xla_kernels/common/ffi.h"
@@ -163,5 +160,3 @@ struct DenseFilters {
 };
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_COMMON_AXES_CUH_

@@ -1,7 +1,6 @@
 // What the threads of a warp or a block do together: search, scan, sum. All orders are fixed.
 
-#ifndef ILAJAX_XLA_KERNELS_COMMON_BLOCK_CUH_
-#define ILAJAX_XLA_KERNELS_COMMON_BLOCK_CUH_
+#pragma once
 
 #include <cuda_runtime.h>
 
@@ -21,7 +20,22 @@ __device__ inline uint4* DynamicShared() {
 #endif
 }
 
-// The first of `count` ascending keys that is not below `bound` >= 0, found by a whole warp: 32
+// The first of `count` ascending keys that is not below `bound`.
+__device__ inline int64_t LowerBound(const int32_t* keys, int64_t count, int64_t bound) {
+  int64_t first = 0;
+  while (count > 0) {
+    const int64_t half = count / 2;
+    if (keys[first + half] < bound) {
+      first += half + 1;
+      count -= half + 1;
+    } else {
+      count = half;
+    }
+  }
+  return first;
+}
+
+// The same for `bound` >= 0, found by a whole warp: 32
 // probes a step, so that 65536 keys take four dependent loads. Negative keys are padding like those
 // beyond the last, and count as such. Of keys in disorder some place in [0, count].
 __device__ inline int WarpLowerBound(const int32_t* keys, int count, int64_t bound) {
@@ -74,5 +88,3 @@ __device__ inline float WarpSum(float value) {
 }
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_COMMON_BLOCK_CUH_

@@ -1,9 +1,6 @@
 // The sizes of a convolution, whatever its support.
 
-#ifndef ILAJAX_XLA_KERNELS_COMMON_CONV_SHAPE_H_
-#define ILAJAX_XLA_KERNELS_COMMON_CONV_SHAPE_H_
-
-#include <cstdint>
+#pragma once
 
 #include "xla_kernels/common/target.h"
 
@@ -37,5 +34,3 @@ struct ConvShape {
 };
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_COMMON_CONV_SHAPE_H_

@@ -3,29 +3,18 @@
 // Kernels are launched through Launch<kernel>() and never with <<<>>>, so that a .cu file is plain
 // C++ to a host compiler, and so that no launch goes unchecked.
 
-#ifndef ILAJAX_XLA_KERNELS_COMMON_CUDA_H_
-#define ILAJAX_XLA_KERNELS_COMMON_CUDA_H_
+#pragma once
 
 #include <cuda_runtime.h>
 
 #include <atomic>
 #include <cstddef>
-#include <cstdint>
 #include <tuple>
 #include <utility>
 
 #include "xla_kernels/common/ffi.h"
 
 namespace ilajax {
-
-using Stream = ffi::PlatformStream<cudaStream_t>;
-
-// `what` failed with `status`.
-inline ffi::Error CudaError(const char* what, cudaError_t status) {
-  std::ostringstream message;
-  message << what << ": " << cudaGetErrorName(status) << ": " << cudaGetErrorString(status);
-  return ffi::Error::Internal(message.str());
-}
 
 // Shared memory that is static in any kernel which asks for dynamic shared memory, at most.
 constexpr int64_t kStaticShared = 2048;
@@ -99,7 +88,10 @@ ffi::Error Launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t strea
   }
   if (status == cudaSuccess) return ffi::Error::Success();
   (void)cudaGetLastError();  // so that the next call does not report it again
-  return CudaError("CUDA kernel launch", status);
+  std::ostringstream message;
+  message << "CUDA kernel launch: " << cudaGetErrorName(status) << ": "
+          << cudaGetErrorString(status);
+  return ffi::Error::Internal(message.str());
 }
 
 constexpr int64_t kMaxBlocks = 0x7fffffff;  // CUDA's limit
@@ -119,5 +111,3 @@ inline dim3 GridFor(int64_t tasks) {
 }
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_COMMON_CUDA_H_

@@ -17,12 +17,11 @@
 // Memory traffic: keys and values once for each pass; kept keys and values are written once, in
 // order.
 
-#ifndef ILAJAX_XLA_KERNELS_COMMON_CUDA_SELECT_CUH_
-#define ILAJAX_XLA_KERNELS_COMMON_CUDA_SELECT_CUH_
+#pragma once
 
 #include <algorithm>
-#include <cstdint>
 
+#include "xla_kernels/common/block.cuh"
 #include "xla_kernels/common/cuda.h"
 #include "xla_kernels/common/selection.h"
 #include "xla_kernels/common/tuning.h"
@@ -34,21 +33,6 @@ constexpr int kMaxThreads = 1024;
 constexpr int kSelectBins = 256;
 constexpr int kSelectPasses = 4;
 constexpr int kSelectEntries = 4;  // of a thread between two barriers
-
-// The first of `count` ascending keys that is not below `bound`.
-__device__ inline int64_t LowerBound(const int32_t* keys, int64_t count, int64_t bound) {
-  int64_t first = 0;
-  while (count > 0) {
-    const int64_t half = count / 2;
-    if (keys[first + half] < bound) {
-      first += half + 1;
-      count -= half + 1;
-    } else {
-      count = half;
-    }
-  }
-  return first;
-}
 
 // The entries of one segment. Without keys, entry i has the key i, and zeros are no entries.
 template <typename T>
@@ -136,11 +120,7 @@ __device__ inline void ChooseDigit(const int32_t* histogram, int shift, Cut& cut
   const int first = 8 * (31 - lane);
   int32_t own = 0;
   for (int bin = first; bin < first + 8; ++bin) own += histogram[bin];
-  int32_t through = own;
-  for (int step = 1; step < 32; step *= 2) {
-    const int32_t other = __shfl_up_sync(~0u, through, step);
-    if (lane >= step) through += other;
-  }
+  const int32_t through = own + WarpExclusiveScan(own);
   const int32_t all = __shfl_sync(~0u, through, 31);
   if (all <= ties) {
     if (lane == 0) cut.found = true;
@@ -432,5 +412,3 @@ ffi::Error LaunchSelect(cudaStream_t stream, const Entries<T>& entries, int64_t 
 }
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_COMMON_CUDA_SELECT_CUH_

@@ -2,13 +2,10 @@
 //
 // Python has checked all shapes at trace time. A handler re-checks only what keeps memory safe.
 
-#ifndef ILAJAX_XLA_KERNELS_COMMON_FFI_H_
-#define ILAJAX_XLA_KERNELS_COMMON_FFI_H_
+#pragma once
 
 #include <cstdint>
-#include <initializer_list>
 #include <sstream>
-#include <string_view>
 #include <utility>
 
 #include "xla/ffi/api/ffi.h"
@@ -23,23 +20,6 @@ template <typename... Parts>
 ffi::Error InvalidArgument(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
-  return ffi::Error::InvalidArgument(message.str());
-}
-
-// Checks that `buffer`, an AnyBuffer or a Buffer, has exactly the dimensions `want`.
-template <typename AnyBuffer>
-ffi::Error CheckShape(std::string_view name, const AnyBuffer& buffer,
-                      std::initializer_list<int64_t> want) {
-  const auto got = buffer.dimensions();
-  if (got.size() == want.size() && std::equal(want.begin(), want.end(), got.begin())) {
-    return ffi::Error::Success();
-  }
-  std::ostringstream message;
-  message << name << " has shape [";
-  for (size_t i = 0; i < got.size(); ++i) message << (i ? ", " : "") << got[i];
-  message << "], expected [";
-  for (size_t i = 0; i < want.size(); ++i) message << (i ? ", " : "") << want.begin()[i];
-  message << "]";
   return ffi::Error::InvalidArgument(message.str());
 }
 
@@ -75,5 +55,3 @@ inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
   do {                                                          \
     if (::xla::ffi::Error e_ = (expr); e_.failure()) return e_; \
   } while (false)
-
-#endif  // ILAJAX_XLA_KERNELS_COMMON_FFI_H_

@@ -4,8 +4,7 @@
 // without branches, so that loops over it vectorise (given -fno-trapping-math). Both roundings are
 // to nearest, ties to even, and a NaN stays a NaN (quiet, its sign and upper payload bits kept).
 
-#ifndef ILAJAX_XLA_KERNELS_COMMON_FLOAT16_H_
-#define ILAJAX_XLA_KERNELS_COMMON_FLOAT16_H_
+#pragma once
 
 #include <cstdint>
 #include <cstring>
@@ -89,5 +88,3 @@ struct Float16 {
 static_assert(sizeof(BFloat16) == 2 && sizeof(Float16) == 2);
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_COMMON_FLOAT16_H_

@@ -1,12 +1,10 @@
 // A parallel loop on XLA's own CPU thread pool.
 
-#ifndef ILAJAX_XLA_KERNELS_COMMON_PARALLEL_H_
-#define ILAJAX_XLA_KERNELS_COMMON_PARALLEL_H_
+#pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
-#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <utility>
@@ -64,5 +62,3 @@ void ParallelFor(ffi::ThreadPool& pool, int64_t tasks, int64_t max_workers, F&& 
 }
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_COMMON_PARALLEL_H_

@@ -1,16 +1,12 @@
 // The planner of a target: what Python asks before it makes a call. See target.h.
 
-#ifndef ILAJAX_XLA_KERNELS_COMMON_PLANNER_H_
-#define ILAJAX_XLA_KERNELS_COMMON_PLANNER_H_
+#pragma once
 
-#include <cstdint>
 #include <cstring>
 #include <span>
 #include <string>
-#include <type_traits>
 #include <vector>
 
-#include "xla_kernels/common/ffi.h"
 #include "xla_kernels/common/tuning.h"
 #include "xla_kernels/common/window.h"
 #include "xla_kernels/common/workspace.h"
@@ -22,10 +18,7 @@ using Shapes = std::span<const Span>;
 
 // A plan is a struct of int64_t; XLA passes it as an array of them.
 template <typename Plan>
-constexpr size_t kPlanSize = std::is_empty_v<Plan> ? 0 : sizeof(Plan) / sizeof(int64_t);
-
-template <typename Op>
-concept HasPlan = requires { typename Op::Plan; };
+constexpr size_t kPlanSize = sizeof(Plan) / sizeof(int64_t);
 
 // What Python asks about.
 struct Problem {
@@ -48,6 +41,12 @@ struct Planned {
 // Named, since nvcc takes no such requirement within a lambda.
 template <typename Shape>
 concept HasGroups = requires(Shape s) { s.groups; };
+template <typename Call>
+concept TakesPlan = requires(Call call) { call.plan; };
+template <typename Op>
+concept HasPlan = requires { typename Op::Plan; };
+template <typename Op>
+concept HasFits = requires { &Op::Fits; };
 template <typename Op>
 concept HasLimit = requires { &Op::Limit; };
 
@@ -69,13 +68,12 @@ ffi::Error MakePlan(const Problem& problem, Planned& planned) {
   std::vector<Span> shapes;
   for (const auto& shape : problem.shapes) shapes.emplace_back(shape.data(), shape.size());
   ILAJAX_RETURN_IF_ERROR(Op::Call::Read(shapes, s));
+  planned.has_plan = TakesPlan<typename Op::Call>;
   if constexpr (HasPlan<Op>) {
     return DispatchFloat(problem.dtype, [&]<typename T>() -> ffi::Error {
       const auto plan = Op::template Make<T>(s, problem.tuning);
-      planned.has_plan = true;
-      constexpr size_t kSize = kPlanSize<typename Op::Plan>;
-      planned.numbers.resize(kSize);
-      if (kSize > 0) std::memcpy(planned.numbers.data(), &plan, kSize * sizeof(int64_t));
+      planned.numbers.resize(kPlanSize<typename Op::Plan>);
+      std::memcpy(planned.numbers.data(), &plan, sizeof(plan));
       using Layout = typename Op::template Layout<T>;
       planned.workspace = SizeOf<Layout>(s, plan);
       planned.fixed = WorkspaceOf<Layout>(s, plan, 0, 0);
@@ -95,5 +93,3 @@ using Planner = ffi::Error(const Problem&, Planned&);
 #include "xla_kernels/targets.def"
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_COMMON_PLANNER_H_

@@ -1,12 +1,10 @@
 // k-selection: which entries count as the strongest, and a running selection of the best K of a
 // stream.
 
-#ifndef ILAJAX_XLA_KERNELS_COMMON_SELECTION_H_
-#define ILAJAX_XLA_KERNELS_COMMON_SELECTION_H_
+#pragma once
 
 #include <algorithm>
 #include <array>
-#include <cstdint>
 #include <cstring>
 #include <string_view>
 #include <utility>
@@ -126,10 +124,10 @@ inline uint64_t StagedEntry(int64_t key, float value) {
 // Entries are staged. When the stage is full they are counted by the first digit of their rank,
 // which tells below which digit nothing can be among the best; what is weaker goes, from the stage,
 // from the output, and from then on before it is staged. The rest moves to the output as far as
-// that has stage_size. Where more than half of the stage stays behind, output and stage are cut exactly,
+// that has room. Where more than half of the stage stays behind, output and stage are cut exactly,
 // and from then on what does not beat the cut's rank is dropped (a tie has the higher key, and
-// loses). So an entry costs O(1 + capacity / stage_size), in a space that the stream's length has no say
-// in.
+// loses). So an entry costs O(1 + capacity / stage_size), in a space that the stream's length has
+// no say in.
 //
 // Selections of several parts of one stream may share the counts: a bound on one holds for all.
 //
@@ -138,9 +136,9 @@ template <typename T>
 class RunningTopK {
  public:
   RunningTopK() = default;
-  // `stage_size` entries fit on the stage, `counts` has kDigits of them. With `shared` they are zero and
-  // used by other threads too, and the best `wanted` of all parts are sought, `capacity` at most
-  // here.
+  // `stage_size` entries fit on the stage, `counts` has kDigits of them. With `shared` they are
+  // zero and used by other threads too, and the best `wanted` of all parts are sought, `capacity`
+  // at most here.
   RunningTopK(Select select, int64_t capacity, int32_t* keys, T* values, int64_t stage_size,
               uint64_t* stage, int32_t* counts, bool shared = false, int64_t wanted = 0)
       : select_(select),
@@ -325,7 +323,7 @@ class RunningTopK {
       values_[kept] = values_[i];
       kept += keep;
     }
-    // Written before it is known whether to keep it: there is stage_size until all are.
+    // Written before it is known whether to keep it: there is room until all are.
     ForStaged(0, staged, [&](int64_t i, uint32_t rank) {
       if (kept == capacity_) return;
       Put(kept, stage_[i]);
@@ -345,12 +343,8 @@ class RunningTopK {
   int32_t* counts_ = nullptr;
   int64_t stored_ = 0, staged_ = 0, counted_ = 0;
   uint32_t bound_ = 0;  // below it nothing is among the best
-  uint32_t least_ =
-      0;  // below it nothing that is still to come: after a cut its ties, too, are late
+  uint32_t least_ = 0;  // nor what is still to come: after a cut its ties, too, are late
 };
-
-// What ilajax/ops/_plans.py counts for each.
-static_assert(sizeof(RunningTopK<float>) <= 96);
 
 // A stage for one segment by itself.
 inline int64_t StageOfSegment(int64_t capacity) {
@@ -358,5 +352,3 @@ inline int64_t StageOfSegment(int64_t capacity) {
 }
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_COMMON_SELECTION_H_

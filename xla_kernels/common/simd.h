@@ -1,11 +1,11 @@
 // Vectors of eight floats, and loops compiled for more than one instruction set.
 //
 // What is shipped runs on any x86-64 (or another processor), and uses AVX2 where there is some. A
-// file of inner loops, lines/loops.inc, is compiled twice in one translation unit: simd_targets.h
+// file of inner loops, lines/loops.inc, is compiled twice in one translation unit: lines/loops.h
 // includes it into namespace `baseline`, for what every processor has, and into namespace `avx2`,
-// where a pragma lets the compiler use AVX2 and fused multiply-adds. Both namespaces end in a struct
-// `Loops` with the same members, so that the code around them is a template of Loops, and HasAvx2()
-// chooses once at run time (lines/loops.h). Everything outside of those files is compiled for the
+// where a pragma lets the compiler use AVX2 and fused multiply-adds. Both namespaces end in a
+// struct `Loops` with the same members, so that the code around them is a template of Loops, and
+// HasAvx2() chooses once at run time. Everything outside of those files is compiled for the
 // baseline: an inline function of another instruction set, kept by the linker in the place of its
 // twin, would stop an older processor.
 //
@@ -13,8 +13,7 @@
 // makes two vectors of four of each. A constant number of vectors is a template parameter, so that
 // sums stay in registers; `#pragma GCC unroll` sees to that.
 
-#ifndef ILAJAX_XLA_KERNELS_COMMON_SIMD_H_
-#define ILAJAX_XLA_KERNELS_COMMON_SIMD_H_
+#pragma once
 
 #include <cstdint>
 
@@ -43,5 +42,3 @@ inline bool HasAvx2() {
 }
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_COMMON_SIMD_H_

@@ -17,11 +17,9 @@
 // Of a channel's entries with one key, which breaks its contract, any one wins, by the order of
 // threads.
 
-#ifndef ILAJAX_XLA_KERNELS_COMMON_SITE_MAP_CUH_
-#define ILAJAX_XLA_KERNELS_COMMON_SITE_MAP_CUH_
+#pragma once
 
 #include <algorithm>
-#include <cstdint>
 
 #include "xla_kernels/common/block.cuh"
 #include "xla_kernels/common/ffi.h"
@@ -237,5 +235,3 @@ __device__ void BuildSiteMap(const SiteMap& map, const SiteMapInput<T>& in, int 
 }
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_COMMON_SITE_MAP_CUH_

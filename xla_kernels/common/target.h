@@ -1,7 +1,8 @@
 // A target: what a custom call takes, how its work is cut, and its workspace, each stated once.
 //
-// An op's spec.h lists what XLA passes, the same on both platforms: operands, results and attributes
-// in their order, and for each buffer its sizes by the names that they have in a struct of sizes.
+// An op's spec.h lists what XLA passes, the same on both platforms: operands, results and
+// attributes in their order, and for each buffer its sizes by the names that they have in a struct
+// of sizes.
 //
 //   #define ILAJAX_K_SELECT_BWD(ARG, RET, ATTR)
 //     ARG(S32, keys, batch, channels, slots)
@@ -9,14 +10,15 @@
 //     ATTR(int64_t, sites)
 //   ILAJAX_CALL(KSelectBwd, KSelectShape, "k_select", ILAJAX_K_SELECT_BWD)
 //
-// That makes a struct with a member for each, and what binds it to XLA and reads its sizes. The op's
-// cpu.cc and cuda.cu have a struct for each handler:
+// That makes a struct with a member for each, and what binds it to XLA and reads its sizes. The
+// op's cpu.cc and cuda.cu have a struct for each handler:
 //
 //   struct KSelectForward {
 //     using Call = KSelectFwd;
 //     struct Plan { int64_t chunk; };           numbers that say how the work is cut
 //     template <typename T> static Plan Make(const Shape&, const Tuning&);
-//     static bool Fits(const Shape&, const Plan&);   whether numbers from outside are a plan
+//     static bool Fits(const Shape&, const Plan&);   whether numbers from outside are a plan;
+//                                               without it they are if all are at least 1
 //     template <typename T> struct Layout {     the workspace, carved array by array; without
 //       Layout(Carver&, const Shape&, const Plan&);  memory this adds up their sizes
 //     };
@@ -25,26 +27,21 @@
 //   ILAJAX_CPU_TARGET(KSelectFwd, KSelectForward);
 //
 // Python asks for the plan and the size of the workspace when it traces (ilajax/ffi/plans.py), and
-// passes both with the call. A handler without a workspace has neither Plan, Make, Fits nor Layout.
+// passes both with the call. A handler that uses neither has no Plan, Make, Fits and Layout; its
+// spec may list them for the other platform.
 
-#ifndef ILAJAX_XLA_KERNELS_COMMON_TARGET_H_
-#define ILAJAX_XLA_KERNELS_COMMON_TARGET_H_
+#pragma once
 
+#include <algorithm>
 #include <array>
-#include <cstdint>
 #include <cstring>
 #include <optional>
-#include <span>
 #include <string_view>
 #include <tuple>
 #include <type_traits>
 #include <utility>
 
-#include "xla_kernels/common/ffi.h"
 #include "xla_kernels/common/planner.h"
-#include "xla_kernels/common/tuning.h"
-#include "xla_kernels/common/window.h"
-#include "xla_kernels/common/workspace.h"
 
 namespace ilajax {
 
@@ -103,16 +100,22 @@ inline ffi::Error CheckKeyChannels(std::string_view op, int64_t key_channels, in
   return InvalidArgument(op, ": keys of ", key_channels, " channels, expected 1 or ", channels);
 }
 
-template <typename Plan>
-ffi::Error ReadPlan(Span numbers, Plan& plan) {
-  static_assert(std::is_trivially_copyable_v<Plan>);
-  if (numbers.size() != kPlanSize<Plan>) {
-    return InvalidArgument("a plan of ", numbers.size(), " numbers, expected ", kPlanSize<Plan>);
+// Reads a plan from numbers that come from outside.
+template <typename Op>
+ffi::Error ReadPlan(Span numbers, const typename Op::Call::Shape& s, typename Op::Plan& plan) {
+  constexpr size_t kSize = kPlanSize<typename Op::Plan>;
+  if (numbers.size() != kSize) {
+    return InvalidArgument("a plan of ", numbers.size(), " numbers, expected ", kSize);
   }
-  if (kPlanSize<Plan> > 0) {
-    std::memcpy(static_cast<void*>(&plan), numbers.begin(), kPlanSize<Plan> * sizeof(int64_t));
+  std::memcpy(static_cast<void*>(&plan), numbers.begin(), kSize * sizeof(int64_t));
+  bool fits;
+  if constexpr (HasFits<Op>) {
+    fits = Op::Fits(s, plan);
+  } else {
+    fits = std::all_of(numbers.begin(), numbers.end(), [](int64_t number) { return number >= 1; });
   }
-  return ffi::Error::Success();
+  if (fits) return ffi::Error::Success();
+  return InvalidArgument(Op::Call::kName, ": the plan does not fit the shapes");
 }
 
 // --- A handler ---------------------------------------------------------------------------------
@@ -156,10 +159,7 @@ ffi::Error Handle(Context context, const BufferFacts& facts, typename Op::Call c
   return DispatchFloat(facts.dtype(), [&]<typename T>() -> ffi::Error {
     if constexpr (HasPlan<Op>) {
       typename Op::Plan plan = {};
-      ILAJAX_RETURN_IF_ERROR(ReadPlan(call.plan, plan));
-      if (!Op::Fits(s, plan)) {
-        return InvalidArgument(Call::kName, ": the plan does not fit the shapes");
-      }
+      ILAJAX_RETURN_IF_ERROR(ReadPlan<Op>(call.plan, s, plan));
       Carver carver(call.workspace->untyped_data());
       typename Op::template Layout<T> layout(carver, s, plan);
       if (carver.used() > static_cast<int64_t>(call.workspace->size_bytes())) {
@@ -229,5 +229,3 @@ constexpr auto Handler() {
   ::xla::ffi::Error ilajax::Name##Plan(const Problem& problem, Planned& planned) {       \
     return MakePlan<Op>(problem, planned);                                               \
   }
-
-#endif  // ILAJAX_XLA_KERNELS_COMMON_TARGET_H_

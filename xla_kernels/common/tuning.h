@@ -1,8 +1,7 @@
 // The numbers that plans are made with, apart from a call's sizes. Tests and experiments change
 // them by name; see ilajax/ffi/plans.py.
 
-#ifndef ILAJAX_XLA_KERNELS_COMMON_TUNING_H_
-#define ILAJAX_XLA_KERNELS_COMMON_TUNING_H_
+#pragma once
 
 #include <algorithm>
 #include <cstdint>
@@ -82,5 +81,3 @@ inline int64_t* Find(Tuning& t, std::string_view name) {
 }
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_COMMON_TUNING_H_

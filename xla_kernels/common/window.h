@@ -1,10 +1,8 @@
 // The geometry of a sliding window, ilajax/geometry.py's Window: tap t of output site o reads input
 // site o * stride + t * dilation - low.
 
-#ifndef ILAJAX_XLA_KERNELS_COMMON_WINDOW_H_
-#define ILAJAX_XLA_KERNELS_COMMON_WINDOW_H_
+#pragma once
 
-#include <cstdint>
 #include <iterator>
 
 #include "xla_kernels/common/ffi.h"
@@ -62,6 +60,20 @@ struct Window {
   }
 };
 
+// n / d for n < 2^32, by a multiplication.
+class Divider {
+ public:
+  explicit Divider(int64_t d) : d_(d), inverse_(d > 1 ? ~uint64_t{0} / d + 1 : 0) {}
+  int64_t Quotient(int64_t n) const {
+    if (d_ == 1) return n;
+    return static_cast<int64_t>(static_cast<unsigned __int128>(inverse_) * n >> 64);
+  }
+
+ private:
+  int64_t d_;
+  uint64_t inverse_;
+};
+
 // Writes how far each tap reaches along each axis, [taps][rank].
 inline void TapOffsets(const Window& w, int32_t* offsets) {
   for (int64_t tap = 0; tap < w.taps; ++tap, offsets += w.rank) {
@@ -74,5 +86,3 @@ inline void TapOffsets(const Window& w, int32_t* offsets) {
 }
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_COMMON_WINDOW_H_

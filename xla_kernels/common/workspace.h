@@ -1,7 +1,6 @@
 // A workspace is an extra result of the custom call, whose arrays are carved out of it in order.
 
-#ifndef ILAJAX_XLA_KERNELS_COMMON_WORKSPACE_H_
-#define ILAJAX_XLA_KERNELS_COMMON_WORKSPACE_H_
+#pragma once
 
 #include <cstdint>
 #include <limits>
@@ -62,5 +61,3 @@ class LayoutOfEach {
 };
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_COMMON_WORKSPACE_H_

@@ -18,9 +18,10 @@
 //   4 TileKernel      kEmit: counts what a tile keeps, adds up the tiles before it, writes in key
 //                     order.
 //
-// The responses of 2 are kept in a pool as far as it goes (the channels of each site in reach) and computed again by 3 and 4 where it has not, with the same bits. So memory is bounded
-// by the workspace, and traffic is the input, the output, and the pool: written once, read twice or
-// more. No grid is ever allocated but the map: two bits a site.
+// The responses of 2 are kept in a pool as far as it goes (the channels of each site in reach) and
+// computed again by 3 and 4 where it has not, with the same bits. So memory is bounded by the
+// workspace, and traffic is the input, the output, and the pool: written once, read twice or more.
+// No grid is ever allocated but the map: two bits a site.
 //
 // Backward, three launches: PrepareKernel makes the site map of the kept outputs' cotangents; then
 // GradientKernel has a thread for each stored input, which looks up the cotangents that it reaches

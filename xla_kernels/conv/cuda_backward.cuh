@@ -1,17 +1,10 @@
 // The gradient: how it is cut, its workspace, its launches; see cuda.cu.
 
-#ifndef ILAJAX_XLA_KERNELS_CONV_CUDA_BACKWARD_CUH_
-#define ILAJAX_XLA_KERNELS_CONV_CUDA_BACKWARD_CUH_
+#pragma once
 
 #include <algorithm>
-#include <cstdint>
-#include <string>
 
-#include "xla_kernels/common/cuda.h"
-#include "xla_kernels/conv/cuda_common.cuh"
 #include "xla_kernels/conv/cuda_gradient.cuh"
-#include "xla_kernels/conv/cuda_prepare.cuh"
-#include "xla_kernels/conv/spec.h"
 
 namespace ilajax {
 namespace {
@@ -109,8 +102,8 @@ struct ConvBackward {
     const int64_t part = s.in_channels * (SumsInShared(s) ? 1 : kGradientWarps) * s.w.taps *
                          CeilDiv(s.out_channels, kBlock) * kBlock * 4;
     const int64_t sums = std::max(budget / 8, part);
-    // Items share their sums where those of each would not fit; where there are few, each has parts.
-    // Of an open batch each has its own, since no number divides it for certain.
+    // Items share their sums where those of each would not fit; where there are few, each has
+    // parts. Of an open batch each has its own, since no number divides it for certain.
     while (!tuning.open_batch && plan.span < group_items &&
            (group_items % plan.span != 0 || slabs * (batch / plan.span) * part > sums)) {
       ++plan.span;
@@ -211,5 +204,3 @@ struct ConvBackward {
 
 }  // namespace
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_CONV_CUDA_BACKWARD_CUH_

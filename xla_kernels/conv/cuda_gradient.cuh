@@ -1,14 +1,7 @@
 // The kernels of the gradient; see cuda.cu.
 
-#ifndef ILAJAX_XLA_KERNELS_CONV_CUDA_GRADIENT_CUH_
-#define ILAJAX_XLA_KERNELS_CONV_CUDA_GRADIENT_CUH_
+#pragma once
 
-#include <cstdint>
-
-#include "xla_kernels/common/axes.cuh"
-#include "xla_kernels/common/block.cuh"
-#include "xla_kernels/common/cuda.h"
-#include "xla_kernels/common/site_map.cuh"
 #include "xla_kernels/conv/cuda_common.cuh"
 
 namespace ilajax {
@@ -355,5 +348,3 @@ __global__ void __launch_bounds__(kGradientThreads) FinishKernel(Backward b) {
 
 }  // namespace
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_CONV_CUDA_GRADIENT_CUH_

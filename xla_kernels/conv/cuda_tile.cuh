@@ -1,15 +1,8 @@
 // What the passes over tiles share: their numbers and buffers, a block's tile, ranks; see cuda.cu.
 
-#ifndef ILAJAX_XLA_KERNELS_CONV_CUDA_TILE_CUH_
-#define ILAJAX_XLA_KERNELS_CONV_CUDA_TILE_CUH_
+#pragma once
 
-#include <cstdint>
-
-#include "xla_kernels/common/axes.cuh"
-#include "xla_kernels/common/block.cuh"
-#include "xla_kernels/common/cuda.h"
 #include "xla_kernels/common/selection.h"
-#include "xla_kernels/common/site_map.cuh"
 #include "xla_kernels/conv/cuda_common.cuh"
 
 namespace ilajax {
@@ -20,10 +13,9 @@ constexpr int kTileWarps = kTileThreads / 32;
 constexpr int kMaxTile = 8192;  // sites
 constexpr int kTilesOfRun = 64;
 constexpr int kBins = 2048;
-constexpr int kBinWords =
-    kBins / 2 + 4;          // two counters a word; the rest spreads channels over banks
-constexpr int kLevels = 3;  // digits of a rank: 11, 11 and 10 bits
-constexpr uint32_t kNone = 0xffffffffu;  // no candidate: bits of a NaN that no response has
+constexpr int kBinWords = kBins / 2 + 4;  // two counters each; the rest spreads channels over banks
+constexpr int kLevels = 3;                // digits of a rank: 11, 11 and 10 bits
+constexpr uint32_t kNone = 0xffffffffu;   // no candidate: bits of a NaN that no response has
 constexpr uint32_t kUncached = 0xffffffffu;
 
 // What is counted of a tile, and of a run of tiles, by channel.
@@ -168,5 +160,3 @@ __device__ __forceinline__ void SumOverWarp(uint32_t (&counts)[kBlock], Take&& t
 
 }  // namespace
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_CONV_CUDA_TILE_CUH_

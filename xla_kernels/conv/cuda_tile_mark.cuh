@@ -1,9 +1,6 @@
 // Marks the sites of a tile that stored entries reach: the input's bitmap, dilated; see cuda.cu.
 
-#ifndef ILAJAX_XLA_KERNELS_CONV_CUDA_TILE_MARK_CUH_
-#define ILAJAX_XLA_KERNELS_CONV_CUDA_TILE_MARK_CUH_
-
-#include <cstdint>
+#pragma once
 
 #include "xla_kernels/conv/cuda_tile.cuh"
 
@@ -166,5 +163,3 @@ __device__ __forceinline__ void MarkTile(const Forward& f, const Axes<R>& axes,
 
 }  // namespace
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_CONV_CUDA_TILE_MARK_CUH_

@@ -1,11 +1,8 @@
 // The sites of a tile that are within reach of an entry, and their responses; see cuda.cu.
 
-#ifndef ILAJAX_XLA_KERNELS_CONV_CUDA_TILE_RESPOND_CUH_
-#define ILAJAX_XLA_KERNELS_CONV_CUDA_TILE_RESPOND_CUH_
+#pragma once
 
-#include <cstdint>
-
-#include "xla_kernels/conv/cuda_tile.cuh"
+#include "xla_kernels/conv/cuda_tile_mark.cuh"
 
 namespace ilajax {
 namespace {
@@ -277,5 +274,3 @@ struct ReachedSites {
 
 }  // namespace
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_CONV_CUDA_TILE_RESPOND_CUH_

@@ -1,10 +1,7 @@
-// Counts the ranks of a tile's candidates, and finds the digits of the rank at which the capacity
-// cuts; see cuda.cu.
+// What a tile keeps: counts the ranks of its candidates, finds the digits of the rank at which the
+// capacity cuts, and writes what is left behind what the tiles before it keep; see cuda.cu.
 
-#ifndef ILAJAX_XLA_KERNELS_CONV_CUDA_TILE_SELECT_CUH_
-#define ILAJAX_XLA_KERNELS_CONV_CUDA_TILE_SELECT_CUH_
-
-#include <cstdint>
+#pragma once
 
 #include "xla_kernels/conv/cuda_tile.cuh"
 
@@ -168,7 +165,163 @@ __device__ __forceinline__ void FindDigit(const Forward& f, int level, uint32_t*
   }
 }
 
+// In shared memory, by channel: [0] what lies above the threshold, or all candidates where nothing
+// is cut; [1] ties.
+struct KeptCounts {
+  uint32_t warps[2][kTileWarps][kBlock];  // of each warp, then of the warps before it
+  uint32_t tiles[2][kBlock];              // of the tiles before this one
+};
+
+__device__ __forceinline__ void Store(void* out, int64_t i, float value, ffi::DataType dtype) {
+  if (dtype == ffi::DataType::BF16) {
+    static_cast<BFloat16*>(out)[i] = BFloat16(value);
+  } else if (dtype == ffi::DataType::F16) {
+    static_cast<Float16*>(out)[i] = Float16(value);
+  } else {
+    static_cast<float*>(out)[i] = value;
+  }
+}
+
+// Tickets order the blocks of the last pass, which wait for those before them.
+__device__ __forceinline__ uint32_t DrawTicket(const Forward& f) {
+  __shared__ uint32_t ticket;
+  if (threadIdx.x == 0) ticket = atomicAdd(f.tickets, 1u);
+  __syncthreads();
+  return ticket - f.ticket_base;
+}
+
+// What each warp keeps. Where nothing is cut the first pass has counted.
+template <typename Reached>
+__device__ __forceinline__ void CountKept(const Forward& f, const Tile& tile,
+                                          const Reached& reached, const TileCuts& cuts,
+                                          KeptCounts& kept) {
+  if (cuts.any) {
+    uint32_t counts[kBlock] = {};  // two numbers in one: at most 32 * 8192 / 256 sites
+    reached.ForEach([&](uint32_t, const uint32_t (&bits)[kBlock]) {
+#pragma unroll
+      for (int j = 0; j < kBlock; ++j) {
+        counts[j] +=
+            (cuts.IsAbove(bits[j], j, f) ? 1u : 0u) + (cuts.IsTie(bits[j], j, f) ? 0x10000u : 0u);
+      }
+    });
+    SumOverWarp(counts, [&](int j, uint32_t sum) {
+      kept.warps[0][threadIdx.x >> 5][j] = sum & 0xffff;
+      kept.warps[1][threadIdx.x >> 5][j] = sum >> 16;
+    });
+  } else if (threadIdx.x < kTileWarps * kBlock) {
+    kept.warps[0][threadIdx.x / kBlock][threadIdx.x % kBlock] = tile.WarpSums(f)[threadIdx.x];
+    kept.warps[1][threadIdx.x / kBlock][threadIdx.x % kBlock] = 0;
+  }
+  __syncthreads();
+}
+
+// Adds up the warps, and tells the tiles behind this one what it keeps.
+__device__ __forceinline__ void PublishKept(const Forward& f, const Tile& tile,
+                                            const TileCuts& cuts, KeptCounts& kept) {
+  if (threadIdx.x < 2 * kBlock) {
+    const int which = threadIdx.x / kBlock, c = threadIdx.x % kBlock;
+    uint32_t sum = 0;
+    for (int w = 0; w < kTileWarps; ++w) {
+      const uint32_t own = kept.warps[which][w][c];
+      kept.warps[which][w][c] = sum;
+      sum += own;
+    }
+    kept.tiles[which][c] = 0;
+    if (cuts.any && c < tile.channels) tile.Publish(f, c, kAbove + which, sum);
+  }
+  __syncthreads();
+  if (cuts.any && threadIdx.x == 0) {
+    __threadfence();  // behind the barrier: for what all threads have published
+    atomicExch(&f.tile_done[int64_t{tile.segment} * f.tiles + tile.index], 1u);
+    atomicAdd(&f.run_done[int64_t{tile.segment} * f.runs() + tile.run()], 1u);
+  }
+}
+
+// Adds up what lies before the tile: whole runs, then the tiles of its own run.
+__device__ __forceinline__ void AddTilesBefore(const Forward& f, const Tile& tile,
+                                               const TileCuts& cuts, KeptCounts& kept) {
+  const uint32_t* tile_done = f.tile_done + int64_t{tile.segment} * f.tiles;
+  const uint32_t* run_done = f.run_done + int64_t{tile.segment} * f.runs();
+  const int run = tile.run();
+  for (int i = threadIdx.x; i < (run + tile.index % kTilesOfRun) * kBlock; i += kTileThreads) {
+    const int c = i % kBlock, n = i / kBlock;
+    if (c >= tile.channels) continue;
+    const bool whole = n < run;
+    const int t = run * kTilesOfRun + n - run;
+    const uint32_t* sums =
+        whole ? f.RunSums(tile.first_channel + c, n) : f.TileSums(tile.first_channel + c, t);
+    if (cuts.any) {
+      const uint32_t* flag = whole ? &run_done[n] : &tile_done[t];
+      while (LoadFresh(flag) < (whole ? kTilesOfRun : 1u)) {
+      }
+      __threadfence();  // this thread's own: it reads what the flag stands for itself
+      const uint32_t above = LoadFresh(sums + kAbove), ties = LoadFresh(sums + kTies);
+      if (above) atomicAdd(&kept.tiles[0][c], above);
+      if (ties) atomicAdd(&kept.tiles[1][c], ties);
+    } else if (sums[kCandidates] != 0) {
+      atomicAdd(&kept.tiles[0][c], sums[kCandidates]);
+    }
+  }
+  __syncthreads();
+}
+
+// Writes the kept candidates.
+template <typename Reached>
+__device__ __forceinline__ void EmitKept(const Forward& f, const Reached& reached,
+                                         const TileCuts& cuts, KeptCounts& kept,
+                                         int64_t out_segment) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const uint32_t lower_lanes = (1u << lane) - 1;
+  uint32_t above[kBlock];
+#pragma unroll
+  for (int j = 0; j < kBlock; ++j) above[j] = kept.tiles[0][j] + kept.warps[0][warp][j];
+  // Ties are few, so their count stays in shared memory.
+  if (lane < kBlock) kept.warps[1][warp][lane] += kept.tiles[1][lane];
+  __syncwarp();
+  reached.ForEach([&](uint32_t key, const uint32_t (&bits)[kBlock]) {
+#pragma unroll
+    for (int j = 0; j < kBlock; ++j) {
+      const bool is_above = cuts.IsAbove(bits[j], j, f);
+      const uint32_t all_above = __ballot_sync(kWarp, is_above);
+      uint32_t slot = above[j] + __popc(all_above & lower_lanes);
+      bool emits = is_above;
+      above[j] += __popc(all_above);
+      if (cuts.any) {
+        const bool is_tie = cuts.IsTie(bits[j], j, f);
+        const uint32_t all_ties = __ballot_sync(kWarp, is_tie), most = cuts.of[j].ties;
+        const uint32_t ties = kept.warps[1][warp][j];
+        const uint32_t my_ties = ties + __popc(all_ties & lower_lanes);
+        slot += min(my_ties, most);
+        emits |= is_tie && my_ties < most;
+        if (all_ties != 0) {
+          __syncwarp();
+          if (lane == 0) kept.warps[1][warp][j] = ties + __popc(all_ties);
+          __syncwarp();
+        }
+      }
+      if (emits && slot < static_cast<uint32_t>(f.capacity)) {
+        const int64_t i = (out_segment + j) * f.capacity + slot;
+        f.out_keys[i] = static_cast<int32_t>(key);
+        Store(f.out_values, i, BitsFloat(bits[j]), f.dtype);
+      }
+    }
+  });
+}
+
+// Padding: each tile fills its share of the slots behind the kept ones.
+__device__ __forceinline__ void Pad(const Forward& f, const Tile& tile, const TileCuts& cuts,
+                                    int64_t out_segment) {
+  const int share = f.capacity / f.tiles, rest = f.capacity % f.tiles;
+  const int share_begin = share * tile.index + min(tile.index, rest);
+  const int share_end = share_begin + share + (tile.index < rest ? 1 : 0);
+  for (int c = 0; c < tile.channels; ++c) {
+    const int from = max(share_begin, cuts.of[c].candidates);
+    for (int i = from + threadIdx.x; i < share_end; i += kTileThreads) {
+      f.out_keys[(out_segment + c) * f.capacity + i] = static_cast<int32_t>(f.output_sites);
+      Store(f.out_values, (out_segment + c) * f.capacity + i, 0.0f, f.dtype);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_CONV_CUDA_TILE_SELECT_CUH_

@@ -1,10 +1,6 @@
 // Direct sparse convolution with k-selection, and its gradient.
 
-#ifndef ILAJAX_XLA_KERNELS_CONV_SPEC_H_
-#define ILAJAX_XLA_KERNELS_CONV_SPEC_H_
-
-#include <cstdint>
-#include <string_view>
+#pragma once
 
 #include "xla_kernels/common/conv_shape.h"
 #include "xla_kernels/common/target.h"
@@ -44,5 +40,3 @@ ILAJAX_CALL(ConvFwd, ConvShape, "conv", ILAJAX_CONV_FWD)
 ILAJAX_CALL(ConvBwd, ConvShape, "conv", ILAJAX_CONV_BWD)
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_CONV_SPEC_H_

@@ -4,7 +4,6 @@
 // channel.
 
 #include <algorithm>
-#include <cstdint>
 
 #include "xla_kernels/common/parallel.h"
 #include "xla_kernels/common/selection.h"
@@ -43,9 +42,6 @@ struct FromDenseForward {
     const int64_t tasks = s.batch * CeilDiv(s.channels, plan.channel_block);
     plan.workers = tuning.Workers(tasks, SizeOf<Worker<T>>(plan), tuning.CpuWorkspace(0));
     return plan;
-  }
-  static bool Fits(const FromDenseShape&, const Plan& plan) {
-    return plan.channel_block >= 1 && plan.stage >= 1 && plan.workers >= 1;
   }
 
   template <typename T>

@@ -4,8 +4,6 @@
 // channels of one chunk go to neighbouring blocks, so that x comes out of the L2 cache for all but
 // the first. x is read once for each pass: twice where nothing can be cut, else up to six times.
 
-#include <cstdint>
-
 #include "xla_kernels/common/cuda.h"
 #include "xla_kernels/common/cuda_select.cuh"
 #include "xla_kernels/from_dense/spec.h"
@@ -30,7 +28,6 @@ struct FromDenseForward {
   static Plan Make(const FromDenseShape& s, const Tuning& tuning) {
     return {SelectChunk(s.batch * s.channels, s.sites, tuning)};
   }
-  static bool Fits(const FromDenseShape&, const Plan& plan) { return plan.chunk >= 1; }
 
   template <typename T>
   static ffi::Error Run(cudaStream_t stream, FromDenseFwd call, const FromDenseShape& s,

@@ -1,10 +1,6 @@
 // The non-zeros of a dense array, at most K for each sample and channel. Its gradient is to_dense.
 
-#ifndef ILAJAX_XLA_KERNELS_FROM_DENSE_SPEC_H_
-#define ILAJAX_XLA_KERNELS_FROM_DENSE_SPEC_H_
-
-#include <cstdint>
-#include <string_view>
+#pragma once
 
 #include "xla_kernels/common/target.h"
 
@@ -26,5 +22,3 @@ struct FromDenseShape {
 ILAJAX_CALL(FromDenseFwd, FromDenseShape, "from_dense", ILAJAX_FROM_DENSE_FWD)
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_FROM_DENSE_SPEC_H_

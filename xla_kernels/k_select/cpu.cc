@@ -5,7 +5,6 @@
 // of its keys. Backward: both key lists ascend, so one merge takes the cotangents back.
 
 #include <algorithm>
-#include <cstdint>
 
 #include "xla_kernels/common/parallel.h"
 #include "xla_kernels/common/selection.h"
@@ -23,26 +22,12 @@ int64_t Workers(const KSelectShape& s) {
 
 struct KSelectForward {
   using Call = KSelectFwd;
-  struct Plan {
-    int64_t workers;
-  };
-  template <typename T>
-  struct Layout {
-    Layout(Carver&, const KSelectShape&, const Plan&) {}
-  };
 
   template <typename T>
-  static Plan Make(const KSelectShape& s, const Tuning&) {
-    return {Workers(s)};
-  }
-  static bool Fits(const KSelectShape&, const Plan& plan) { return plan.workers >= 1; }
-
-  template <typename T>
-  static ffi::Error Run(ffi::ThreadPool pool, KSelectFwd call, const KSelectShape& s,
-                        const Plan& plan, const Layout<T>&) {
+  static ffi::Error Run(ffi::ThreadPool pool, KSelectFwd call, const KSelectShape& s) {
     Select select;
     ILAJAX_RETURN_IF_ERROR(ReadSelect(call.select, select));
-    ParallelFor(pool, s.segments(), plan.workers, [&](int64_t segment, int64_t) {
+    ParallelFor(pool, s.segments(), Workers(s), [&](int64_t segment, int64_t) {
       const int32_t* key = call.keys.typed_data() + segment * s.slots;
       const T* value = Data<T>(call.values) + segment * s.slots;
       auto candidate = [&](int64_t i) {

@@ -5,8 +5,6 @@
 // by bisection. Keys and cotangents are read once, values_bar is written once; the kept keys of a
 // segment stay in the caches.
 
-#include <cstdint>
-
 #include "xla_kernels/common/cuda.h"
 #include "xla_kernels/common/cuda_select.cuh"
 #include "xla_kernels/k_select/spec.h"
@@ -51,7 +49,6 @@ struct KSelectForward {
   static Plan Make(const KSelectShape& s, const Tuning& tuning) {
     return {SelectChunk(s.segments(), s.slots, tuning)};
   }
-  static bool Fits(const KSelectShape&, const Plan& plan) { return plan.chunk >= 1; }
 
   template <typename T>
   static ffi::Error Run(cudaStream_t stream, KSelectFwd call, const KSelectShape& s,

@@ -1,10 +1,6 @@
 // k-selection of stored entries, and its gradient.
 
-#ifndef ILAJAX_XLA_KERNELS_K_SELECT_SPEC_H_
-#define ILAJAX_XLA_KERNELS_K_SELECT_SPEC_H_
-
-#include <cstdint>
-#include <string_view>
+#pragma once
 
 #include "xla_kernels/common/target.h"
 
@@ -37,5 +33,3 @@ ILAJAX_CALL(KSelectFwd, KSelectShape, "k_select", ILAJAX_K_SELECT_FWD)
 ILAJAX_CALL(KSelectBwd, KSelectShape, "k_select", ILAJAX_K_SELECT_BWD)
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_K_SELECT_SPEC_H_

@@ -1,16 +1,14 @@
-// The dense form of a convolution: input lines laid out site by site, and a list of live weights, one of
-// which at a time is added along a whole line. Its work follows filled lines x live weights: it
-// is the cheaper one where filters are pruned, or the grid is nearly full. Lines without an entry
-// are never read.
+// The dense form of a convolution: input lines laid out site by site, and a list of live weights,
+// one of which at a time is added along a whole line. Its work follows filled lines x live weights:
+// it is the cheaper one where filters are pruned, or the grid is nearly full. Lines without an
+// entry are never read.
 //
 // Its gradient is the same form of the transposed convolution, from the cotangents laid out so.
 
-#ifndef ILAJAX_XLA_KERNELS_LINES_DENSE_H_
-#define ILAJAX_XLA_KERNELS_LINES_DENSE_H_
+#pragma once
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 
 #include "xla_kernels/common/simd.h"
@@ -204,5 +202,3 @@ constexpr DenseCost kDenseForward = {0.6, 1.5, 4.0, 1.2, 4.0, 0.0};
 constexpr DenseCost kDenseBackward = {1.2, 3.0, 4.0, 2.5, 6.0, 150.0};
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_LINES_DENSE_H_

@@ -1,7 +1,6 @@
 #include "xla_kernels/lines/gradient.h"
 
 #include <algorithm>
-#include <cstdint>
 #include <cstring>
 #include <numeric>
 

@@ -6,14 +6,11 @@
 // from there what its own cotangent and the weights' need; or the same in the dense form of the
 // transposed convolution. Partial sums of the weights are added in the order of the tasks.
 
-#ifndef ILAJAX_XLA_KERNELS_LINES_GRADIENT_H_
-#define ILAJAX_XLA_KERNELS_LINES_GRADIENT_H_
+#pragma once
 
 #include <algorithm>
-#include <cstdint>
 
 #include "xla_kernels/lines/line.h"
-#include "xla_kernels/lines/plan.h"
 
 namespace ilajax {
 
@@ -149,5 +146,3 @@ struct LineGradient {
 };
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_LINES_GRADIENT_H_

@@ -1,18 +1,126 @@
-// What both directions of a convolution know of a line: its entries, its taps and its buffer.
+// What both directions of a convolution share: filters, taps, a line's buffer, and plans.
 
-#ifndef ILAJAX_XLA_KERNELS_LINES_LINE_H_
-#define ILAJAX_XLA_KERNELS_LINES_LINE_H_
+#pragma once
 
 #include <algorithm>
-#include <cstdint>
+#include <cmath>
 #include <cstring>
 
 #include "xla_kernels/common/conv_shape.h"
+#include "xla_kernels/common/tuning.h"
 #include "xla_kernels/lines/dense.h"
-#include "xla_kernels/lines/filters.h"
 #include "xla_kernels/lines/lines.h"
 
 namespace ilajax {
+
+// The live weights as dense vectors over the output channels of a block, a multiple of 8 with zeros
+// behind the last channel: weights[block][line of taps][ic][tap of the line][channel of the block].
+struct Filters {
+  int64_t block, blocks, in_channels, taps, line_taps;
+  float* weights;
+  uint8_t* live;         // [block][line of taps][ic][tap of the line]: any weight
+  uint8_t* live_runs;    // [block][line of taps][ic]
+  uint8_t* live_lines;   // [block][line of taps]
+  uint8_t* live_taps;    // [block][line of taps][tap of the line]
+  int32_t* tap_offsets;  // [taps][rank]
+  bool finite = true;
+
+  Filters(Carver& carver, const ConvShape& s, int64_t channel_block, int64_t taps_of_line)
+      : block(channel_block),
+        blocks(CeilDiv(s.out_channels, channel_block)),
+        in_channels(s.in_channels),
+        taps(s.w.taps),
+        line_taps(taps_of_line),
+        weights(carver.Take<float>(size())),
+        live(carver.Take<uint8_t>(blocks * in_channels * taps)),
+        live_runs(carver.Take<uint8_t>(blocks * tap_lines() * in_channels)),
+        live_lines(carver.Take<uint8_t>(blocks * tap_lines())),
+        live_taps(carver.Take<uint8_t>(blocks * taps)),
+        tap_offsets(carver.Take<int32_t>(taps * kMaxRank)) {}
+
+  int64_t tap_lines() const { return taps / line_taps; }
+  // Floats in `weights`.
+  int64_t size() const { return blocks * in_channels * taps * block; }
+
+  // The number of the run of vectors that the taps of a line share.
+  int64_t Run(int64_t b, int64_t tap_line, int64_t ic) const {
+    return (b * tap_lines() + tap_line) * in_channels + ic;
+  }
+  int64_t Vector(int64_t b, int64_t ic, int64_t tap) const {
+    return Run(b, tap / line_taps, ic) * line_taps + tap % line_taps;
+  }
+
+  // Where a weight stands in `weights`; -1 for padding.
+  int64_t Place(int64_t key, int64_t out_channels) const {
+    if (key < 0 || key >= out_channels * in_channels * taps) return -1;
+    const int64_t tap = key % taps, ic = key / taps % in_channels, oc = key / taps / in_channels;
+    return Vector(oc / block, ic, tap) * block + oc % block;
+  }
+
+  void Fill(const Window& w, int64_t count, int64_t out_channels, const int32_t* keys,
+            const float* values) {
+    std::memset(weights, 0, size() * sizeof(float));
+    std::memset(live, 0, blocks * in_channels * taps);
+    std::memset(live_runs, 0, blocks * tap_lines() * in_channels);
+    std::memset(live_lines, 0, blocks * tap_lines());
+    std::memset(live_taps, 0, blocks * taps);
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t place = Place(keys[n], out_channels);
+      if (place < 0) continue;
+      const int64_t vector = place / block;
+      weights[place] = values[n];
+      const int64_t run = vector / line_taps, tap_line = run / in_channels;
+      live[vector] = live_runs[run] = live_lines[tap_line] = 1;
+      live_taps[tap_line * line_taps + vector % line_taps] = 1;
+      finite &= std::isfinite(values[n]);
+    }
+    TapOffsets(w, tap_offsets);
+  }
+
+  // Takes what stands in vectors like these back to the list of weights, 0 at padding.
+  void Gather(const int32_t* keys, int64_t count, int64_t out_channels, const float* from,
+              float* values) const {
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t place = Place(keys[n], out_channels);
+      values[n] = place < 0 ? 0.0f : from[place];
+    }
+  }
+};
+
+// totals[group][n] = the sum over parts of sums[group][part][n], in their order.
+inline void AddParts(const float* sums, int64_t groups, int64_t parts, int64_t count,
+                     float* totals) {
+  std::memset(totals, 0, groups * count * sizeof(float));
+  for (int64_t group = 0; group < groups; ++group, totals += count) {
+    for (int64_t part = 0; part < parts; ++part, sums += count) {
+      for (int64_t n = 0; n < count; ++n) totals[n] += sums[n];
+    }
+  }
+}
+
+// The cotangents of kept outputs: keys s32[B, C or 1, K], values T[B, C, K].
+template <typename T>
+struct KeptCotangents {
+  int64_t items, channels, capacity, sites;  // items of one group
+  const int32_t* keys;
+  const T* values;
+  bool shared = false;
+
+  // The gradient of a channel's bias: the sum over a group's kept outputs.
+  float Sum(int64_t group, int64_t channel) const {
+    float total = 0.0f;
+    for (int64_t item = group * items; item < (group + 1) * items; ++item) {
+      const int32_t* key = keys + (shared ? item : item * channels + channel) * capacity;
+      const T* value = values + (item * channels + channel) * capacity;
+      float sum = 0.0f;
+      for (int64_t i = 0; i < capacity; ++i) {
+        if (key[i] >= 0 && key[i] < sites) sum += static_cast<float>(value[i]);
+      }
+      total += sum;
+    }
+    return total;
+  }
+};
 
 // The stored entries of the input: keys s32[B, Cin or 1, K], values T[B, Cin, K].
 template <typename T>
@@ -116,8 +224,8 @@ struct TapLines {
   }
 };
 
-// The buffer of one output line, or of a piece of it: values [site][channel of the block], and a bit
-// for each site that may have some.
+// The buffer of one output line, or of a piece of it: values [site][channel of the block], and a
+// bit for each site that may have some.
 struct LineBuffer {
   int64_t sites, block;  // of the plan
   bool plain;            // stride 1, and with what taps reach past the ends
@@ -148,6 +256,52 @@ struct LineBuffer {
   float* origin(const LineWindow& line) const { return data + (line.before() + line.low) * block; }
 };
 
-}  // namespace ilajax
+// The width of a block of output channels: a multiple of 8, up to 32.
+inline int64_t BlockOf(int64_t out_channels) {
+  const int64_t blocks = CeilDiv(out_channels, 32);
+  return CeilDiv(CeilDiv(out_channels, blocks), kLanes) * kLanes;
+}
+inline bool IsBlock(int64_t channels) {
+  return channels % kLanes == 0 && channels >= 8 && channels <= 32;
+}
 
-#endif  // ILAJAX_XLA_KERNELS_LINES_LINE_H_
+// Sites of a line's buffer: a whole line, with what taps reach past its ends, if the cache holds
+// it.
+inline int64_t LineSites(const LineWindow& line, int64_t block, const Tuning& tuning) {
+  const int64_t most = std::max<int64_t>(1, tuning.line_bytes / (block * sizeof(float)));
+  const int64_t around = line.stride == 1 ? line.before() + line.after() : 0;
+  const int64_t whole = line.output_length + around;
+  return whole <= most ? whole : std::min(line.output_length, most);
+}
+
+// Entries that are sorted at once: those of a few planes if they are spread over the grid.
+inline int64_t EntriesAtOnce(const Lines& lines, const ConvShape& s, int64_t budget,
+                             const Tuning& tuning) {
+  if (tuning.entries > 0) return tuning.entries;
+  const int64_t few_planes =
+      s.in_channels * CeilDiv(s.slots, lines.input_planes) * 4 * lines.extent;
+  return std::min(s.in_channels * s.slots,
+                  std::max<int64_t>(1 << 17, std::min(few_planes, budget / 64)));
+}
+
+// Of `planes` output planes of `lines`, how many read no more input lines than can be laid out
+// densely at once; 0: the dense form is not to be used. Only plain lines have one, and where
+// entries are rare it never is the cheaper.
+inline int64_t DensePlanes(const ConvShape& s, const Lines& lines, const DenseLines& dense,
+                           const LineBuffer& buffer, int64_t planes, int64_t live_tap_bytes,
+                           int64_t budget, const Tuning& tuning) {
+  if (!buffer.plain || s.slots * tuning.dense_share < s.w.input_sites) return 0;
+  if (live_tap_bytes > budget / 16) return 0;
+  const int64_t fit = tuning.dense_bytes / static_cast<int64_t>(sizeof(float)) / dense.size();
+  if (lines.InputLines(planes) <= fit) return planes;
+  const int64_t steps = fit / lines.input_plane_lines - lines.extent;
+  return steps < 0 ? 0 : std::min(planes, steps / lines.plane_stride + 1);
+}
+
+// Into how many parts the output planes go, to make a few tasks for every thread.
+inline int64_t PartsOf(int64_t planes, int64_t tasks, const Tuning& tuning) {
+  if (tasks >= tuning.tasks / 2) return 1;
+  return std::min(CeilDiv(tuning.tasks, std::max<int64_t>(tasks, 1)), planes);
+}
+
+}  // namespace ilajax

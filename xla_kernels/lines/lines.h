@@ -4,14 +4,11 @@
 // differ along the last axis only. So a convolution goes from output line to output line, with a
 // small buffer for one, and visits a handful of contiguous lists of entries.
 
-#ifndef ILAJAX_XLA_KERNELS_LINES_LINES_H_
-#define ILAJAX_XLA_KERNELS_LINES_LINES_H_
+#pragma once
 
 #include <algorithm>
-#include <cstdint>
 #include <cstring>
 
-#include "xla_kernels/common/divider.h"
 #include "xla_kernels/common/window.h"
 #include "xla_kernels/common/workspace.h"
 
@@ -230,5 +227,3 @@ struct LineEntries {
 };
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_LINES_LINES_H_

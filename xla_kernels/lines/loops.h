@@ -1,19 +1,39 @@
 // The loops over a line, for the instruction set of this processor and a number of channels.
 
-#ifndef ILAJAX_XLA_KERNELS_LINES_LOOPS_H_
-#define ILAJAX_XLA_KERNELS_LINES_LOOPS_H_
+#pragma once
 
 #include <algorithm>
-#include <cstdint>
 #include <cstring>
 
-#include "xla_kernels/common/divider.h"
 #include "xla_kernels/common/selection.h"
 #include "xla_kernels/common/simd.h"
 #include "xla_kernels/lines/line.h"
 
-#define ILAJAX_SIMD_FILE "xla_kernels/lines/loops.inc"
-#include "xla_kernels/common/simd_targets.h"
+namespace ilajax::baseline {
+#include "xla_kernels/lines/loops.inc"
+}  // namespace ilajax::baseline
+
+#if ILAJAX_HAS_AVX2_TARGET
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,popcnt"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2,popcnt")
+#endif
+namespace ilajax::avx2 {
+#include "xla_kernels/lines/loops.inc"
+}  // namespace ilajax::avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#else
+namespace ilajax::avx2 {
+using baseline::Loops;
+}  // namespace ilajax::avx2
+#endif
 
 namespace ilajax {
 
@@ -38,5 +58,3 @@ void DispatchLoops(int64_t block, F&& f) {
 }
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_LINES_LOOPS_H_

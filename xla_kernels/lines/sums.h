@@ -1,13 +1,10 @@
 // The sums of a convolution, line by line, in the form that each line's content asks for.
 
-#ifndef ILAJAX_XLA_KERNELS_LINES_SUMS_H_
-#define ILAJAX_XLA_KERNELS_LINES_SUMS_H_
+#pragma once
 
 #include <algorithm>
-#include <cstdint>
 
 #include "xla_kernels/lines/loops.h"
-#include "xla_kernels/lines/plan.h"
 
 namespace ilajax {
 
@@ -125,10 +122,10 @@ struct LineSums {
   const DenseLines& dense_lines = tables.dense_lines;
   const LiveTaps& live_taps = tables.live_taps;
 
-  // Calls take(key of the first site, sites) for the lines of output planes [plane, last), or pieces of
-  // them, in the order of the keys. The line's buffer then holds the sums of a block of output
-  // channels, and marks for all sites that may be other than zero; `take` sets both back to zero.
-  // Lines without such sites are left out.
+  // Calls take(key of the first site, sites) for the lines of output planes [plane, last), or
+  // pieces of them, in the order of the keys. The line's buffer then holds the sums of a block of
+  // output channels, and marks for all sites that may be other than zero; `take` sets both back to
+  // zero. Lines without such sites are left out.
   template <typename Loops, int kOctets, typename Take>
   void Run(int64_t item, int64_t block, int64_t plane, int64_t last, SumsWorker& worker,
            Take&& take) const {
@@ -321,5 +318,3 @@ struct LineSums {
 };
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_LINES_SUMS_H_

@@ -1,20 +1,17 @@
 // Pooling over non-overlapping cells on the CPU, and its gradient; a task for each segment.
 //
-// The coarse grid is walked in slabs, runs of planes along the leading axis, whose entries lie
-// together. Each
-// entry finds its cell in a small dense buffer (the best slot so far, or the sum), with a bitmap of
-// the cells in use; those are read in the order of their keys into the running selection. One pass,
-// and no sort. Backward walks the same slabs, finds the best slots again, and hands each kept
-// cell's cotangent to its slot, or spreads it over the cell's entries.
+// The coarse grid is walked in slabs, whose entries lie together. Each entry finds its cell in a
+// small dense buffer (the best slot so far, or the sum), with a bitmap of the cells in use; those
+// are read in the order of their keys into the running selection. One pass, and no sort. Backward
+// walks the same slabs, finds the best slots again, and hands each kept cell's cotangent to its
+// slot, or spreads it over the cell's entries.
 //
 // With a shared support the first channel writes the keys; nothing is cut then, so all channels
 // agree.
 
 #include <algorithm>
-#include <cstdint>
 #include <cstring>
 
-#include "xla_kernels/common/divider.h"
 #include "xla_kernels/common/parallel.h"
 #include "xla_kernels/common/selection.h"
 #include "xla_kernels/pool/spec.h"
@@ -102,17 +99,6 @@ struct Cells {
   bool Marked(int64_t cell) const { return bitmap[cell >> 6] >> (cell & 63) & 1; }
 };
 
-// Sites of a cell inside the grid.
-float SitesOf(const Window& w, int64_t cell) {
-  int64_t sites = 1;
-  for (int a = w.rank - 1; a >= 0; --a) {
-    const int64_t p = cell % w.output_shape[a];
-    cell /= w.output_shape[a];
-    sites *= std::min(w.strides[a], w.input_shape[a] - p * w.strides[a]);
-  }
-  return static_cast<float>(sites);
-}
-
 // Calls f(slot, cell of the slab) for the entries whose cells lie in the slab from `plane`.
 template <typename F>
 void ForEntries(const Pool& s, const int32_t* key, int64_t plane, F&& f) {
@@ -128,10 +114,8 @@ template <typename T>
 void FindLargest(const Pool& s, const int32_t* key, const T* value, int64_t plane,
                  Cells<T>& cells) {
   ForEntries(s, key, plane, [&](int64_t slot, int64_t cell) {
-    const float v = static_cast<float>(value[slot]), best = cells.values[cell];
-    // NaN beats numbers, and nothing beats NaN; of equal values the first stays.
-    const bool beats = v > best || (v != v && best == best);
-    if (cells.Mark(cell) && !beats) return;
+    const float v = static_cast<float>(value[slot]);
+    if (cells.Mark(cell) && !Beats(v, cells.values[cell])) return;
     cells.values[cell] = v;
     cells.slots[cell] = static_cast<int32_t>(slot);
   });
@@ -216,9 +200,6 @@ struct OfBoth {
     plan.workers =
         tuning.Workers(s.segments(), SizeOf<Cells<T>>(s.w, plan), tuning.CpuWorkspace(s.w.sites()));
     return plan;
-  }
-  static bool Fits(const PoolShape&, const Plan& plan) {
-    return plan.slab_planes >= 1 && plan.stage >= 1 && plan.workers >= 1;
   }
 
   // Calls body(segment, its key segment, cells) for all segments.

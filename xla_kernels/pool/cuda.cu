@@ -13,7 +13,6 @@
 // values by the gather, whose bisections stay in the caches.
 
 #include <algorithm>
-#include <cstdint>
 
 #include "xla_kernels/common/cuda.h"
 #include "xla_kernels/common/cuda_select.cuh"
@@ -35,7 +34,6 @@ ILAJAX_HOST_DEVICE int64_t SlabsOf(const PoolShape& s) {
   return (s.w.output_sites + kSlab - 1) / kSlab;
 }
 
-// Keys and shapes are below 2^31: 32-bit arithmetic, whose divisions cost half.
 __device__ uint32_t CellOf(const Window& w, uint32_t key) {
   uint32_t cell = 0, step = 1;
   for (int a = w.rank - 1; a >= 0; --a) {
@@ -45,17 +43,6 @@ __device__ uint32_t CellOf(const Window& w, uint32_t key) {
     step *= static_cast<uint32_t>(w.output_shape[a]);
   }
   return cell;
-}
-
-// Sites of a cell inside the grid.
-__device__ float SitesOf(const Window& w, uint32_t cell) {
-  int64_t sites = 1;
-  for (int a = w.rank - 1; a >= 0; --a) {
-    const uint32_t size = static_cast<uint32_t>(w.output_shape[a]);
-    sites *= min(w.strides[a], w.input_shape[a] - cell % size * w.strides[a]);
-    cell /= size;
-  }
-  return static_cast<float>(sites);
 }
 
 // The first key of run `r` of a cell, whose runs go along `axis`.
@@ -104,8 +91,7 @@ __device__ void ForCell(const Window& w, uint32_t cell, const int32_t* keys, int
   }
 }
 
-// The largest entry of a cell: NaN beats numbers, and nothing beats NaN; of equal values the first
-// stays. -1 if there is none.
+// The slot of the largest entry of a cell; -1 if there is none.
 template <typename T>
 __device__ int64_t LargestOf(const Window& w, uint32_t cell, const int32_t* keys, const T* values,
                              int64_t slots) {
@@ -113,7 +99,7 @@ __device__ int64_t LargestOf(const Window& w, uint32_t cell, const int32_t* keys
   float best = 0.0f;
   ForCell(w, cell, keys, slots, [&](int64_t slot) {
     const float v = static_cast<float>(values[slot]);
-    if (largest >= 0 && !(v > best || (v != v && best == best))) return;
+    if (largest >= 0 && !Beats(v, best)) return;
     largest = slot;
     best = v;
   });
@@ -155,14 +141,10 @@ __device__ int32_t RankCells(Bitmap& bitmap) {
   for (int i = 0; i < kWordsPerThread; ++i) {
     own += __popc(bitmap.words[threadIdx.x * kWordsPerThread + i]);
   }
-  int32_t through = own;
-  for (int step = 1; step < 32; step *= 2) {
-    const int32_t other = __shfl_up_sync(~0u, through, step);
-    if (lane >= step) through += other;
-  }
-  if (lane == 31) bitmap.warps[warp] = through;
+  int32_t before = WarpExclusiveScan(own);
+  if (lane == 31) bitmap.warps[warp] = before + own;
   __syncthreads();
-  int32_t total = 0, before = through - own;
+  int32_t total = 0;
   for (int other = 0; other < kThreads / 32; ++other) {
     if (other < warp) before += bitmap.warps[other];
     total += bitmap.warps[other];
@@ -335,9 +317,6 @@ struct PoolForward {
       plan.segments_at_once = CeilDiv(plan.segments_at_once, 2);
     }
   }
-  static bool Fits(const PoolShape&, const Plan& plan) {
-    return plan.segments_at_once >= 1 && plan.chunk >= 1;
-  }
 
   template <typename T>
   static ffi::Error Run(cudaStream_t stream, PoolFwd call, const PoolShape& shape, const Plan& plan,
@@ -377,21 +356,9 @@ struct PoolForward {
 
 struct PoolBackward {
   using Call = PoolBwd;
-  struct Plan {};  // the CPU's has one
-  template <typename T>
-  struct Layout {
-    Layout(Carver&, const PoolShape&, const Plan&) {}
-  };
 
   template <typename T>
-  static Plan Make(const PoolShape&, const Tuning&) {
-    return {};
-  }
-  static bool Fits(const PoolShape&, const Plan&) { return true; }
-
-  template <typename T>
-  static ffi::Error Run(cudaStream_t stream, PoolBwd call, const PoolShape& shape, const Plan&,
-                        const Layout<T>&) {
+  static ffi::Error Run(cudaStream_t stream, PoolBwd call, const PoolShape& shape) {
     Pool s = {shape};
     ILAJAX_RETURN_IF_ERROR(ReadMode(call.mode, s.average));
     const int64_t entries = s.segments() * s.slots;

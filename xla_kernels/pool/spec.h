@@ -1,10 +1,6 @@
 // Pooling over non-overlapping cells, and its gradient.
 
-#ifndef ILAJAX_XLA_KERNELS_POOL_SPEC_H_
-#define ILAJAX_XLA_KERNELS_POOL_SPEC_H_
-
-#include <cstdint>
-#include <string_view>
+#pragma once
 
 #include "xla_kernels/common/target.h"
 
@@ -43,6 +39,24 @@ struct PoolShape {
   }
 };
 
+// Whether a value takes the place of a cell's largest: NaN beats numbers, and nothing beats NaN; of
+// equal values the first stays.
+ILAJAX_HOST_DEVICE inline bool Beats(float value, float largest) {
+  return value > largest || (value != value && largest == largest);
+}
+
+// Sites of a cell inside the grid. Keys and shapes are below 2^31: 32-bit divisions cost half.
+ILAJAX_HOST_DEVICE inline float SitesOf(const Window& w, uint32_t cell) {
+  int64_t sites = 1;
+  for (int a = w.rank - 1; a >= 0; --a) {
+    const uint32_t size = static_cast<uint32_t>(w.output_shape[a]);
+    const int64_t stride = w.strides[a], rest = w.input_shape[a] - cell % size * stride;
+    sites *= stride < rest ? stride : rest;
+    cell /= size;
+  }
+  return static_cast<float>(sites);
+}
+
 // `average` from the attribute `mode`.
 inline ffi::Error ReadMode(std::string_view mode, bool& average) {
   average = mode == "avg";
@@ -74,5 +88,3 @@ ILAJAX_CALL(PoolFwd, PoolShape, "pool", ILAJAX_POOL_FWD)
 ILAJAX_CALL(PoolBwd, PoolShape, "pool", ILAJAX_POOL_BWD)
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_POOL_SPEC_H_

@@ -5,7 +5,6 @@
 // convolution that has kept these sites.
 
 #include <algorithm>
-#include <cstdint>
 #include <cstring>
 
 #include "xla_kernels/common/parallel.h"
@@ -22,8 +21,8 @@ struct AtSites {
   const float* bias;
   T* features;
 
-  // The sites of output planes [plane, last), for a block of output channels. Counts responses that are
-  // not zero, [B, Cout].
+  // The sites of output planes [plane, last), for a block of output channels. Counts responses that
+  // are not zero, [B, Cout].
   template <typename Loops, int kOctets>
   void Run(int64_t item, int64_t block, int64_t plane, int64_t last, int32_t* counts,
            SumsWorker& worker) const {

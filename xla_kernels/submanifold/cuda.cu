@@ -8,17 +8,14 @@
 // takes a (run of sites, tap, 16 x 16 channels) and keeps a pair of channels in each thread; the
 // runs are a fixed number, whose sums are added in order. So nothing depends on scheduling.
 //
-// The filter stands in the workspace as dense vectors, for a block of channels at a time where it is
-// large. Traffic: neighbours' values once for each tap with live weights and tile of 32 channels,
-// mostly from the caches, since neighbours of consecutive sites lie together; features are written
-// once, coalesced.
+// The filter stands in the workspace as dense vectors, for a block of channels at a time where it
+// is large. Traffic: neighbours' values once for each tap with live weights and tile of 32
+// channels, mostly from the caches, since neighbours of consecutive sites lie together; features
+// are written once, coalesced.
 
 #include <algorithm>
-#include <cstdint>
 
-#include "xla_kernels/common/cuda.h"
 #include "xla_kernels/submanifold/cuda_kernels.cuh"
-#include "xla_kernels/submanifold/spec.h"
 
 namespace ilajax {
 namespace {
@@ -57,8 +54,13 @@ ffi::Error Fill(cudaStream_t stream, const ConvShape& s, const Filter& f,
                             s.weights, kernel_keys, weights);
 }
 
+// From `in` to `out`; forward with a bias and a count of responses.
 template <typename T>
-ffi::Error ApplyFilter(cudaStream_t stream, const Apply<T>& a) {
+ffi::Error ApplyFilter(cudaStream_t stream, const ConvShape& s, const Filter& f,
+                       const int32_t* keys, const T* in, T* out, const float* bias,
+                       int32_t* responses) {
+  const int64_t channels = f.transposed ? s.in_channels : s.out_channels;
+  const Apply<T> a = {s.w, f, s.batch, s.slots, channels, keys, in, out, bias, responses};
   const dim3 grid = GridFor(a.items * CeilDiv(a.slots, kSites) * a.filter.tiles());
   if (a.filter.tile() == kNarrowTile) {
     return Launch<ApplyKernel<T, kNarrowTile>>(grid, kSites, 0, stream, a);
@@ -93,17 +95,9 @@ struct SubmanifoldForward {
       ILAJAX_RETURN_IF_ERROR(
           Fill(stream, s, f, call.kernel_keys.typed_data(), call.weights.typed_data(),
                f.first == 0 ? s.batch * s.out_channels : 0, call.responses->typed_data()));
-      const Apply<T> apply = {s.w,
-                              f,
-                              s.batch,
-                              s.slots,
-                              s.out_channels,
-                              call.keys.typed_data(),
-                              Data<T>(call.values),
-                              Data<T>(*call.features),
-                              call.bias.typed_data(),
-                              call.responses->typed_data()};
-      ILAJAX_RETURN_IF_ERROR(ApplyFilter(stream, apply));
+      ILAJAX_RETURN_IF_ERROR(ApplyFilter(stream, s, f, call.keys.typed_data(), Data<T>(call.values),
+                                         Data<T>(*call.features), call.bias.typed_data(),
+                                         call.responses->typed_data()));
     }
     return ffi::Error::Success();
   }
@@ -151,36 +145,19 @@ struct SubmanifoldBackward {
                         const Plan& plan, const Layout<T>& layout) {
     const int32_t* const keys = call.keys.typed_data();
     const int32_t* const kernel_keys = call.kernel_keys.typed_data();
+    const T *const values = Data<T>(call.values), *const cotangent = Data<T>(call.cotangent);
+    const int64_t items = s.batch / s.groups;
     Filter f = layout.filter;
     for (; f.first < s.in_channels; f.first += plan.in_block) {
       ILAJAX_RETURN_IF_ERROR(
           Fill(stream, s, f, kernel_keys, call.weights.typed_data(), 0, nullptr));
-      const Apply<T> apply = {s.w,
-                              f,
-                              s.batch,
-                              s.slots,
-                              s.in_channels,
-                              keys,
-                              Data<T>(call.cotangent),
-                              Data<T>(*call.values_bar),
-                              nullptr,
-                              nullptr};
-      ILAJAX_RETURN_IF_ERROR(ApplyFilter(stream, apply));
+      ILAJAX_RETURN_IF_ERROR(
+          ApplyFilter(stream, s, f, keys, cotangent, Data<T>(*call.values_bar), nullptr, nullptr));
     }
     for (int64_t first = 0; first < s.out_channels; first += plan.out_block) {
-      const WeightSums<T> a = {s.w,
-                               s.groups,
-                               s.batch / s.groups,
-                               plan.parts,
-                               s.slots,
-                               s.in_channels,
-                               s.out_channels,
-                               first,
-                               plan.out_block,
-                               keys,
-                               Data<T>(call.values),
-                               Data<T>(call.cotangent),
-                               layout.sums};
+      const WeightSums<T> a = {s.w,           s.groups,       items,      plan.parts,     s.slots,
+                               s.in_channels, s.out_channels, first,      plan.out_block, keys,
+                               values,        cotangent,      layout.sums};
       const int64_t tiles = CeilDiv(s.in_channels, kPairs) * CeilDiv(plan.out_block, kPairs);
       ILAJAX_RETURN_IF_ERROR(Launch<WeightSumsKernel<T>>(
           GridFor(s.groups * plan.parts * s.w.taps * tiles), kPairs * kPairs, 0, stream, a));
@@ -191,8 +168,8 @@ struct SubmanifoldBackward {
           plan.parts, s.weights, kernel_keys, layout.sums, call.weights_bar->typed_data()));
     }
     return Launch<BiasKernel<T>>(GridFor(s.groups * s.out_channels), kThreads, 0, stream, s.groups,
-                                 s.batch / s.groups, s.out_channels, s.slots, s.w.input_sites, keys,
-                                 Data<T>(call.cotangent), call.bias_bar->typed_data());
+                                 items, s.out_channels, s.slots, s.w.input_sites, keys, cotangent,
+                                 call.bias_bar->typed_data());
   }
 };
 

@@ -1,12 +1,9 @@
 // The kernels of submanifold convolution, and of its gradient; see cuda.cu.
 
-#ifndef ILAJAX_XLA_KERNELS_SUBMANIFOLD_CUDA_KERNELS_CUH_
-#define ILAJAX_XLA_KERNELS_SUBMANIFOLD_CUDA_KERNELS_CUH_
+#pragma once
 
-#include <cstdint>
-
+#include "xla_kernels/common/block.cuh"
 #include "xla_kernels/common/cuda.h"
-#include "xla_kernels/common/cuda_select.cuh"
 #include "xla_kernels/submanifold/spec.h"
 
 namespace ilajax {
@@ -284,5 +281,3 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_SUBMANIFOLD_CUDA_KERNELS_CUH_

@@ -1,18 +1,14 @@
 // Submanifold convolution, responses at the input's own sites, and its gradient.
 
-#ifndef ILAJAX_XLA_KERNELS_SUBMANIFOLD_SPEC_H_
-#define ILAJAX_XLA_KERNELS_SUBMANIFOLD_SPEC_H_
-
-#include <cstdint>
-#include <string_view>
+#pragma once
 
 #include "xla_kernels/common/conv_shape.h"
 #include "xla_kernels/common/target.h"
 
 namespace ilajax {
 
-// Keys are [B, 1, K], one support for all channels of input and output. Responses are those that are
-// not zero.
+// Keys are [B, 1, K], one support for all channels of input and output. Responses are those that
+// are not zero.
 struct SubmanifoldShape : ConvShape {
   ffi::Error Check(const char* op) {
     capacity = slots;
@@ -54,5 +50,3 @@ ILAJAX_CALL(SubmanifoldFwd, SubmanifoldShape, "submanifold", ILAJAX_SUBMANIFOLD_
 ILAJAX_CALL(SubmanifoldBwd, SubmanifoldShape, "submanifold", ILAJAX_SUBMANIFOLD_BWD)
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_SUBMANIFOLD_SPEC_H_

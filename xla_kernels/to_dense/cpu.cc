@@ -7,7 +7,6 @@
 // padding.
 
 #include <algorithm>
-#include <cstdint>
 #include <cstring>
 
 #include "xla_kernels/common/parallel.h"

@@ -6,8 +6,7 @@
 // inside its chunk whatever the keys are; of duplicate keys (a broken tensor) any one wins.
 // Backward: values_bar[k] = dense_bar[keys[k]], 0 at padding; one thread an entry.
 
-#include <cstdint>
-
+#include "xla_kernels/common/block.cuh"
 #include "xla_kernels/common/cuda.h"
 #include "xla_kernels/to_dense/spec.h"
 
@@ -16,21 +15,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kChunk = 4096;  // grid positions of one block: 16 KiB of shared memory in float32
-
-// The first of `count` ascending keys that is not below `bound`.
-__device__ int64_t LowerBound(const int32_t* keys, int64_t count, int64_t bound) {
-  int64_t first = 0;
-  while (count > 0) {
-    const int64_t half = count / 2;
-    if (keys[first + half] < bound) {
-      first += half + 1;
-      count -= half + 1;
-    } else {
-      count = half;
-    }
-  }
-  return first;
-}
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)

@@ -1,10 +1,6 @@
 // Stored values in a zero-filled grid, and the gradient, which gathers them back.
 
-#ifndef ILAJAX_XLA_KERNELS_TO_DENSE_SPEC_H_
-#define ILAJAX_XLA_KERNELS_TO_DENSE_SPEC_H_
-
-#include <cstdint>
-#include <string_view>
+#pragma once
 
 #include "xla_kernels/common/target.h"
 
@@ -36,5 +32,3 @@ ILAJAX_CALL(ToDenseFwd, ToDenseShape, "to_dense", ILAJAX_TO_DENSE_FWD)
 ILAJAX_CALL(ToDenseBwd, ToDenseShape, "to_dense", ILAJAX_TO_DENSE_BWD)
 
 }  // namespace ilajax
-
-#endif  // ILAJAX_XLA_KERNELS_TO_DENSE_SPEC_H_

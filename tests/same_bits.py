@@ -1,6 +1,6 @@
 """A pytest plugin that writes a digest of what the kernels computed in each test.
 
-    PYTHONPATH=tests pytest -p digests --digests FILE tests/ops tests/nn
+    PYTHONPATH=tests pytest -p same_bits --same-bits FILE tests/ops tests/nn
 
 Two versions of ilajax give the same file if no output and no gradient of a kernel differs in a bit: the check
 of a change that is to leave results alone. (Hypothesis draws other data once the source has other constants.)
@@ -18,7 +18,7 @@ _tests: dict[str, str] = collections.defaultdict(str)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--digests", required=True, help="the file to write")
+    parser.addoption("--same-bits", required=True, help="the file to write")
 
 
 def pytest_configure(config):
@@ -55,7 +55,7 @@ def pytest_runtest_teardown(item):
 
 
 def pytest_sessionfinish(session):
-    with open(session.config.getoption("--digests"), "w") as file:
+    with open(session.config.getoption("--same-bits"), "w") as file:
         for name, found in sorted(_tests.items()):
             digest = hashlib.sha256(found.encode()).hexdigest() if found else "no kernel"
             file.write(f"{name} {digest}\n")
