@@ -263,8 +263,9 @@ class OctNet3(nnx.Module):
             slots = "" if layer.capacity is None else f"{layer.capacity:,}"
             parameters = f"{layer.parameters:,}" if layer.parameters else ""
             lines.append((layer.name, shape, bound, slots, parameters, f"{layer.bytes:,}"))
-        totals = sum(layer.parameters for layer in layers), sum(layer.bytes for layer in layers)
-        lines.append(("all", "", "", "", *(f"{total:,}" for total in totals)))
+        total = sum(layer.parameters for layer in layers)
+        size = sum(layer.bytes for layer in layers)
+        lines.append(("all", "", "", "", f"{total:,}", f"{size:,}"))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         align = [f"{{:{'<' if at < 2 else '>'}{width}}}" for at, width in enumerate(widths)]
         return "\n".join("  ".join(align).format(*line) for line in lines)
