@@ -45,8 +45,7 @@ def plan(
     Args:
       platform: "cpu" or "cuda".
       target: the FFI target's name.
-      arrays: operands and results but the workspace, or their shapes.
-      dtype: of the values.
+      arrays: operands and results but the workspace; `dtype` is that of the values.
       batch, groups: the leading sizes of arrays; symbols where `jax.export` leaves them open.
       window: of the call, if it has one.
     """
@@ -80,11 +79,7 @@ def window_attribute(window: Window) -> np.ndarray:
 
 @contextlib.contextmanager
 def tuned(platform: str, **numbers: int) -> Iterator[None]:
-    """Plans with other numbers than usual, for tests and experiments.
-
-    Args:
-      platform: "cpu" or "cuda".
-      numbers: members of the struct Tuning in xla_kernels/common/tuning.h.
+    """Plans with other numbers of the struct Tuning (xla_kernels/common/tuning.h): for tests and experiments.
 
     A program that has been compiled keeps the plans that it was traced with.
     """
