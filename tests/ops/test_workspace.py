@@ -1,5 +1,6 @@
 """The workspace of every call: as large as what the kernel carves out of it, and no byte larger."""
 
+import contextlib
 import functools
 
 import jax
@@ -13,7 +14,7 @@ def elements(case):
     return sum(a.size for a in jax.tree.leaves(case.operands))
 
 
-def smallest(operation, count=3):
+def smallest(operation, count=2):
     """The smallest cases of `python -m ilajax check`."""
     return sorted((c for c in check.cases() if c.operation == operation), key=elements)[:count]
 
@@ -43,3 +44,40 @@ def test_what_is_allocated_is_what_is_carved(backend, operation, monkeypatch):
                 said = f"the workspace has {size - 1} bytes, but needs {size}"
                 with pytest.raises(jax.errors.JaxRuntimeError, match=said):
                     check.results(case, "native")
+
+
+@pytest.mark.nans
+@pytest.mark.parametrize("operation", routes.OPERATIONS)
+def test_a_plan_from_outside(backend, operation, monkeypatch):
+    """Catches a crash where an exported program has other numbers in a plan than Python would pass."""
+    if backend == "reference":
+        pytest.skip("has no plan")
+    (case,) = smallest(operation, 1)
+    sizes = {}
+
+    def count(platform, target, *problem, make=plans.plan):
+        plan = make(platform, target, *problem)
+        sizes[target] = 0 if plan is None else plan.numbers.size
+        return plan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plans, "plan", count)
+        check.results(case, "native")
+    for target, index, number in (
+        (target, index, number)
+        for target, size in sizes.items()
+        for index in range(size)
+        for number in (-1, 0, 2**31 - 1, 2**62)
+    ):
+
+        def changed(platform, name, *problem, make=plans.plan, at=(target, index, number)):
+            plan = make(platform, name, *problem)
+            if name == at[0]:
+                plan.numbers[at[1]] = at[2]
+            return plan
+
+        with monkeypatch.context() as patch:
+            patch.setattr(plans, "plan", changed)
+            # An error, or a plan that happens to do as well.
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                check.results(case, "native")

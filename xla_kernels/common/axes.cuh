@@ -132,7 +132,7 @@ struct DenseFilters {
 
   template <typename Carver>
   void Carve(Carver& carver) {
-    weights = carver.template Take<float>(Vectors(blocks(), 0) * block);
+    weights = carver.template Take<float>(Vectors(blocks(), 0), block);
     live = carver.template Take<uint8_t>(Vectors(blocks(), 0));
   }
 

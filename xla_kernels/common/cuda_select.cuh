@@ -378,8 +378,8 @@ struct SelectWorkspace {
   SelectWorkspace() = default;
   SelectWorkspace(Carver& carver, int64_t segments, int64_t count, int64_t chunk) {
     if (chunk >= count) return;
-    histograms = carver.Take<int32_t>(kSelectPasses * segments * kSelectBins);
-    tallies = carver.Take<Tally>(segments * CeilDiv(count, chunk));
+    histograms = carver.Take<int32_t>(kSelectPasses, segments, kSelectBins);
+    tallies = carver.Take<Tally>(segments, CeilDiv(count, chunk));
   }
 };
 

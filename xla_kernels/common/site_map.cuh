@@ -62,9 +62,9 @@ struct SiteMap {
 
   void Carve(Carver& carver, int64_t items) {
     words_each = CeilDiv(sites, 32);
-    words = carver.Take<uint2>(items * groups() * words_each);
-    records = carver.Take<uint2>(items * channels * slots);
-    values = carver.Take<float>(items * channels * slots);
+    words = carver.Take<uint2>(items, groups(), words_each);
+    records = carver.Take<uint2>(items, channels, slots);
+    values = carver.Take<float>(items, channels, slots);
   }
 
   static int64_t Chunks(int64_t sites) { return CeilDiv(sites, kMapChunk); }

@@ -108,11 +108,16 @@ ffi::Error ReadPlan(Span numbers, const typename Op::Call::Shape& s, typename Op
     return InvalidArgument("a plan of ", numbers.size(), " numbers, expected ", kSize);
   }
   std::memcpy(static_cast<void*>(&plan), numbers.begin(), kSize * sizeof(int64_t));
+  const auto all = [&](int64_t least) {
+    constexpr int64_t kMost = 0x7fffffff;
+    return std::all_of(numbers.begin(), numbers.end(),
+                       [&](int64_t number) { return number >= least && number <= kMost; });
+  };
   bool fits;
   if constexpr (HasFits<Op>) {
-    fits = Op::Fits(s, plan);
+    fits = all(0) && Op::Fits(s, plan);
   } else {
-    fits = std::all_of(numbers.begin(), numbers.end(), [](int64_t number) { return number >= 1; });
+    fits = all(1);
   }
   if (fits) return ffi::Error::Success();
   return InvalidArgument(Op::Call::kName, ": the plan does not fit the shapes");

@@ -12,12 +12,13 @@ class Carver {
  public:
   explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
 
-  template <typename T>
-  T* Take(int64_t count) {
+  // An array of as many elements as the product of `counts`: some come from outside, and may overflow.
+  template <typename T, typename... Counts>
+  T* Take(Counts... counts) {
     const int64_t begin = used_;
-    int64_t bytes;
-    overflow_ |= __builtin_mul_overflow(count, int64_t{sizeof(T)}, &bytes) ||
-                 __builtin_add_overflow(bytes, kAlignment - 1, &bytes) ||
+    int64_t bytes = sizeof(T);
+    ((overflow_ |= counts < 0 || __builtin_mul_overflow(bytes, int64_t{counts}, &bytes)), ...);
+    overflow_ |= __builtin_add_overflow(bytes, kAlignment - 1, &bytes) ||
                  __builtin_add_overflow(used_, bytes / kAlignment * kAlignment, &used_);
     return base_ == nullptr || overflow_ ? nullptr : reinterpret_cast<T*>(base_ + begin);
   }
@@ -46,7 +47,7 @@ class LayoutOfEach {
  public:
   template <typename... Sizes>
   LayoutOfEach(Carver& carver, int64_t workers, const Sizes&... sizes)
-      : bytes_(SizeOf<Layout>(sizes...)), base_(carver.Take<char>(workers * bytes_)) {}
+      : bytes_(SizeOf<Layout>(sizes...)), base_(carver.Take<char>(workers, bytes_)) {}
 
   // That of a worker, from the sizes that this was made of.
   template <typename... Sizes>

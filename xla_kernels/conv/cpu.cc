@@ -57,7 +57,7 @@ struct ForwardWorker {
     candidates.length = carver.Take<int32_t>(plan.sums.block);
     candidates.least = carver.Take<float>(plan.sums.block);
     candidates.counts = carver.Take<int32_t>(plan.sums.block);
-    candidates.stage = carver.Take<uint64_t>(plan.sums.block * plan.stage);
+    candidates.stage = carver.Take<uint64_t>(plan.sums.block, plan.stage);
     candidates.size = plan.stage;
   }
 };
@@ -77,11 +77,11 @@ struct PartSelections {
         capacity(
             std::min(s.capacity, CeilDiv(lines.planes, parts) * (s.w.output_sites / lines.planes))),
         segments(parts == 1 ? 0 : s.batch * s.out_channels),
-        keys(carver.Take<int32_t>(segments * parts * capacity)),
-        values(carver.Take<T>(segments * parts * capacity)),
-        stored(carver.Take<int32_t>(segments * parts)),
-        counts(carver.Take<int32_t>(segments * parts)),
-        digits(carver.Take<int32_t>(segments * kDigits)) {}
+        keys(carver.Take<int32_t>(segments, parts, capacity)),
+        values(carver.Take<T>(segments, parts, capacity)),
+        stored(carver.Take<int32_t>(segments, parts)),
+        counts(carver.Take<int32_t>(segments, parts)),
+        digits(carver.Take<int32_t>(segments, kDigits)) {}
 
   // Puts the best of all parts into the output, and returns the number of candidates.
   int32_t Merge(int64_t segment, Select select, int64_t wanted, int64_t padding, int32_t* out_keys,
@@ -136,7 +136,7 @@ struct ForwardLayout {
       : w(Squeeze(s.w)),
         lines(w),
         tables(carver, s, lines, plan.sums),
-        bias(carver.Take<float>(tables.filters.blocks * plan.sums.block)),
+        bias(carver.Take<float>(tables.filters.blocks, plan.sums.block)),
         selections(carver, s, lines, plan.parts),
         workers(carver, plan.workers, lines, plan) {}
 };

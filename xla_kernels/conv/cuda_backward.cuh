@@ -49,9 +49,8 @@ Backward CarveBackward(Carver& carver, const ConvShape& s, const BackwardPlan& p
   b.map.slots = static_cast<int>(std::min(s.capacity, b.map.sites));
   b.filters.Carve(carver);
   b.map.Carve(carver, plan.chunk_items);
-  b.sums =
-      carver.Take<float>(b.slabs * all_parts * s.in_channels * b.copies() * w.taps * b.width());
-  b.bias_sums = carver.Take<float>(s.batch * s.out_channels * b.bias_strips());
+  b.sums = carver.Take<float>(b.slabs, all_parts, s.in_channels, b.copies(), w.taps, b.width());
+  b.bias_sums = carver.Take<float>(s.batch, s.out_channels, b.bias_strips());
   return b;
 }
 

@@ -96,20 +96,20 @@ struct ForwardLayout {
     f.filters.Carve(carver);
     f.map.Carve(carver, items);
     const int64_t zeros = carver.used();
-    f.histograms = carver.Take<uint32_t>(items * channels * kBins);
-    f.cuts = carver.Take<Cut>(items * channels);
-    f.finished = carver.Take<uint32_t>(items * blocks);
+    f.histograms = carver.Take<uint32_t>(items, channels, kBins);
+    f.cuts = carver.Take<Cut>(items, channels);
+    f.finished = carver.Take<uint32_t>(items, blocks);
     f.tickets = carver.Take<uint32_t>(1);
     f.pool_used = carver.Take<uint32_t>(1);
-    f.run_sums = carver.Take<uint32_t>(items * channels * f.runs() * kSums);
-    f.run_done = carver.Take<uint32_t>(items * blocks * f.runs());
-    f.tile_done = carver.Take<uint32_t>(items * blocks * f.tiles);
+    f.run_sums = carver.Take<uint32_t>(items, channels, f.runs(), kSums);
+    f.run_done = carver.Take<uint32_t>(items, blocks, f.runs());
+    f.tile_done = carver.Take<uint32_t>(items, blocks, f.tiles);
     zero_words = (carver.used() - zeros) / static_cast<int64_t>(sizeof(uint32_t));
-    f.tile_sums = carver.Take<uint32_t>(items * channels * f.tiles * kSums);
-    f.warp_sums = carver.Take<uint16_t>(items * blocks * f.tiles * kTileWarps * kBlock);
-    f.tile_reached = carver.Take<uint2>(items * blocks * f.tiles);
+    f.tile_sums = carver.Take<uint32_t>(items, channels, f.tiles, kSums);
+    f.warp_sums = carver.Take<uint16_t>(items, blocks, f.tiles, kTileWarps, kBlock);
+    f.tile_reached = carver.Take<uint2>(items, blocks, f.tiles);
     f.pool_keys = carver.Take<uint32_t>(plan.pool_sites);
-    f.pool_values = carver.Take<uint32_t>(plan.pool_sites * kBlock);
+    f.pool_values = carver.Take<uint32_t>(plan.pool_sites, kBlock);
   }
 };
 

@@ -25,8 +25,8 @@ struct FromDenseForward {
 
     Worker(Carver& carver, const Plan& plan)
         : best(carver.Take<RunningTopK<T>>(plan.channel_block)),
-          stages(carver.Take<uint64_t>(plan.channel_block * plan.stage)),
-          digits(carver.Take<int32_t>(plan.channel_block * kDigits)) {}
+          stages(carver.Take<uint64_t>(plan.channel_block, plan.stage)),
+          digits(carver.Take<int32_t>(plan.channel_block, kDigits)) {}
   };
   template <typename T>
   struct Layout {

@@ -46,7 +46,7 @@ struct GradientTables {
         dense_lines(transposed.line, s.out_channels),
         live_taps(carver, has_dense ? s.in_channels : 0, has_dense ? lines.tap_lines : 0,
                   has_dense ? s.weights : 0),
-        part_sums(carver.Take<float>(s.groups * plan.parts * s.weights)) {}
+        part_sums(carver.Take<float>(s.groups, plan.parts, s.weights)) {}
 };
 
 struct GradientWorker {
@@ -75,8 +75,8 @@ struct GradientWorker {
         weights_bar(carver.Take<float>(t.filters.size())) {
     const int64_t dense_lines = t.has_dense ? t.transposed.InputLines(plan.dense_planes) : 0;
     const int64_t line_floats = t.has_dense ? t.dense_lines.vectors * kLanes : 0;
-    cotangents = carver.Take<float>(dense_lines * t.dense_lines.size());
-    products = carver.Take<float>(t.live_taps.weights * kLanes);
+    cotangents = carver.Take<float>(dense_lines, t.dense_lines.size());
+    products = carver.Take<float>(t.live_taps.weights, kLanes);
     own = carver.Take<float>(line_floats);
     sums = carver.Take<float>(line_floats);
     bases = carver.Take<const float*>(t.has_dense ? t.lines.tap_lines : 0);

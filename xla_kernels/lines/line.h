@@ -32,11 +32,11 @@ struct Filters {
         taps(s.w.taps),
         line_taps(taps_of_line),
         weights(carver.Take<float>(size())),
-        live(carver.Take<uint8_t>(blocks * in_channels * taps)),
-        live_runs(carver.Take<uint8_t>(blocks * tap_lines() * in_channels)),
-        live_lines(carver.Take<uint8_t>(blocks * tap_lines())),
-        live_taps(carver.Take<uint8_t>(blocks * taps)),
-        tap_offsets(carver.Take<int32_t>(taps * kMaxRank)) {}
+        live(carver.Take<uint8_t>(blocks, in_channels, taps)),
+        live_runs(carver.Take<uint8_t>(blocks, tap_lines(), in_channels)),
+        live_lines(carver.Take<uint8_t>(blocks, tap_lines())),
+        live_taps(carver.Take<uint8_t>(blocks, taps)),
+        tap_offsets(carver.Take<int32_t>(taps, kMaxRank)) {}
 
   int64_t tap_lines() const { return taps / line_taps; }
   // Floats in `weights`.
@@ -192,7 +192,7 @@ struct TapLines {
   TapLines(Carver& carver, int64_t channel_blocks, int64_t lines_of_taps)
       : blocks(channel_blocks),
         most(lines_of_taps),
-        list(carver.Take<TapLine>(blocks * most)),
+        list(carver.Take<TapLine>(blocks, most)),
         counts(carver.Take<int64_t>(blocks)) {}
   const TapLine* begin(int64_t block) const { return list + block * most; }
   const TapLine* end(int64_t block) const { return begin(block) + counts[block]; }
@@ -241,7 +241,7 @@ struct LineBuffer {
         piece(plain ? line.output_length : std::min(line.output_length, sites)) {}
   LineBuffer(Carver& carver, const LineWindow& line, int64_t line_sites, int64_t channel_block)
       : LineBuffer(line, line_sites, channel_block) {
-    data = carver.Take<float>(sites * block);
+    data = carver.Take<float>(sites, block);
     bits = carver.Take<uint64_t>(words());
   }
 

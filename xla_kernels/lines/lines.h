@@ -200,7 +200,7 @@ struct LineEntries {
         starts(carver.Take<int32_t>(max_lines + 2)),
         bits(carver.Take<uint64_t>(words)),
         ranks(carver.Take<int32_t>(words)),
-        data(carver.Take<float>(max_entries * (gradient ? 6 : 4))) {}
+        data(carver.Take<float>(max_entries, (gradient ? 6 : 4))) {}
 
   bool Holds(int64_t line) const { return line >= first_line && line < first_line + lines; }
   int32_t begin(int64_t line) const { return starts[line - first_line]; }

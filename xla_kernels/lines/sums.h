@@ -57,7 +57,7 @@ struct SumsWorker {
                 plan.max_entries, false),
         segments(carver.Take<Segment>(lines.tap_lines)),
         words(line.plain ? CeilDiv(lines.line.input_length, 64) : 0),
-        read_bits(carver.Take<uint64_t>((lines.line.taps + 1) * words)),
+        read_bits(carver.Take<uint64_t>((lines.line.taps + 1), words)),
         bases(carver.Take<const float*>(lines.tap_lines)),
         filled(carver.Take<uint8_t>(plan.dense_planes > 0 ? lines.InputLines(plan.dense_planes)
                                                           : 0)) {}

@@ -297,7 +297,7 @@ struct PoolForward {
     Layout(Carver& carver, const PoolShape& s, const Plan& plan)
         : segments(s.Cuts() ? plan.segments_at_once : s.segments()),
           cells(s.Cuts() ? segments * s.most_cells() : 0),
-          counts(carver.Take<int32_t>(segments * SlabsOf(s))),
+          counts(carver.Take<int32_t>(segments, SlabsOf(s))),
           keys(carver.Take<int32_t>(cells)),
           values(carver.Take<T>(cells)),
           select(carver, segments, s.Cuts() ? s.most_cells() : 0, plan.chunk) {}

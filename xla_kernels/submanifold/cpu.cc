@@ -76,7 +76,7 @@ struct SubmanifoldForward {
         : w(Squeeze(s.w)),
           lines(w),
           tables(carver, s, lines, plan.sums),
-          counts(carver.Take<int32_t>(plan.parts * s.batch * s.out_channels)),
+          counts(carver.Take<int32_t>(plan.parts, s.batch, s.out_channels)),
           workers(carver, plan.workers, lines, plan.sums) {}
   };
 

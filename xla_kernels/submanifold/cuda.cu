@@ -23,8 +23,8 @@ namespace {
 // The filter in the workspace, `block` columns of it at a time.
 Filter CarveFilter(Carver& carver, const ConvShape& s, int64_t block, bool transposed) {
   Filter f = {nullptr, nullptr, s.w.taps, s.in_channels, s.out_channels, 0, block, transposed};
-  f.vectors = carver.Take<float>(f.taps * f.summed_channels() * block);
-  f.live = carver.Take<uint8_t>(f.taps * f.summed_channels() * CeilDiv(block, kNarrowTile));
+  f.vectors = carver.Take<float>(f.taps, f.summed_channels(), block);
+  f.live = carver.Take<uint8_t>(f.taps, f.summed_channels(), CeilDiv(block, kNarrowTile));
   return f;
 }
 
@@ -117,8 +117,7 @@ struct SubmanifoldBackward {
 
     Layout(Carver& carver, const ConvShape& s, const Plan& plan)
         : filter(CarveFilter(carver, s, plan.in_block, true)),
-          sums(carver.Take<float>(s.groups * plan.parts * s.w.taps * s.in_channels *
-                                  plan.out_block)) {}
+          sums(carver.Take<float>(s.groups, plan.parts, s.w.taps, s.in_channels, plan.out_block)) {}
   };
 
   template <typename T>
