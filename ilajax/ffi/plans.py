@@ -18,17 +18,11 @@ _tuning: dict[str, dict[str, int]] = {"cpu": {}, "cuda": {}}
 
 
 class Plan(NamedTuple):
-    """What a kernel with a workspace is called with besides its operands.
+    """What a kernel with a workspace is called with besides its operands."""
 
-    Attributes:
-      numbers: that say how the work is cut.
-      workspace: its bytes; an expression where the batch is open.
-      limit: why the kernel cannot do this on this machine's devices, "" if it can.
-    """
-
-    numbers: np.ndarray
-    workspace: Any
-    limit: str
+    numbers: np.ndarray  # that say how the work is cut
+    workspace: Any  # its bytes; an expression where the batch is open
+    limit: str  # why the kernel cannot do this on this machine's devices, "" if it can
 
 
 def plan(
