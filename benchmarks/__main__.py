@@ -1,16 +1,19 @@
 """Single operations and whole training steps beside other libraries, with the target of each row.
 
-    python -m benchmarks                            # every row of this device: some minutes
+    python -m benchmarks                            # every row of this device: a quarter of an hour
     python -m benchmarks --device cpu               # on the CPU, although there is a GPU
     python -m benchmarks --list                     # the rows' names
     python -m benchmarks --rows r64 pruning         # rows with one of these in their name
+    python -m benchmarks --rows "b8 shell" step     # OctNet3 beside PyTorch, its layers and whole steps
+    python -m benchmarks --budget 0.5               # seconds for each candidate: quicker, and less certain
     python -m benchmarks --report                   # benchmarks/results/bench.{json,md}, on a GPU bench-gpu
     python -m benchmarks --data-dir ../shared/data/kicad       # with rows about real parts
 
 `benchmarks.measure` says how candidates are timed on either device. Each peer is first seen to compute what
-ilajax computes. PyTorch and spconv take part where they are installed: `pip install -e '.[bench]'`. What is
-written to files holds a CPU's ceilings too, and for each layer what had to happen and which share of the
-ceilings that was (`benchmarks.work`).
+ilajax computes. PyTorch and spconv take part where they are installed: `pip install -e '.[bench]'`. If the
+machine was not quiet a row says so: what other processes took of the cores, and how far calls differ. What is
+written to files begins with layers and steps against PyTorch. It holds a CPU's ceilings too, and for each
+convolution what had to happen and which share of the ceilings that was (`benchmarks.work`).
 """
 
 import gc

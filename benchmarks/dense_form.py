@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 import ilajax
 from benchmarks import RESULTS, report, timing, workloads
-from benchmarks.peers import Layer
+from benchmarks.layers import Layer
 from benchmarks.report import Record
 from experiments import frame
 from ilajax.ffi import plans

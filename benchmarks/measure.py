@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.profiler import ProfileData
 
 from benchmarks import peers, timing, work
-from benchmarks.peers import Layer, Program
+from benchmarks.layers import Layer, Program, Timed
 from benchmarks.rows import Problem, Row
 
 Record = dict[str, Any]
@@ -132,7 +132,7 @@ def records(rows: Iterable[Row], device: str, done: Mapping[str, Record]) -> lis
         (whole,) = parts.pop("", [{}])
         candidates = {who: _merged(records) for who, records in parts.items()}
         record: Record = {"row": row.name, "candidates": candidates} | whole
-        if missing := [name for name in row.peers(device) if not peers.installed(name)]:
+        if missing := [name for name in row.targets[device] if not peers.installed(name)]:
             record["missing"] = missing
         if record["candidates"] or "error" in record:
             _judge(row, device, record["candidates"])
@@ -155,8 +155,8 @@ def _judge(row: Row, device: str, candidates: dict[str, Record]) -> None:
     ours = candidates.get(first, {}).get("median_s")
     if ours is None:
         return
-    if row.most_s is not None and device == "gpu":
-        candidates[first] |= {"most_s": row.most_s, "met": ours <= row.most_s}
+    if most := row.most_s.get(device):
+        candidates[first] |= {"most_s": most, "met": ours <= most}
     for who, target in row.targets[device].items():
         theirs = candidates.get(who, {})
         if "median_s" in theirs:
@@ -167,9 +167,11 @@ def _judge(row: Row, device: str, candidates: dict[str, Record]) -> None:
 def in_turn(row: Row, device: str, effort: Effort, limits: work.Ceilings | None) -> Record:
     """All candidates in one go, so that their ratios hold although the machine's speed drifts."""
     layers = {name: problem.layer() for name, problem in row.problems.items()}
+    beside = [name for name in row.targets[device] if peers.installed(name)]
     calls: dict[str, timing.Candidate] = {
         name: layers[name].call if name in layers else made()
-        for name, made in row.candidates.items()
+        for n, (name, made) in enumerate(row.candidates.items())
+        if n == 0 or name in beside
     }
     differences: dict[str, float] = {}
     if others := row.peers(device):
@@ -186,31 +188,40 @@ def in_turn(row: Row, device: str, effort: Effort, limits: work.Ceilings | None)
         candidates[name]["difference"] = difference
     for name, layer in layers.items():
         candidates[name] |= facts(layer, device)
-        if limits is not None:
+        if limits is not None and isinstance(layer, Layer):
             counts = work.count(layer)
             reached = work.reached(counts, timings.median(name), limits)
             candidates[name]["work"] = counts | {"reached": reached}
-    return {"candidates": candidates}
+    return {
+        "candidates": candidates,
+        "others_cores": timings.others,
+        "not_quiet": timings.disturbed,
+    }
 
 
-def facts(layer: Layer, device: str) -> Record:
+def facts(layer: Timed, device: str) -> Record:
     """What the work of a layer depends on, and its memory."""
-    memory, responses = layer.compiled.memory_analysis(), layer.output.responses
+    memory = layer.compiled.memory_analysis()
+    found: Record = {
+        "backward": layer.backward,
+        "output_bytes": memory.output_size_in_bytes,
+        "workspace_bytes": memory.temp_size_in_bytes,
+    }
+    if not isinstance(layer, Layer):
+        return found
+    responses = layer.output.responses
     bound = None  # none is stated for gradients and for shared keys
     if not layer.backward and layer.capacity is not None:
         slots = layer.x.batch_size * layer.kernel.out_channels * layer.capacity
         bound = (4 + layer.x.dtype.itemsize) * slots + 4 * responses.size
-    return {
+    return found | {
         "input_entries": int(layer.x.counts.sum()),
         "input_density": float(layer.x.density.mean()),
         "weights": int(layer.kernel.count),
         "capacity": layer.capacity,
         "output_entries": int(layer.output.features.counts.sum()),
         "most_candidates": int(responses.max()),
-        "backward": layer.backward,
-        "output_bytes": memory.output_size_in_bytes,
         "output_bound": bound,
-        "workspace_bytes": memory.temp_size_in_bytes,
         "workspace_bound": max(8 * layer.x.sites, WORKSPACE[device]),
     }
 
@@ -269,7 +280,7 @@ def time_dense(problem: Problem, who: str, layout: str, effort: Effort) -> Recor
 def time_peer(problem: Problem, who: str, effort: Effort) -> Record:
     """A library that waits for each call; it must compute what ilajax does."""
     layer = problem.layer()
-    peer = peers.PEERS[who](layer)
+    peer = peers.quickest(peers.PEERS[who](layer))
     difference = peers.checked_difference(layer, peer, peer.call(), who)
     return effort.spread(peer.call, 1) | {"difference": difference}
 

@@ -12,10 +12,18 @@ from experiments.frame import Cells
 
 Record = dict[str, Any]
 
+AGAINST = "Layers and steps against PyTorch"
 TIMES = "Times, and targets"
 WORK = "What must happen, and what share of the ceiling was reached"
 MEMORY = "Memory and launches"
+QUIET = "Not quiet"
 NOTES = {
+    AGAINST: [
+        "Medians, and how many times as long PyTorch took: forward, and forward and backward (f + b).",
+        "Whole steps, and updates of weights, stand under f + b. PyTorch runs on all cores: dense layers, in",
+        "the quicker of two memory formats; beside submanifold convolutions a gather, a matrix product and a",
+        "scatter for each tap, with the maps given.",
+    ],
     TIMES: [
         "The ratio is how many times as long the other took as the row's first candidate: on a CPU the",
         "median over a run in which all are called in turn. On a GPU times are medians of queues of calls,",
@@ -25,6 +33,10 @@ NOTES = {
         "Products are multiply-adds of an entry and a weight that meet in an output site. Bytes are inputs",
         "read once and outputs written once. Times are of the whole call, on all cores; shares are those",
         "of the ceilings of all cores. A working set that fits into a cache can exceed the copy's.",
+    ],
+    QUIET: [
+        "What other processes took of the cores while a row was timed, and calls of which the slowest",
+        "quarter took far longer than the quickest.",
     ],
     MEMORY: [
         "Workspace and output as XLA plans them, in MiB, beside their bounds. Candidates are the most of any",
@@ -47,7 +59,16 @@ def write(stem: Path, title: str, record: Record, body: Sequence[str]) -> None:
 def page(records: Sequence[Record], limits: work.Ceilings | None = None) -> list[str]:
     """The tables of a page, but for empty ones, each under its heading."""
     lines = []
-    for heading, make in ((TIMES, times), (WORK, work_done), (MEMORY, memory)):
+    if disturbed := [record for record in records if record.get("not_quiet")]:
+        lines += [f"Not quiet: in {len(disturbed)} of {len(records)} rows, listed at the end.", ""]
+    makers = {
+        AGAINST: against_torch,
+        TIMES: times,
+        WORK: work_done,
+        MEMORY: memory,
+        QUIET: not_quiet,
+    }
+    for heading, make in makers.items():
         head, *body = make(records)
         if body:
             lines += [f"## {heading}", "", *NOTES[heading], ""]
@@ -64,11 +85,43 @@ def lines(records: Sequence[Record]) -> list[str]:
     found = [COLUMNS.format(*cells).rstrip() for cells in times(records)[1:]]
     for record in records:
         parts = {"": record, **{f", {who}": one for who, one in record["candidates"].items()}}
+        if why := record.get("not_quiet"):
+            found.append(f"{record['row']}: not quiet: {why}")
         for who, one in parts.items():
             if "error" in one:
                 found.append(f"{record['row']}{who}: {one['error'].strip().splitlines()[-1]}")
         found += [f"{record['row']}: {who} is not installed" for who in record.get("missing", ())]
     return found
+
+
+def against_torch(records: Sequence[Record]) -> list[Cells]:
+    """A head, then a line for each layer or step that PyTorch was timed beside."""
+    ways = ("forward", "f + b")
+    found: dict[str, dict[str, str]] = {}
+    for record in records:
+        layer = record["row"]
+        for way in ways:
+            layer = layer.removesuffix(f", {way}")
+        for who, one in record["candidates"].items():
+            if who.startswith("PyTorch") and "ratio" in one:
+                ours = next(iter(record["candidates"].values()))
+                way = ways[ours.get("backward", True)]
+                found.setdefault(layer, {}).update(
+                    {
+                        f"ilajax, {way}": show(ours["median_s"]),
+                        f"PyTorch, {way}": show(one["median_s"]),
+                        f"ratio, {way}": f"{one['ratio']:.3g}x",
+                    }
+                )
+    head = [f"{what}, {way}" for what in ("ilajax", "PyTorch", "ratio") for way in ways]
+    lines = [(layer, *(cells.get(name, "") for name in head)) for layer, cells in found.items()]
+    return [("layer or step", *head), *lines]
+
+
+def not_quiet(records: Sequence[Record]) -> list[Cells]:
+    """A head, then a line for each row whose times may be those of other work."""
+    found = [(record["row"], record["not_quiet"]) for record in records if record.get("not_quiet")]
+    return [("row", "why"), *found]
 
 
 def times(records: Sequence[Record]) -> list[Cells]:

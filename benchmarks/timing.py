@@ -28,11 +28,17 @@ Candidate = Callable[[], Any]
 PACKAGES = ("ilajax", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "spconv")
 
 
+# What a quiet machine does not exceed: cores that others take, and the ratio of a call's quartiles.
+QUIET_CORES, QUIET_SPREAD = 0.1, 1.3
+LEAST_SECONDS = 0.3  # the kernel counts in hundredths
+
+
 @dataclasses.dataclass(frozen=True)
 class Timings:
     """Calls: name -> round -> seconds. Not every candidate takes part in every round."""
 
     calls: Mapping[Hashable, Mapping[int, float]]
+    others: float | None = None  # cores that other processes took meanwhile; None: nothing tells
 
     def seconds(self, name: Hashable) -> list[float]:
         return list(self.calls[name].values())
@@ -59,6 +65,19 @@ class Timings:
 
     def ratio(self, name: Hashable, to: Hashable) -> float:
         return statistics.median(self.ratios(name, to))
+
+    @property
+    def disturbed(self) -> str | None:
+        """Why these figures are not those of a quiet machine, if they are not."""
+        found = []
+        if self.others is not None and self.others > QUIET_CORES:
+            found.append(f"others took {self.others:.2g} cores")
+        for name in self.calls:
+            if len(seconds := self.seconds(name)) >= 4:
+                low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+                if high / low > QUIET_SPREAD:
+                    found.append(f"{name}'s quartiles are {high / low:.2g}x apart")
+        return "; ".join(found) or None
 
     def record(self, name: Hashable) -> dict[str, Any]:
         return spread(self.seconds(name))
@@ -102,12 +121,15 @@ def side_by_side(
             seconds = _timed(call, pause)
         turns[name] = min(rounds, max(least, int(budget / seconds)))
     last = max(turns.values())
+    start, before = time.perf_counter(), _others_time()
     calls: dict[Hashable, dict[int, float]] = {name: {} for name in candidates}
     for number in range(last):
         for name, call in candidates.items():
             if number % math.ceil(last / turns[name]) == 0:
                 calls[name][number] = _timed(call, pause)
-    return Timings(calls)
+    seconds, after = time.perf_counter() - start, _others_time()
+    told = before is not None and after is not None and seconds >= LEAST_SECONDS
+    return Timings(calls, max(0.0, after - before) / seconds if told else None)
 
 
 def queued(call: Callable[[], Any], calls: int, *, seconds: float, repeats: int) -> list[float]:
@@ -141,6 +163,18 @@ def _timed(call: Candidate, pause: float) -> float:
     finally:
         if collects:
             gc.enable()
+
+
+def _others_time(stat: Path = Path("/proc/stat")) -> float | None:
+    """Seconds of a core that everything but this process has taken, a hypervisor too; None: nothing tells."""
+    try:
+        line = stat.read_text().partition("\n")[0]
+        user, nice, system, _, _, *interrupts = map(int, line.split()[1:9])
+        ticks = os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
+        return None
+    busy = user + nice + system + sum(interrupts)
+    return busy / ticks - time.process_time() if busy else None
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:

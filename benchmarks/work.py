@@ -18,7 +18,7 @@ import numpy as np
 
 import ilajax
 from benchmarks import timing
-from benchmarks.peers import LAYOUTS, Layer
+from benchmarks.layers import LAYOUTS, Layer
 
 # Caches treat a copy between equal places of two pages as a dependency, and slow it down tenfold.
 SHIFT = 2048
@@ -37,22 +37,13 @@ def count(layer: Layer) -> Counts:
     own, entries and weights once more, and a key and a cotangent for each kept output. Bytes written are all
     slots of the output (key and value) and the numbers of candidates; backward the gradients of all slots of
     the input, of the weights and of the bias. Keys of a shared support count once for all channels, and with
-    support="input" none is written.
+    support="input" none is written. The first layer of a network has no gradient of its input.
     """
     x, kernel, output = layer.x, layer.kernel, layer.output
     features, own = output.features, layer.support == "input"
-    stored, live = _marks(x), dataclasses.replace(kernel, values=jnp.ones_like(kernel.values))
-    met = jax.lax.conv_general_dilated(
-        *(stored, live.to_dense(), (1, 1, 1), "SAME"),
-        dimension_numbers=LAYOUTS["channels last"],
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    met = np.asarray(met * stored.any(axis=-1, keepdims=True) if own else met)
-    kept = np.asarray(_marks(features)) > 0
-    forward = int(met.sum(dtype=np.float64))
-    backward = 2 * int(met[kept].sum(dtype=np.float64)) if layer.backward else 0
-
-    entries, outputs, weights = int(np.sum(stored > 0)), int(kept.sum()), int(kernel.count)
+    entries, outputs, weights = _stored(x), _stored(features), int(kernel.count)
+    forward, kept, sites = (_own_pairs if own else _pairs)(layer)
+    backward = (1 if layer.first else 2) * kept if layer.backward else 0
     key, value = x.keys.dtype.itemsize, x.values.dtype.itemsize
     operands = key * int((x.keys < x.sites).sum()) + value * entries
     operands += (key + kernel.values.dtype.itemsize) * weights
@@ -61,13 +52,14 @@ def count(layer: Layer) -> Counts:
     written += 0 if own else key * features.keys.size
     if layer.backward:
         read += operands + (value if own else key + value) * outputs
-        written += value * x.values.size + kernel.values.nbytes + layer.bias.nbytes
+        written += 0 if layer.first else value * x.values.size
+        written += kernel.values.nbytes + layer.bias.nbytes
     return {
         "entries": entries,
         "weights": weights,
         "forward_products": forward,
         "backward_products": backward,
-        "sites": int(met.any(axis=-1).sum()),
+        "sites": sites,
         "candidates": int(output.responses.sum()),
         "kept": outputs,
         "bytes_read": read,
@@ -75,6 +67,36 @@ def count(layer: Layer) -> Counts:
         "products": forward + backward,
         "bytes": read + written,
     }
+
+
+def _pairs(layer: Layer) -> tuple[int, int, int]:
+    """Pairs that meet, those that meet in a kept output, and sites where some meet: in dense arrays."""
+    met = jax.lax.conv_general_dilated(
+        *(_marks(layer.x), _live(layer), (1, 1, 1), "SAME"),
+        dimension_numbers=LAYOUTS["channels last"],
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    met, kept = np.asarray(met), np.asarray(_marks(layer.output.features)) > 0
+    pairs = (int(where.sum(dtype=np.float64)) for where in (met, met[kept]))
+    return (*pairs, int(met.any(axis=-1).sum()))
+
+
+def _own_pairs(layer: Layer) -> tuple[int, int, int]:
+    """The same where outputs are at the input's sites, which all channels share and none is cut."""
+    live = np.asarray(_live(layer)).reshape(layer.kernel.taps, -1).sum(axis=1)
+    maps = [(added, int(count)) for (_, added), count in zip(layer.pairs(), live, strict=True)]
+    met = sum(len(added) * count for added, count in maps)
+    return met, met, len(np.unique(np.concatenate([added for added, count in maps if count])))
+
+
+def _live(layer: Layer) -> jax.Array:
+    """1 where a weight is live, [*window, Cin, Cout]."""
+    kernel = layer.kernel
+    return dataclasses.replace(kernel, values=jnp.ones_like(kernel.values)).to_dense()
+
+
+def _stored(x: ilajax.SparseTensor) -> int:
+    return int(x.counts.sum())
 
 
 def _marks(x: ilajax.SparseTensor) -> jax.Array:

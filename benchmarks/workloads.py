@@ -80,6 +80,35 @@ def shell(
     return _pack(samples, batch, channels, resolution, rng, capacity, dtype)
 
 
+def near_shell(
+    resolution: int,
+    channels: int,
+    *,
+    batch: int = 1,
+    density: float,
+    subset: float = 0.6,
+    seed: int = 0,
+) -> ilajax.SparseTensor:
+    """What layers make of a shell: each channel stores sites of their own near it, as many as `density` says.
+
+    They are chosen at random among the sites nearest to the sphere, of which they are the share `subset`.
+    """
+    rng = np.random.default_rng(seed)
+    stored = ilajax.capacity(density, (resolution,) * 3)
+    near = min(resolution**3, math.ceil(stored / subset))
+    samples = []
+    for _ in range(min(batch, FEW)):
+        radius = 0.45 * resolution
+        axes = (
+            np.arange(resolution) + 0.5 - c for c in rng.uniform(radius, resolution - radius, 3)
+        )
+        x, y, z = np.meshgrid(*axes, indexing="ij", sparse=True)
+        distance = np.abs(np.sqrt(x**2 + y**2 + z**2) - radius).ravel()
+        keys = np.argpartition(distance, near - 1)[:near]
+        samples.append([np.sort(rng.permutation(keys)[:stored]) for _ in range(channels)])
+    return _pack(samples, batch, channels, resolution, rng)
+
+
 def fitting_radius(resolution: int, slots: int) -> float:
     """The radius of a shell that fills nine tenths of `slots`, or the largest that the grid holds."""
     return min(0.45 * resolution, math.sqrt(0.9 * slots / (6 * math.pi)))

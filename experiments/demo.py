@@ -22,7 +22,7 @@ import optax
 from flax import nnx
 
 import ilajax
-from benchmarks import peers
+from benchmarks import peers, pytorch
 from benchmarks.timing import headline, provenance, show, side_by_side
 from experiments import demo_measure, frame
 from experiments.activations import feature_maps
@@ -130,7 +130,8 @@ def _time_steps(
         grid = np.asarray(ilajax.to_dense(to_input(jnp.asarray(batch[0]))))
         if peers.installed("PyTorch dense"):
             name = "dense, PyTorch"
-            steps[name] = demo_measure.torch_step(dense, grid, batch[1], options.learning_rate)
+            call = pytorch.training_step(dense, grid, batch[1], "Adam", options.learning_rate)
+            steps[name] = demo_measure.Step(call, None, None)
         # The dense twin's optimizer ignores densities and epochs.
         adam = optax.with_extra_args_support(optax.adam(options.learning_rate))
         optimizer = nnx.Optimizer(dense, adam, wrt=nnx.Param)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import peers
-from benchmarks.timing import Candidate, cores, side_by_side
+from benchmarks.layers import Layer
+from benchmarks.timing import Candidate, side_by_side
 from experiments.activations import sparse_convs
 from experiments.training import train_step
 
@@ -60,60 +60,6 @@ def steps(
     }
 
 
-def torch_step(dense: nnx.Module, grid: np.ndarray, labels: np.ndarray, rate: float) -> Step:
-    """The step in PyTorch, with all cores, of a network like the dense OctNet3, on float32[B, *S, 1]."""
-    import torch
-
-    net = torch_twin(dense)
-    optimizer = torch.optim.Adam(net.parameters(), lr=rate)
-    layout = {"memory_format": torch.channels_last_3d}
-    x = torch.from_numpy(np.moveaxis(grid, -1, 1).copy()).contiguous(**layout)
-    net = net.to(**layout)
-    wanted = torch.from_numpy(labels.astype(np.int64))
-
-    def call() -> float:
-        torch.set_num_threads(cores())
-        optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(net(x), wanted)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return Step(call, None, None)
-
-
-def torch_twin(dense: nnx.Module) -> Any:
-    """The equal network in PyTorch, with the same weights; takes [B, 1, *S]."""
-    import torch
-
-    class Flatten(torch.nn.Module):
-        """In Flax's order, channels last, so that the weights behind it fit."""
-
-        def forward(self, x: Any) -> Any:
-            return x.movedim(1, -1).flatten(1)
-
-    def copied(layer: Any, module: Any, axes: tuple[int, ...]) -> Any:
-        kernel = np.transpose(np.asarray(layer.kernel[...]), axes)
-        with torch.no_grad():
-            module.weight.copy_(torch.from_numpy(kernel.copy()))
-            module.bias.copy_(torch.from_numpy(np.array(layer.bias[...])))
-        return module
-
-    layers: list[Any] = []
-    for index, block in enumerate(dense.blocks):
-        if index:
-            layers.append(torch.nn.MaxPool3d(2))
-        for conv in (block.conv1, block.conv2, block.conv3):
-            features = conv.kernel[...].shape[-2:]
-            module = torch.nn.Conv3d(*features, 3, padding=1)
-            layers += [copied(conv, module, (4, 3, 0, 1, 2)), torch.nn.ReLU()]
-    layers += [Flatten(), torch.nn.Dropout(dense.dropout.rate)]
-    for linear in (dense.hidden, dense.logits):
-        module = torch.nn.Linear(*linear.kernel[...].shape)
-        layers += [copied(linear, module, (1, 0)), torch.nn.ReLU()]
-    return torch.nn.Sequential(*layers[:-1])
-
-
 def layer_times(
     initial: nnx.Module, trained: nnx.Module, maps: Mapping[str, Any], *, budget: float
 ) -> list[LayerTimes]:
@@ -130,7 +76,7 @@ def layer_times(
             x = maps[f"pool{number // 3}"]
         capacity = maps[f"conv{number}"].capacity
         layers = [
-            peers.Layer(x, conv.sparse_kernel, conv.bias[...], capacity, backward=True)
+            Layer(x, conv.sparse_kernel, conv.bias[...], capacity, backward=True)
             for conv in (before, after)
         ]
         cotangent = jnp.ones_like(maps[f"conv{number}"].values)

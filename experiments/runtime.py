@@ -28,6 +28,7 @@ from matplotlib.pyplot import get_cmap
 
 import ilajax
 from benchmarks import peers, timing, workloads
+from benchmarks.layers import Layer
 from experiments import frame
 from experiments.data import sets
 
@@ -87,14 +88,14 @@ def main(arguments: list[str] | None = None) -> list[Row]:
 def measure(x: ilajax.SparseTensor, options: argparse.Namespace) -> list[Row]:
     """The rows of one input, all timed in one go."""
     # The dense convolutions do not care how many weights are 0, so they compute the first layer only.
-    layers: dict[tuple[str, float | None, bool | None], peers.Layer] = {}
+    layers: dict[tuple[str, float | None, bool | None], Layer] = {}
     calls = {}
     for cut in (True, False):
         for density in options.filter_densities:
             kernel = workloads.kernel(
                 1, OUT_CHANNELS, density=density, cut=cut, seed=options.seed + 1
             )
-            layer = peers.Layer(x, kernel, jnp.zeros(OUT_CHANNELS), x.capacity)
+            layer = Layer(x, kernel, jnp.zeros(OUT_CHANNELS), x.capacity)
             against = [] if calls else [PEERS[name] for name in options.against]
             candidates, _ = peers.comparison(layer, against)
             name = ("ilajax", density, cut)

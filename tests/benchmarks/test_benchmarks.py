@@ -3,14 +3,22 @@
 import dataclasses
 import json
 
-import jax.numpy as jnp
 import pytest
 
 import ilajax
 from benchmarks import __main__ as benchmarks
-from benchmarks import measure, peers, report, rows, workloads
-from benchmarks.peers import PEERS, Layer, checked_difference, comparison
-from benchmarks.rows import ROWS, Problem, Row, layer_row, parts_rows, pruned_row, step_row
+from benchmarks import measure, peers, report, rows
+from benchmarks.rows import (
+    ROWS,
+    TORCH,
+    Problem,
+    Row,
+    both,
+    layer_row,
+    parts_rows,
+    pruned_row,
+    step_row,
+)
 from benchmarks.timing import spread
 from benchmarks.work import ceilings
 
@@ -18,56 +26,6 @@ BUDGET = ["--budget", "0.01"]
 SMALL = Problem(8, 2)
 SHARED = Problem(12, 8, sites="shell", subset=None)
 BACKWARD = Problem(12, 8, batch=2, sites="shell", bound=0.1, kernel_density=0.5, backward=True)
-# Made once, so that each compiles once.
-LAYERS = {
-    "random": dataclasses.replace(SMALL, kernel_density=0.5).layer(),
-    "disjoint": dataclasses.replace(SMALL, sites="disjoint").layer(),
-    "shell, backward": BACKWARD.layer(),
-    "shared": SHARED.layer(),
-}
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_xla_computes_the_same(layer):
-    calls, differences = comparison(LAYERS[layer], ["XLA dense"])
-    assert list(calls) == ["ilajax", "XLA dense"]
-    assert differences["XLA dense"] < 1e-5
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("layer", LAYERS)
-def test_torch_computes_the_same(layer):
-    pytest.importorskip("torch")
-    assert comparison(LAYERS[layer], ["PyTorch dense"])[1]["PyTorch dense"] < 1e-5
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("support", ["dilate", "input"])
-def test_spconv_computes_the_same(support):
-    """On one thread; on several its CPU path returns wrong rows."""
-    pytest.importorskip("spconv")
-    assert (
-        comparison(dataclasses.replace(SHARED, support=support).layer(), ["spconv"])[1]["spconv"]
-        < 1e-5
-    )
-
-
-@pytest.mark.parametrize("backward", [False, True])
-def test_a_peer_that_computes_something_else_is_seen(backward):
-    """Also where it is in a gradient alone."""
-    x = workloads.shell(12, 2)
-    layer, other = (
-        Layer(x, workloads.kernel(2, 4, seed=seed), jnp.zeros(4), 100, backward) for seed in (0, 1)
-    )
-    peer, wrong = PEERS["XLA dense"](layer), PEERS["XLA dense"](other)
-    assert checked_difference(layer, peer, peer.call(), "it") < 1e-5
-    with pytest.raises(RuntimeError, match="it differs from ilajax"):
-        checked_difference(layer, wrong, wrong.call(), "it")
-    if backward:
-        features, gradient = peer.read(peer.call())
-        wrong = peers.Peer(lambda: None, lambda _: (features, 2 * gradient))
-        with pytest.raises(RuntimeError):
-            checked_difference(layer, wrong, None, "it")
 
 
 def cpu(**targets):
@@ -96,7 +54,7 @@ def test_the_benchmark_measures_and_writes(tmp_path, capsys):
     assert pruned["rho_f=0.1"]["work"]["products"] < pruned["rho_f=1"]["work"]["products"]
     for each in ("ns_per_product", "ns_per_candidate"):
         assert layer["ilajax"]["work"]["reached"][each] > 0
-    _, times, work, memory = (tmp_path / "bench.md").read_text().split("\n## ")
+    _, times, work, memory, *_ = (tmp_path / "bench.md").read_text().split("\n## ")
     for table, row in ((times, "layer"), (work, "pruned, rho_f=0.1"), (memory, "layer")):
         assert f"| {row} |" in table
     output = capsys.readouterr().out
@@ -150,7 +108,8 @@ def test_a_problem_is_what_it_says():
     assert (layer.x.batch_size, layer.x.capacity, layer.capacity) == (2, 150, 150)
     for seed in (1, 2):
         assert small.small().features(seed).capacity == 150
-    assert LAYERS["shared"].capacity == 2 * LAYERS["shared"].x.capacity
+    shared = SHARED.layer()
+    assert shared.capacity == 2 * shared.x.capacity
     assert dataclasses.replace(SHARED, support="input").layer().capacity is None
 
 
@@ -166,7 +125,7 @@ def test_tasks_of_a_gpu_make_the_records_of_its_rows():
     """Catches a candidate whose tasks are not found again, and a target held against the wrong one."""
     small = dataclasses.replace(BACKWARD.small(), in_channels=2, out_channels=2)
     targets = {"XLA dense": 1e9, "XLA dense, TF32": 1e-9}
-    row = layer_row("layer", small, {"gpu": targets}, most_s=1e-9)
+    row = layer_row("layer", small, {"gpu": targets}, gpu=1e-9)
     other = layer_row("other", small, {"gpu": dict.fromkeys(targets)})
     batches = measure.tasks([row, other], "gpu", measure.SMALL)
     assert [len(batch) for batch in batches.values()] == [2, 2, 4, 0]  # dense serves both
@@ -197,7 +156,8 @@ def test_tasks_of_a_gpu_make_the_records_of_its_rows():
 )
 def test_targets(targets, most, ours, dense, met):
     names = ["XLA dense", "XLA dense, TF32"][: len(targets)]
-    row = layer_row("row", SMALL, {"gpu": dict(zip(names, targets, strict=True))}, most)
+    most_s = {} if most is None else {"gpu": most}
+    row = layer_row("row", SMALL, {"gpu": dict(zip(names, targets, strict=True))}, **most_s)
 
     def times(seconds):
         return {"error": "wrong"} if seconds is None else spread([seconds])
@@ -228,15 +188,59 @@ def losses(step):
     return [float(step()[0][0]) for _ in range(8)]
 
 
-def test_the_digits_step_learns_as_its_dense_twin_does():
-    candidates = step_row("step", lambda dense: rows.mnist_step(dense, batch=8), 1.0).candidates
-    assert list(candidates) == ["ilajax", "dense twin"]
-    for make in candidates.values():
-        first, *others = losses(make())
+@pytest.mark.parametrize("dense", [False, True])
+def test_steps_learn(dense):
+    for step in (
+        rows.mnist_step(dense, batch=8),
+        rows.solids_step(dense, resolution=16, batch=2),
+    ):
+        first, *others = losses(step)
         assert min(others) < first
 
 
-@pytest.mark.parametrize("dense", [False, True])
-def test_the_solids_step_learns(dense):
-    first, *others = losses(rows.solids_step(dense, resolution=16, batch=2))
-    assert min(others) < first
+# --- Beside PyTorch ---------------------------------------------------------------------------------
+
+
+def test_what_is_not_installed_is_left_out(monkeypatch):
+    """Also where it is a candidate; and a target in seconds holds on a CPU too."""
+    monkeypatch.setattr(peers, "installed", lambda name: name != TORCH)
+    calls = {"ilajax": lambda: lambda: 1, TORCH: lambda: 1 / 0, "gpu only": lambda: 1 / 0}
+    pool = rows.Pool(8, 2, batch=2, sites="near shell", density=0.1)
+    chosen = [step_row("step", calls, {TORCH: 1}), *both("pool", pool, {TORCH: 1}, (1e-9, 1e9))]
+    step, forward, backward = benchmarks.main(BUDGET, chosen)
+    assert list(step["candidates"]) == ["ilajax"]
+    assert step["missing"] == forward["missing"] == [TORCH]
+    met = [record["candidates"]["ilajax"]["met"] for record in (forward, backward)]
+    assert met == [False, True]
+    assert chosen[0].targets["gpu"] == {"gpu only": None}
+
+
+def test_the_table_beside_pytorch_and_what_was_not_quiet():
+    def record(row, ours, theirs, **facts):
+        candidates = {
+            "ilajax": {**spread([ours]), **facts},
+            "XLA dense": {**spread([9.0]), "ratio": 9.0},
+            "PyTorch gather": {**spread([theirs]), "ratio": theirs / ours},
+        }
+        return {"row": row, "candidates": candidates, "not_quiet": None}
+
+    records = [
+        record("a, forward", 1.0, 2.0, backward=False),
+        record("a, f + b", 2.0, 6.0, backward=True) | {"not_quiet": "others took 2 cores"},
+        record("step", 2.0, 1.0),
+        layer_record("alone"),
+    ]
+    _, *body = report.against_torch(records)
+    assert body == [
+        ("a", "1.00 s", "2.00 s", "2.00 s", "6.00 s", "2x", "3x"),
+        ("step", "", "2.00 s", "", "1.00 s", "", "0.5x"),
+    ]
+    assert report.not_quiet(records)[1:] == [("a, f + b", "others took 2 cores")]
+    assert "a, f + b: not quiet: others took 2 cores" in report.lines(records)
+    page = "\n".join(report.page(records))
+    assert "in 1 of 4 rows" in page
+    assert "| a | 1.00 s |" in page
+
+
+def layer_record(row):
+    return {"row": row, "candidates": {"ilajax": spread([1.0])}}

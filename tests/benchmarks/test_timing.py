@@ -60,6 +60,37 @@ def test_ratios_compare_within_a_stretch_of_the_run():
     }
 
 
+def test_a_machine_that_is_not_quiet_is_seen():
+    even, uneven = dict(enumerate([1.0, 1.1, 1.0, 1.2])), dict(enumerate([1.0, 2.0, 1.0, 2.0]))
+    assert Timings({"a": even}).disturbed is None
+    assert Timings({"a": even}, others=0.05).disturbed is None
+    assert Timings({"a": even}, others=0.5).disturbed == "others took 0.5 cores"
+    assert Timings({"a": even, "b": uneven}).disturbed == "b's quartiles are 2x apart"
+    assert Timings({"few": {0: 1.0, 1: 9.0}}).disturbed is None
+
+
+def test_time_of_others(tmp_path, monkeypatch):
+    """All but idle, waiting, and this process; None where nothing counts."""
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  100 20 30 5000 600 7 8 35 0 0\ncpu0 1 1\n")
+    monkeypatch.setattr(timing.os, "sysconf", lambda _: 100)
+    monkeypatch.setattr(timing.time, "process_time", lambda: 0.5)
+    assert timing._others_time(stat) == pytest.approx(2.0 - 0.5)
+    for text in ("cpu 0 0 0 0 0 0 0 0 0 0", "cpu", ""):
+        stat.write_text(text)
+        assert timing._others_time(stat) is None
+    assert timing._others_time(tmp_path / "missing") is None
+
+
+def test_own_work_is_not_that_of_others(monkeypatch):
+    """Too short a run tells nothing; of a longer one the count is what the clock moved."""
+    assert side_by_side({"a": lambda: None}, rounds=2, pause=0.0).others is None
+    clock = iter([10.0, 10.5])
+    monkeypatch.setattr(timing, "_others_time", lambda: next(clock))
+    others = side_by_side({"a": lambda: time.sleep(0.1)}, rounds=4, pause=0.0).others
+    assert 0.5 < others < 1.3
+
+
 def test_exponent():
     entries = [64**2, 128**2, 256**2]
     assert math.isclose(exponent(entries, [3e-9 * n**1.2 for n in entries]), 1.2)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import work, workloads
-from benchmarks.peers import Layer
+from benchmarks.layers import Layer
 
 BIAS = [0.1, -0.2, 0.3]
 LAYERS = {
@@ -111,6 +111,13 @@ def test_counts_are_those_of_loops(name, backward):
     )
     assert counts.candidates == candidates
     assert counts.bytes == counts.bytes_read + counts.bytes_written
+
+
+def test_a_first_layer_has_no_gradient_of_its_input():
+    layer = dataclasses.replace(LAYERS["shared"], backward=True)
+    both, first = count(layer), count(dataclasses.replace(layer, first=True))
+    assert first.backward_products == both.backward_products / 2
+    assert both.bytes_written - first.bytes_written == layer.x.values.nbytes
 
 
 @pytest.mark.parametrize("backward", [False, True])

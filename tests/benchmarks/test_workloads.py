@@ -16,6 +16,7 @@ MAKERS = {
     "full": lambda seed: workloads.random_sites(4, 2, density=1.0, seed=seed),
     "shell": lambda seed: workloads.shell(16, 3, batch=2, seed=seed),
     "shared shell": lambda seed: workloads.shell(16, 3, batch=2, subset=None, seed=seed),
+    "near shell": lambda seed: workloads.near_shell(16, 3, batch=2, density=0.3, seed=seed),
     "solids": lambda seed: workloads.solids(16, batch=2, seed=seed)[0],
 }
 
@@ -73,6 +74,19 @@ def test_channels_of_a_shell_store_subsets_of_it():
     union = np.unique(np.asarray(x.keys)[np.asarray(x.keys) < x.sites])
     share = np.asarray(x.counts) / len(union)
     assert (abs(share - 0.6) < 0.06).all()
+
+
+def test_sites_near_a_shell_are_as_many_as_asked_for():
+    """All in a layer around a sphere, of which each channel has a part of its own."""
+    x = workloads.near_shell(16, 4, density=0.1, subset=0.5)
+    assert (x.counts == 409).all()
+    keys = np.asarray(x.keys)[0]
+    union = np.unique(keys)
+    assert 600 < len(union) <= 818
+    assert not np.array_equal(keys[0], keys[1])
+    places = np.stack(np.unravel_index(union, (16,) * 3), axis=1)
+    centre = (places.min(axis=0) + places.max(axis=0)) / 2
+    assert np.ptp(np.linalg.norm(places - centre, axis=1)) < 4
 
 
 @pytest.mark.parametrize("resolution", [16, 32, 64])

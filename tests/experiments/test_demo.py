@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import ilajax
-from experiments import demo, demo_measure, demo_net
+from experiments import demo, demo_net
 from experiments.data.solids import CLASSES
 
 SMALL = ["--resolution", "16", "--train-size", "16", "--test-size", "8", "--budget", "0.05"]
@@ -80,18 +80,6 @@ def test_a_compiled_construction_draws_the_same_weights():
         *(jax.tree.leaves(nnx.state(net, nnx.Param)) for net in (drawn, plain)), strict=True
     ):
         np.testing.assert_array_equal(a, b)
-
-
-def test_the_network_in_pytorch_is_the_same():
-    """It would catch weights in another order, and a layer that is missing."""
-    torch = pytest.importorskip("torch")
-    dense = demo_net.make_net(jax.random.key(0), resolution=16, dense=True)
-    dense.eval()
-    grid = np.random.default_rng(0).normal(size=(2, 16, 16, 16, 1)).astype(np.float32)
-    twin = demo_measure.torch_twin(dense).eval()
-    with torch.inference_mode():
-        found = twin(torch.from_numpy(np.moveaxis(grid, -1, 1).copy())).numpy()
-    np.testing.assert_allclose(found, dense(grid), rtol=1e-3, atol=1e-3)
 
 
 def test_too_few_solids_are_refused(tmp_path, capsys):
