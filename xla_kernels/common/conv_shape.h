@@ -33,4 +33,29 @@ struct ConvShape {
   }
 };
 
+// A weight's channels and tap, from its key. Keys mostly ascend by one.
+class WeightPlace {
+ public:
+  WeightPlace(int64_t in_channels, int64_t out_channels, int64_t taps)
+      : in_channels_(in_channels), taps_(taps), weights_(in_channels * out_channels * taps) {}
+
+  // False for padding.
+  bool MoveTo(int64_t key) {
+    if (key < 0 || key >= weights_) return false;
+    if (static_cast<uint64_t>(key - run_) >= static_cast<uint64_t>(taps_)) {
+      const int64_t pair = key / taps_;
+      run_ = pair * taps_;
+      out = pair / in_channels_, in = pair - out * in_channels_;
+    }
+    tap = key - run_;
+    return true;
+  }
+
+  int64_t in = 0, out = 0, tap = 0;
+
+ private:
+  int64_t in_channels_, taps_, weights_;
+  int64_t run_ = 0;  // the key of the first tap of the channels
+};
+
 }  // namespace ilajax

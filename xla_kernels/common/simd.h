@@ -1,13 +1,12 @@
 // Vectors of eight floats, and loops compiled for more than one instruction set.
 //
 // What is shipped runs on any x86-64 (or another processor), and uses AVX2 where there is some. A
-// file of inner loops, lines/loops.inc, is compiled twice in one translation unit: lines/loops.h
-// includes it into namespace `baseline`, for what every processor has, and into namespace `avx2`,
-// where a pragma lets the compiler use AVX2 and fused multiply-adds. Both namespaces end in a
-// struct `Loops` with the same members, so that the code around them is a template of Loops, and
-// HasAvx2() chooses once at run time. Everything outside of those files is compiled for the
-// baseline: an inline function of another instruction set, kept by the linker in the place of its
-// twin, would stop an older processor.
+// file of inner loops, lines/loops.inc or pool/segment.inc, is compiled twice in one translation
+// unit: it is included into namespace `baseline`, for what every processor has, and into namespace
+// `avx2`, where a pragma lets the compiler use AVX2 and fused multiply-adds. Both namespaces end in
+// a struct `Loops` with the same members, and HasAvx2() chooses once at run time. Everything
+// outside of those files is compiled for the baseline: an inline function of another instruction
+// set, kept by the linker in the place of its twin, would stop an older processor.
 //
 // Loops are written with GCC's vector types, which Clang has as well: on the baseline the compiler
 // makes two vectors of four of each. A constant number of vectors is a template parameter, so that
@@ -23,6 +22,24 @@
 #define ILAJAX_HAS_AVX2_TARGET 0
 #endif
 
+// Around functions that may use an instruction set, where it has to be asked for.
+#if !ILAJAX_HAS_AVX2_TARGET
+#define ILAJAX_BEGIN_TARGET(features)
+#define ILAJAX_END_TARGET
+#elif defined(__clang__)
+#define ILAJAX_BEGIN_TARGET(features) \
+  ILAJAX_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define ILAJAX_END_TARGET _Pragma("clang attribute pop")
+#else
+#define ILAJAX_BEGIN_TARGET(features) \
+  _Pragma("GCC push_options") ILAJAX_PRAGMA(GCC target(features))
+#define ILAJAX_END_TARGET _Pragma("GCC pop_options")
+#endif
+#define ILAJAX_PRAGMA(text) _Pragma(#text)
+#define ILAJAX_BEGIN_AVX2 ILAJAX_BEGIN_TARGET("avx2,fma,bmi,bmi2,popcnt")
+#define ILAJAX_BEGIN_AVX512 \
+  ILAJAX_BEGIN_TARGET("avx2,fma,bmi,bmi2,popcnt,avx512f,avx512vl,avx512bw,avx512dq")
+
 namespace ilajax {
 
 constexpr int kLanes = 8;
@@ -35,6 +52,18 @@ inline bool HasAvx2() {
   static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                           __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
                           __builtin_cpu_supports("popcnt");
+  return has;
+#else
+  return false;
+#endif
+}
+
+// AVX-512 for vectors of eight floats: they are no longer, but there are twice as many registers.
+inline bool HasAvx512() {
+#if ILAJAX_HAS_AVX2_TARGET
+  static const bool has = HasAvx2() && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
   return has;
 #else
   return false;

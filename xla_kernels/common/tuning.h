@@ -30,6 +30,7 @@ struct Tuning {
   int64_t dense_bytes = 1 << 20;
   int64_t dense_share = 32;
   int64_t dense_percent = 65;
+  int64_t products = 128;  // in_channels * out_channels from which shared supports take products
 
   // --- A GPU
   int64_t shared_memory = 99 << 10;  // bytes that a block may have there
@@ -70,6 +71,7 @@ inline int64_t* Find(Tuning& t, std::string_view name) {
              {"dense_bytes", &t.dense_bytes},
              {"dense_share", &t.dense_share},
              {"dense_percent", &t.dense_percent},
+             {"products", &t.products},
              {"shared_memory", &t.shared_memory},
              {"min_tile", &t.min_tile},
              {"select_whole", &t.select_whole},

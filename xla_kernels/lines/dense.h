@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "xla_kernels/common/conv_shape.h"
 #include "xla_kernels/common/simd.h"
 #include "xla_kernels/lines/lines.h"
 
@@ -61,15 +62,14 @@ struct LiveTaps {
   void Fill(const Lines& of, const DenseLines& dense, const int32_t* tap_offsets,
             const int32_t* keys, const float* values, int64_t in_channels, bool transposed) {
     const int64_t per_line = of.line.taps, per_filter = per_line * tap_lines;
-    const int64_t all = (transposed ? dense.channels : targets) * in_channels * per_filter;
     const auto each = [&](auto&& f) {
+      WeightPlace place(in_channels, transposed ? dense.channels : targets, per_filter);
       for (int64_t n = 0; n < weights; ++n) {
-        const int64_t key = keys[n];
-        if (key < 0 || key >= all) continue;
-        int64_t tap = key % per_filter, ic = key / per_filter % in_channels;
-        int64_t oc = key / per_filter / in_channels;
-        if (transposed) tap = per_filter - 1 - tap, std::swap(ic, oc);
-        f(oc * tap_lines + tap / per_line, ic, tap % per_line, n);
+        if (!place.MoveTo(keys[n])) continue;
+        const int64_t tap = transposed ? per_filter - 1 - place.tap : place.tap;
+        const int64_t target = transposed ? place.in : place.out;
+        f(target * tap_lines + tap / per_line, transposed ? place.out : place.in, tap % per_line,
+          n);
       }
     };
     std::memset(starts, 0, (targets * tap_lines + 2) * sizeof(int32_t));
@@ -90,13 +90,14 @@ struct LiveTaps {
   }
 };
 
-// How many lines of a sample hold entries of any channel, with keys in [begin, end): by a bitmap in
-// `words`, or all of them where it does not fit there. `begin` is the first key of a line.
-template <typename KeyOf>
-int64_t FilledLines(int64_t begin, int64_t end, int64_t length, int64_t channels, int64_t slots,
-                    KeyOf&& key_of, uint64_t* words, int64_t word_count) {
+// Whether cheaper(how many lines of a sample hold entries of any channel, with keys in [begin, end)),
+// which more lines only make false: then further channels need no look. Lines are counted by a
+// bitmap in `words`; all of them where it does not fit there. `begin` is the first key of a line.
+template <typename KeyOf, typename Cheaper>
+bool FilledLinesAre(Cheaper&& cheaper, int64_t begin, int64_t end, int64_t length, int64_t channels,
+                    int64_t slots, KeyOf&& key_of, uint64_t* words, int64_t word_count) {
   const int64_t lines = CeilDiv(end - begin, length), count = CeilDiv(lines, 64);
-  if (count > word_count) return lines;
+  if (count > word_count) return cheaper(lines);
   std::fill_n(words, count, 0);
   const Divider divider(length);
   for (int64_t channel = 0; channel < channels; ++channel) {
@@ -107,10 +108,11 @@ int64_t FilledLines(int64_t begin, int64_t end, int64_t length, int64_t channels
       const int64_t line = divider.Quotient(key[i] - begin);
       words[line / 64] |= uint64_t{1} << (line % 64);
     }
+    int64_t filled = 0;
+    for (int64_t i = 0; i < count; ++i) filled += __builtin_popcountll(words[i]);
+    if (!cheaper(filled)) return false;
   }
-  int64_t filled = 0;
-  for (int64_t i = 0; i < count; ++i) filled += __builtin_popcountll(words[i]);
-  return filled;
+  return true;
 }
 
 // Some lines of one sample.

@@ -30,8 +30,10 @@ GradientPlan MakeGradientPlan(const ConvShape& s, const Tuning& tuning) {
                     SizeOf<LiveTaps>(s.in_channels, lines.tap_lines, s.weights), budget, tuning);
   }
   const int64_t units = items * CeilDiv(lines.input_planes, plan.slab_planes);
-  const int64_t sums = std::max<int64_t>(s.groups * s.weights * sizeof(float), 1);
-  plan.parts = std::max<int64_t>(1, std::min({units, tuning.workers, budget / 8 / sums}));
+  const int64_t bars = s.groups * s.in_channels * CeilDiv(s.out_channels, plan.block) * plan.block *
+                       s.w.taps * static_cast<int64_t>(sizeof(float));
+  plan.parts = std::max<int64_t>(
+      1, std::min({units, tuning.workers, budget / 4 / std::max<int64_t>(bars, 1)}));
   const int64_t shared = SizeOf<GradientLayout>(s, plan);  // without workers yet
   Carver carver(nullptr);
   const int64_t worker = SizeOf<GradientWorker>(GradientTables(carver, s, plan), plan);
@@ -101,8 +103,8 @@ struct Gradient {
     };
     const int64_t length = lines.line.input_length;
     return cheaper(CeilDiv(entries, s.in_channels * length)) &&
-           cheaper(input.FilledLines(item, begin * plane, end * plane, length, worker.entries.data,
-                                     plan.max_entries));
+           input.FilledLinesAre(cheaper, item, begin * plane, end * plane, length,
+                                worker.entries.data, plan.max_entries);
   }
 
   // The entries of channels [ic_begin, ic_end) with keys in [begin, end), halved until they have
@@ -258,9 +260,10 @@ struct Gradient {
   void GatherPlain(const Segment* last, GradientWorker& worker) const {
     const int64_t taps = lines.line.taps, step = lines.line.dilation * plan.block;
     const float* origin = worker.line.origin(lines.line);
+    const GradientWeights weights = {filters.weights, tables.transposed_weights,
+                                     worker.weights_bar};
     auto gather = [&](auto loop, int64_t tap) {
-      loop(worker.entries, worker.segments, last, origin - tap * step, step, tap, taps,
-           filters.weights, worker.weights_bar);
+      loop(worker.entries, worker.segments, last, origin - tap * step, step, tap, taps, weights);
     };
     if (taps == 3) return gather(Loops::template kGatherPlain<kOctets, 3>, 0);
     for (int64_t t = 0; t < taps; ++t) gather(Loops::template kGatherPlain<kOctets, 1>, t);
@@ -310,6 +313,29 @@ struct Gradient {
   }
 };
 
+// The parts' gradients of the filter in their order, at the live weights.
+template <typename T>
+void SumParts(ffi::ThreadPool& pool, const GradientCall<T>& call, const ConvShape& s,
+              const GradientPlan& plan, const GradientTables& t) {
+  constexpr int64_t kBlock = 4096;  // weights of a task
+  const int64_t blocks = CeilDiv(s.weights, kBlock);
+  ParallelFor(pool, s.groups * blocks, plan.workers, [&](int64_t task, int64_t) {
+    const int64_t group = task / blocks, begin = task % blocks * kBlock;
+    const int64_t end = std::min(begin + kBlock, s.weights);
+    const float* const parts = t.part_bars + group * plan.parts * t.filters.size();
+    float* const bars = call.weights_bar + group * s.weights;
+    std::fill(bars + begin, bars + end, 0.0f);
+    t.filters.ForWeights(call.kernel_keys, begin, end, s.out_channels,
+                         [&](int64_t n, int64_t run, int64_t tap, int64_t j) {
+                           const float* from =
+                               parts + (run * t.filters.line_taps + tap) * plan.block + j;
+                           for (int64_t part = 0; part < plan.parts; ++part) {
+                             bars[n] += from[part * t.filters.size()];
+                           }
+                         });
+  });
+}
+
 }  // namespace
 
 template <typename T>
@@ -319,6 +345,7 @@ void RunGradient(ffi::ThreadPool& pool, const GradientCall<T>& call, const ConvS
   const Lines& lines = t.lines;
   t.filters.Fill(t.w, s.weights, s.out_channels, call.kernel_keys, call.weights);
   t.tap_lines.Fill(lines, t.filters);
+  t.TransposeWeights();
   if (t.has_dense) {
     t.live_taps.Fill(t.transposed, t.dense_lines, t.filters.tap_offsets, call.kernel_keys,
                      call.weights, s.in_channels, true);
@@ -337,6 +364,7 @@ void RunGradient(ffi::ThreadPool& pool, const GradientCall<T>& call, const ConvS
   const int64_t units = s.batch / s.groups * slabs;
   ParallelFor(pool, s.groups * plan.parts, plan.workers, [&](int64_t task, int64_t id) {
     GradientWorker worker = layout.workers.At(id, t, plan);
+    worker.weights_bar = t.part_bars + task * t.filters.size();
     std::memset(worker.weights_bar, 0, t.filters.size() * sizeof(float));
     std::fill_n(worker.products, live * kLanes, 0.0f);
     const int64_t group = task / plan.parts, part = task % plan.parts;
@@ -348,14 +376,18 @@ void RunGradient(ffi::ThreadPool& pool, const GradientCall<T>& call, const ConvS
             item, plane, std::min(plane + plan.slab_planes, lines.input_planes), worker);
       });
     }
-    float* part_sum = t.part_sums + task * s.weights;
-    t.filters.Gather(call.kernel_keys, s.weights, s.out_channels, worker.weights_bar, part_sum);
     for (int64_t i = 0; i < live; ++i) {
       const float* lanes = worker.products + i * kLanes;
-      part_sum[t.live_taps.taps[i].number] += std::accumulate(lanes, lanes + kLanes, 0.0f);
+      const int64_t n = t.live_taps.taps[i].number;
+      t.filters.ForWeights(
+          call.kernel_keys, n, n + 1, s.out_channels,
+          [&](int64_t, int64_t run, int64_t tap, int64_t j) {
+            worker.weights_bar[(run * t.filters.line_taps + tap) * plan.block + j] +=
+                std::accumulate(lanes, lanes + kLanes, 0.0f);
+          });
     }
   });
-  AddParts(t.part_sums, s.groups, plan.parts, s.weights, call.weights_bar);
+  SumParts(pool, call, s, plan, t);
   const KeptCotangents<T> kept = {s.batch / s.groups, s.out_channels, s.capacity,
                                   t.w.output_sites,   call.out_keys,  call.cotangent,
                                   call.out_shared};

@@ -21,7 +21,7 @@ struct GradientPlan {
   int64_t dense_planes;   // of them, laid out densely at once; 0: never
   int64_t dense_percent;  // see Tuning
   int64_t max_entries;    // sorted at once
-  int64_t parts;          // tasks of a group, each with sums of the weights
+  int64_t parts;          // tasks of a group, each with a gradient of the filter
   int64_t workers;
 };
 
@@ -34,7 +34,10 @@ struct GradientTables {
   bool has_dense;
   DenseLines dense_lines;  // of the cotangents, as transposed lines read them
   LiveTaps live_taps;
-  float* part_sums;  // [group][part][weight]
+  // The filters' weights with channels exchanged, [block][line of taps][tap][channel of the block][ic]:
+  // for stacks, of whole vectors of input channels.
+  float* transposed_weights;
+  float* part_bars;  // [group][part]: of the weights, as Filters::weights
 
   GradientTables(Carver& carver, const ConvShape& s, const GradientPlan& plan)
       : w(Squeeze(s.w)),
@@ -46,16 +49,30 @@ struct GradientTables {
         dense_lines(transposed.line, s.out_channels),
         live_taps(carver, has_dense ? s.in_channels : 0, has_dense ? lines.tap_lines : 0,
                   has_dense ? s.weights : 0),
-        part_sums(carver.Take<float>(s.groups, plan.parts, s.weights)) {}
+        transposed_weights(s.in_channels % kLanes == 0 ? carver.Take<float>(filters.size())
+                                                       : nullptr),
+        part_bars(carver.Take<float>(s.groups, plan.parts, filters.size())) {}
+
+  void TransposeWeights() const {
+    if (transposed_weights == nullptr) return;
+    const int64_t row = filters.line_taps * filters.block;
+    for (int64_t run = 0; run < filters.blocks * filters.tap_lines(); ++run) {
+      const float* from = filters.weights + run * filters.in_channels * row;
+      float* to = transposed_weights + run * filters.in_channels * row;
+      for (int64_t i = 0; i < row; ++i) {
+        for (int64_t ic = 0; ic < filters.in_channels; ++ic, ++to) *to = from[ic * row + i];
+      }
+    }
+  }
 };
 
 struct GradientWorker {
   LineBuffer line;  // of cotangents
   LineEntries entries;
   Segment* segments;
-  int32_t* begins;     // [oc]: the kept outputs of the line, as slots [begin, end)
-  int32_t* ends;       // [oc]
-  float* weights_bar;  // as Filters::weights
+  int32_t* begins;               // [oc]: the kept outputs of the line, as slots [begin, end)
+  int32_t* ends;                 // [oc]
+  float* weights_bar = nullptr;  // of the task's part
   // Of the dense form:
   float* cotangents;    // DenseSlab::values
   float* products;      // [live tap][lane]: shares of the weights' gradient
@@ -71,8 +88,7 @@ struct GradientWorker {
                 t.lines.line.input_length, line.plain, plan.max_entries, true),
         segments(carver.Take<Segment>(t.lines.tap_lines)),
         begins(carver.Take<int32_t>(plan.block)),
-        ends(carver.Take<int32_t>(plan.block)),
-        weights_bar(carver.Take<float>(t.filters.size())) {
+        ends(carver.Take<int32_t>(plan.block)) {
     const int64_t dense_lines = t.has_dense ? t.transposed.InputLines(plan.dense_planes) : 0;
     const int64_t line_floats = t.has_dense ? t.dense_lines.vectors * kLanes : 0;
     cotangents = carver.Take<float>(dense_lines, t.dense_lines.size());

@@ -46,15 +46,20 @@ struct Filters {
   int64_t Run(int64_t b, int64_t tap_line, int64_t ic) const {
     return (b * tap_lines() + tap_line) * in_channels + ic;
   }
-  int64_t Vector(int64_t b, int64_t ic, int64_t tap) const {
-    return Run(b, tap / line_taps, ic) * line_taps + tap % line_taps;
-  }
 
-  // Where a weight stands in `weights`; -1 for padding.
-  int64_t Place(int64_t key, int64_t out_channels) const {
-    if (key < 0 || key >= out_channels * in_channels * taps) return -1;
-    const int64_t tap = key % taps, ic = key / taps % in_channels, oc = key / taps / in_channels;
-    return Vector(oc / block, ic, tap) * block + oc % block;
+  // Calls f(n, the run of weight n, its tap in the line, its channel in the block) for those of the
+  // weights [begin, end) that are not padding.
+  template <typename F>
+  void ForWeights(const int32_t* keys, int64_t begin, int64_t end, int64_t out_channels,
+                  F&& f) const {
+    WeightPlace place(in_channels, out_channels, taps);
+    for (int64_t n = begin; n < end; ++n) {
+      if (!place.MoveTo(keys[n])) continue;
+      const uint32_t tap = static_cast<uint32_t>(place.tap),
+                     line = static_cast<uint32_t>(line_taps);
+      const uint32_t out = static_cast<uint32_t>(place.out), width = static_cast<uint32_t>(block);
+      f(n, Run(out / width, tap / line, place.in), tap % line, out % width);
+    }
   }
 
   void Fill(const Window& w, int64_t count, int64_t out_channels, const int32_t* keys,
@@ -64,39 +69,16 @@ struct Filters {
     std::memset(live_runs, 0, blocks * tap_lines() * in_channels);
     std::memset(live_lines, 0, blocks * tap_lines());
     std::memset(live_taps, 0, blocks * taps);
-    for (int64_t n = 0; n < count; ++n) {
-      const int64_t place = Place(keys[n], out_channels);
-      if (place < 0) continue;
-      const int64_t vector = place / block;
-      weights[place] = values[n];
-      const int64_t run = vector / line_taps, tap_line = run / in_channels;
-      live[vector] = live_runs[run] = live_lines[tap_line] = 1;
-      live_taps[tap_line * line_taps + vector % line_taps] = 1;
+    ForWeights(keys, 0, count, out_channels, [&](int64_t n, int64_t run, int64_t tap, int64_t j) {
+      const int64_t vector = run * line_taps + tap, line = run / in_channels;
+      weights[vector * block + j] = values[n];
+      live[vector] = live_runs[run] = live_lines[line] = 1;
+      live_taps[line * line_taps + tap] = 1;
       finite &= std::isfinite(values[n]);
-    }
+    });
     TapOffsets(w, tap_offsets);
   }
-
-  // Takes what stands in vectors like these back to the list of weights, 0 at padding.
-  void Gather(const int32_t* keys, int64_t count, int64_t out_channels, const float* from,
-              float* values) const {
-    for (int64_t n = 0; n < count; ++n) {
-      const int64_t place = Place(keys[n], out_channels);
-      values[n] = place < 0 ? 0.0f : from[place];
-    }
-  }
 };
-
-// totals[group][n] = the sum over parts of sums[group][part][n], in their order.
-inline void AddParts(const float* sums, int64_t groups, int64_t parts, int64_t count,
-                     float* totals) {
-  std::memset(totals, 0, groups * count * sizeof(float));
-  for (int64_t group = 0; group < groups; ++group, totals += count) {
-    for (int64_t part = 0; part < parts; ++part, sums += count) {
-      for (int64_t n = 0; n < count; ++n) totals[n] += sums[n];
-    }
-  }
-}
 
 // The cotangents of kept outputs: keys s32[B, C or 1, K], values T[B, C, K].
 template <typename T>
@@ -143,10 +125,11 @@ struct StoredInput {
     return count;
   }
   // See dense.h; `scratch` is that of `entries` sorted entries, 16 bytes each.
-  int64_t FilledLines(int64_t item, int64_t begin, int64_t end, int64_t length, float* scratch,
-                      int64_t entries) const {
-    return ilajax::FilledLines(
-        begin, end, length, s.shared() ? 1 : s.in_channels, s.slots,
+  template <typename Cheaper>
+  bool FilledLinesAre(Cheaper&& cheaper, int64_t item, int64_t begin, int64_t end, int64_t length,
+                      float* scratch, int64_t entries) const {
+    return ilajax::FilledLinesAre(
+        cheaper, begin, end, length, s.shared() ? 1 : s.in_channels, s.slots,
         [&](int64_t ic) { return Keys(item, ic); }, reinterpret_cast<uint64_t*>(scratch),
         2 * entries);
   }
@@ -158,6 +141,13 @@ struct Segment {
   const float* weights;  // [ic][tap][channel of the block]
   const uint8_t* live;   // [ic]
   bool all_live;
+};
+
+// The weights of all segments, and where their gradients go.
+struct GradientWeights {
+  const float* weights;     // Filters::weights
+  const float* transposed;  // see GradientTables; nullptr: there are none
+  float* bars;              // as the weights
 };
 
 // A line of taps that has live weights in a block of output channels.

@@ -10,29 +10,31 @@
 #include "xla_kernels/lines/line.h"
 
 namespace ilajax::baseline {
+constexpr int kRegisters = 8;  // of eight floats
 #include "xla_kernels/lines/loops.inc"
 }  // namespace ilajax::baseline
 
 #if ILAJAX_HAS_AVX2_TARGET
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,popcnt"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi,bmi2,popcnt")
-#endif
+ILAJAX_BEGIN_AVX2
 namespace ilajax::avx2 {
+constexpr int kRegisters = 16;
 #include "xla_kernels/lines/loops.inc"
 }  // namespace ilajax::avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+ILAJAX_END_TARGET
+
+ILAJAX_BEGIN_AVX512
+namespace ilajax::avx512 {
+constexpr int kRegisters = 32;
+#include "xla_kernels/lines/loops.inc"
+}  // namespace ilajax::avx512
+ILAJAX_END_TARGET
 #else
 namespace ilajax::avx2 {
 using baseline::Loops;
 }  // namespace ilajax::avx2
+namespace ilajax::avx512 {
+using baseline::Loops;
+}  // namespace ilajax::avx512
 #endif
 
 namespace ilajax {
@@ -53,6 +55,7 @@ void DispatchOctets(int64_t block, F&& f) {
 }
 template <typename F>
 void DispatchLoops(int64_t block, F&& f) {
+  if (HasAvx512()) return DispatchOctets<avx512::Loops>(block, f);
   if (HasAvx2()) return DispatchOctets<avx2::Loops>(block, f);
   return DispatchOctets<baseline::Loops>(block, f);
 }

@@ -158,8 +158,8 @@ struct LineSums {
     };
     // No fewer lines are filled than the channels have entries for.
     return cheaper(CeilDiv(entries, s.in_channels * lines.line.input_length)) &&
-           cheaper(input.FilledLines(item, 0, lines.input_sites(), lines.line.input_length,
-                                     worker.entries.data, plan.max_entries));
+           input.FilledLinesAre(cheaper, item, 0, lines.input_sites(), lines.line.input_length,
+                                worker.entries.data, plan.max_entries);
   }
 
   // The dense form for output planes [plane, plane + planes); false where a value is not finite.

@@ -1,10 +1,12 @@
 // Pooling over non-overlapping cells on the CPU, and its gradient; a task for each segment.
 //
-// The coarse grid is walked in slabs, whose entries lie together. Each entry finds its cell in a
-// small dense buffer (the best slot so far, or the sum), with a bitmap of the cells in use; those
-// are read in the order of their keys into the running selection. One pass, and no sort. Backward
-// walks the same slabs, finds the best slots again, and hands each kept cell's cotangent to its
-// slot, or spreads it over the cell's entries.
+// The coarse grid is walked in slabs, whose entries lie together. A block of entries at a time
+// finds its cells, in loops that compilers turn into vectors, and is then taken into a small dense
+// buffer with a word for each cell: the best slot so far, or the sum. Neither has a branch that
+// depends on data. A byte for each line of the cache says where the buffer is in use; there it is
+// read, in the order of the keys, and cleared. One pass, and no sort. Backward walks the same
+// slabs, finds the best slots again, and hands each kept cell's cotangent to its slot, or spreads
+// it over the cell's entries.
 //
 // With a shared support the first channel writes the keys; nothing is cut then, so all channels
 // agree.
@@ -14,41 +16,90 @@
 
 #include "xla_kernels/common/parallel.h"
 #include "xla_kernels/common/selection.h"
+#include "xla_kernels/common/simd.h"
 #include "xla_kernels/pool/spec.h"
 
 namespace ilajax {
 namespace {
 
-// From the keys of sites to those of their cells.
-class CellKeys {
- public:
-  CellKeys() = default;
-  explicit CellKeys(const Window& w) : rank_(w.rank) {
-    int64_t step = 1;
-    for (int a = rank_ - 1; a >= 0; --a) {
-      axes_[a] = {Divider(w.input_shape[a]), Divider(w.strides[a]), w.input_shape[a], step};
-      step *= w.output_shape[a];
+constexpr int64_t kBlock = 256;  // entries, or cells, handled at once
+
+// n / d for n < bound <= 2^31, by a multiplication of 32 bits. It is narrow if the product has no
+// more, as with a power of two or on a grid that is not long: vectors like that better.
+struct Quotient {
+  uint32_t inverse = 1;
+  int shift = 0;
+  bool narrow = true;
+
+  Quotient() = default;
+  Quotient(int64_t d, int64_t bound) {
+    // Rounding the inverse up adds n * error / (d << shift) to the quotient: less than 1 / d.
+    int64_t up = 1;
+    while ((up * d - (int64_t{1} << shift)) * (bound - 1) >= int64_t{1} << shift) {
+      ++shift;
+      up = ((int64_t{1} << shift) + d - 1) / d;
     }
+    inverse = static_cast<uint32_t>(up);
+    narrow = shift < 32 && up * (bound - 1) <= 0xffffffff;
   }
 
-  int64_t Of(int64_t key) const {
-    int64_t cell = 0;
-    for (int a = rank_ - 1; a > 0; --a) {
-      const Axis& axis = axes_[a];
-      const int64_t above = axis.size.Quotient(key);
-      cell += axis.stride.Quotient(key - above * axis.sites) * axis.step;
-      key = above;
-    }
-    return cell + axes_[0].stride.Quotient(key) * axes_[0].step;
+  template <bool kNarrow>
+  uint32_t Of(uint32_t n) const {
+    if constexpr (kNarrow) return n * inverse >> shift;
+    return static_cast<uint32_t>(static_cast<uint64_t>(n) * inverse >> shift);
   }
+};
 
- private:
+// How the key of a site, counted from the first of its slab, becomes that of its cell.
+struct CellKeys {
   struct Axis {
-    Divider size{1}, stride{1};
-    int64_t sites = 0, step = 0;
+    Quotient size, stride;
+    uint32_t sites = 1, step = 0;  // sites along it; how far apart the keys of its cells are
   };
-  int rank_ = 0;
-  Axis axes_[kMaxRank];
+  int rank;  // 2 at least: a line gets a leading axis of one plane
+  Axis axes[kMaxRank];
+  bool narrow_first = true, narrow = true;  // the first quotient, by the last size; and the others
+
+  CellKeys(const Window& w, int64_t slab_sites) : rank(std::max(w.rank, 2)) {
+    int64_t step = 1, bound = slab_sites;
+    for (int a = w.rank - 1; a >= 0; --a) {
+      const int64_t sites = w.input_shape[a];
+      Axis& axis = axes[a + rank - w.rank];
+      axis = {Quotient(sites, bound), Quotient(w.strides[a], sites), static_cast<uint32_t>(sites),
+              static_cast<uint32_t>(step)};
+      narrow &= axis.stride.narrow;
+      (a == w.rank - 1 ? narrow_first : narrow) &= axis.size.narrow;
+      step *= w.output_shape[a];
+      bound = CeilDiv(bound, sites);
+    }
+  }
+};
+
+// SitesOf, for many cells at once: along most axes all cells have as many sites.
+struct CellSizes {
+  struct Axis {
+    Quotient step, size;
+    uint32_t cells = 0, inner = 0, last = 0;  // cells along it, and how many sites these have
+  };
+  uint32_t even = 1;  // sites of a cell along the axes where all cells have as many
+  int uneven = 0;     // the other axes
+  Axis axes[kMaxRank];
+
+  explicit CellSizes(const Window& w) {
+    int64_t step = 1;
+    for (int a = w.rank - 1; a >= 0; --a) {
+      const int64_t cells = w.output_shape[a], inner = std::min(w.strides[a], w.input_shape[a]);
+      const int64_t last = w.input_shape[a] - (cells - 1) * w.strides[a];
+      if (last == inner) {
+        even *= static_cast<uint32_t>(inner);
+      } else {
+        axes[uneven++] = {Quotient(step, w.output_sites), Quotient(cells, w.output_sites),
+                          static_cast<uint32_t>(cells), static_cast<uint32_t>(inner),
+                          static_cast<uint32_t>(last)};
+      }
+      step *= cells;
+    }
+  }
 };
 
 struct PoolPlan {
@@ -57,127 +108,112 @@ struct PoolPlan {
   int64_t workers;
 };
 
+// Planes of cells, and the sites in them: the first of each, and how many.
+struct Slab {
+  uint32_t first_cell, cells, first_site, sites;
+};
+
 struct Pool : PoolShape {
   const PoolPlan& plan;
-  CellKeys cells;
+  CellKeys cell_keys;
+  CellSizes cell_sizes;
   bool average = false;
 
-  Pool(const PoolShape& s, const PoolPlan& p) : PoolShape(s), plan(p), cells(s.w) {}
+  Pool(const PoolShape& s, const PoolPlan& p)
+      : PoolShape(s), plan(p), cell_keys(s.w, SlabSites(s.w, p)), cell_sizes(s.w) {}
 
-  int64_t slab_sites() const { return SlabSites(w, plan); }
-  static int64_t SlabSites(const Window& w, const PoolPlan& plan) {
+  static int64_t SlabCells(const Window& w, const PoolPlan& plan) {
     return std::min(plan.slab_planes, w.output_shape[0]) * w.output_plane();
   }
-  // The input keys of cells in output planes [plane, plane + slab_planes).
-  int64_t PlaneKey(int64_t plane) const {
-    return std::min(plane * w.strides[0], w.input_shape[0]) * w.input_plane();
+  static int64_t SlabSites(const Window& w, const PoolPlan& plan) {
+    return std::min(plan.slab_planes * w.strides[0], w.input_shape[0]) * w.input_plane();
+  }
+
+  // Calls f(slab) for all slabs.
+  template <typename F>
+  void ForSlabs(F&& f) const {
+    for (int64_t plane = 0; plane < w.output_shape[0]; plane += plan.slab_planes) {
+      const int64_t end = std::min(plane + plan.slab_planes, w.output_shape[0]);
+      const int64_t site = plane * w.strides[0] * w.input_plane();
+      const int64_t end_site = std::min(end * w.strides[0], w.input_shape[0]) * w.input_plane();
+      f(Slab{static_cast<uint32_t>(plane * w.output_plane()),
+             static_cast<uint32_t>((end - plane) * w.output_plane()), static_cast<uint32_t>(site),
+             static_cast<uint32_t>(end_site - site)});
+    }
   }
 };
 
-// The cells of one slab: a worker's part of the workspace.
-template <typename T>
+// Where the keys below `end` end that begin at `from`.
+inline int64_t EndOf(const int32_t* keys, int64_t from, int64_t count, int64_t end) {
+  return std::lower_bound(keys + from, keys + count, end) - keys;
+}
+
+// --- The cells of a slab -------------------------------------------------------------------------
+
+// A cell's word, when a slot may have its largest value; the largest word wins. That is so by
+// Beats: NaN comes first, of equal values the first slot. Adding 0 makes one of the two zeros.
+inline uint64_t SlotWord(float value, uint32_t slot) {
+  const uint32_t bits = FloatBits(value + 0.0f);
+  const uint32_t flip = static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u;
+  const uint32_t nan = 0u - static_cast<uint32_t>(value != value);
+  return static_cast<uint64_t>((bits ^ flip) | nan) << 32 | ~slot;
+}
+inline uint32_t SlotOf(uint64_t word) { return ~static_cast<uint32_t>(word); }
+
+// A cell's word with its sum. The sign is turned, so that an empty cell has -0, which any value
+// replaces when it is added.
+inline uint64_t SumWord(float sum) { return uint64_t{1} << 32 | (FloatBits(sum) ^ 0x80000000u); }
+inline float SumOf(uint64_t word) { return BitsFloat(static_cast<uint32_t>(word) ^ 0x80000000u); }
+
+// A worker's part of the workspace. All words are 0 between two slabs.
 struct Cells {
-  float* values;   // the largest, or the sum; backward: the cotangent
-  int32_t* slots;  // where the largest stands
-  uint64_t* bitmap;
+  static constexpr int64_t kGroup = 8;  // cells, a line of the cache
+
+  int64_t rows;     // of eight groups
+  uint64_t* words;  // of each cell, 0 where it is empty; behind them one for sites outside
+  uint64_t* used;   // a byte for each group: 1 where some cell may be in use
   uint64_t* stage;
   int32_t* digits;
+  bool* cleared;
 
   Cells(Carver& carver, const Window& w, const PoolPlan& plan)
-      : values(carver.Take<float>(Pool::SlabSites(w, plan))),
-        slots(carver.Take<int32_t>(Pool::SlabSites(w, plan))),
-        bitmap(carver.Take<uint64_t>(CeilDiv(Pool::SlabSites(w, plan), 64))),
+      : rows(CeilDiv(Pool::SlabCells(w, plan), 8 * kGroup)),
+        words(carver.Take<uint64_t>(rows * 8 * kGroup + 1)),
+        used(carver.Take<uint64_t>(rows + 1)),
         stage(carver.Take<uint64_t>(plan.stage)),
-        digits(carver.Take<int32_t>(kDigits)) {}
+        digits(carver.Take<int32_t>(kDigits)),
+        cleared(carver.Take<bool>(1)) {}
 
-  bool Mark(int64_t cell) {
-    const uint64_t bit = uint64_t{1} << (cell & 63);
-    const bool marked = bitmap[cell >> 6] & bit;
-    bitmap[cell >> 6] |= bit;
-    return marked;
+  uint32_t outside() const { return static_cast<uint32_t>(rows * 8 * kGroup); }
+
+  // Before a worker's first segment.
+  void Clear() {
+    if (*cleared) return;
+    std::memset(words, 0, (outside() + 1) * sizeof(uint64_t));
+    std::memset(used, 0, (rows + 1) * sizeof(uint64_t));
+    *cleared = true;
   }
-  bool Marked(int64_t cell) const { return bitmap[cell >> 6] >> (cell & 63) & 1; }
 };
 
-// Calls f(slot, cell of the slab) for the entries whose cells lie in the slab from `plane`.
-template <typename F>
-void ForEntries(const Pool& s, const int32_t* key, int64_t plane, F&& f) {
-  const int64_t first = s.PlaneKey(plane), last = s.PlaneKey(plane + s.plan.slab_planes);
-  const int64_t base = plane * s.w.output_plane();
-  const int32_t* end = key + s.slots;
-  for (const int32_t* k = std::lower_bound(key, end, first); k != end && *k < last; ++k) {
-    if (*k >= first) f(k - key, s.cells.Of(*k) - base);
-  }
-}
+}  // namespace
+}  // namespace ilajax
 
-template <typename T>
-void FindLargest(const Pool& s, const int32_t* key, const T* value, int64_t plane,
-                 Cells<T>& cells) {
-  ForEntries(s, key, plane, [&](int64_t slot, int64_t cell) {
-    const float v = static_cast<float>(value[slot]);
-    if (cells.Mark(cell) && !Beats(v, cells.values[cell])) return;
-    cells.values[cell] = v;
-    cells.slots[cell] = static_cast<int32_t>(slot);
-  });
-}
+namespace ilajax::baseline {
+#include "xla_kernels/pool/segment.inc"
+}  // namespace ilajax::baseline
 
-template <typename T>
-void PoolSegment(const Pool& s, const int32_t* key, const T* value, int32_t* pooled_key, T* pooled,
-                 Cells<T>& cells) {
-  RunningTopK<T> best(Select::kValue, s.capacity, pooled_key, pooled, s.plan.stage, cells.stage,
-                      cells.digits);
-  std::memset(cells.bitmap, 0, CeilDiv(s.slab_sites(), 64) * sizeof(uint64_t));
-  for (int64_t plane = 0; plane < s.w.output_shape[0]; plane += s.plan.slab_planes) {
-    if (s.average) {
-      ForEntries(s, key, plane, [&](int64_t slot, int64_t cell) {
-        const float v = static_cast<float>(value[slot]);
-        cells.values[cell] = cells.Mark(cell) ? cells.values[cell] + v : v;
-      });
-    } else {
-      FindLargest(s, key, value, plane, cells);
-    }
-    const int64_t base = plane * s.w.output_plane();
-    for (int64_t word = 0; word < CeilDiv(s.slab_sites(), 64); ++word) {
-      for (uint64_t bits = cells.bitmap[word]; bits != 0; bits &= bits - 1) {
-        const int64_t cell = word * 64 + __builtin_ctzll(bits);
-        const float v = cells.values[cell];
-        best.Push(base + cell, T(s.average ? v / SitesOf(s.w, base + cell) : v));
-      }
-      cells.bitmap[word] = 0;
-    }
-  }
-  best.Finish(s.w.output_sites);
-}
+ILAJAX_BEGIN_AVX2
+namespace ilajax::avx2 {
+#if ILAJAX_HAS_AVX2_TARGET
+#include "xla_kernels/pool/segment.inc"
+#else
+using baseline::Loops;
+#endif
+}  // namespace ilajax::avx2
+ILAJAX_END_TARGET
 
-template <typename T>
-void UnpoolSegment(const Pool& s, const int32_t* key, const T* value, const int32_t* pooled_key,
-                   const T* cotangent, T* value_bar, Cells<T>& cells) {
-  std::fill(value_bar, value_bar + s.slots, T(0.0f));
-  const int32_t* pooled_end = pooled_key + s.capacity;
-  for (int64_t plane = 0; plane < s.w.output_shape[0]; plane += s.plan.slab_planes) {
-    std::memset(cells.bitmap, 0, CeilDiv(s.slab_sites(), 64) * sizeof(uint64_t));
-    if (!s.average) FindLargest(s, key, value, plane, cells);
-    const int64_t base = plane * s.w.output_plane();
-    const int64_t last =
-        std::min(plane + s.plan.slab_planes, s.w.output_shape[0]) * s.w.output_plane();
-    for (const int32_t* k = std::lower_bound(pooled_key, pooled_end, base);
-         k != pooled_end && *k < last; ++k) {
-      if (*k < base) continue;
-      const int64_t cell = *k - base;
-      const T g = cotangent[k - pooled_key];
-      if (s.average) {
-        cells.values[cell] = static_cast<float>(g) / SitesOf(s.w, *k);
-        cells.Mark(cell);
-      } else if (cells.Marked(cell)) {
-        value_bar[cells.slots[cell]] = g;
-      }
-    }
-    if (!s.average) continue;
-    ForEntries(s, key, plane, [&](int64_t slot, int64_t cell) {
-      if (cells.Marked(cell)) value_bar[slot] = T(cells.values[cell]);
-    });
-  }
-}
+namespace ilajax {
+namespace {
 
 // Plan and workspace of both directions.
 template <typename Spec>
@@ -186,7 +222,7 @@ struct OfBoth {
   using Plan = PoolPlan;
   template <typename T>
   struct Layout {
-    LayoutOfEach<Cells<T>> workers;
+    LayoutOfEach<Cells> workers;
 
     Layout(Carver& carver, const PoolShape& s, const Plan& plan)
         : workers(carver, plan.workers, s.w, plan) {}
@@ -198,7 +234,7 @@ struct OfBoth {
     Plan plan = {std::clamp<int64_t>(planes, 1, s.w.output_shape[0]), StageOfSegment(s.capacity),
                  1};
     plan.workers =
-        tuning.Workers(s.segments(), SizeOf<Cells<T>>(s.w, plan), tuning.CpuWorkspace(s.w.sites()));
+        tuning.Workers(s.segments(), SizeOf<Cells>(s.w, plan), tuning.CpuWorkspace(s.w.sites()));
     return plan;
   }
 
@@ -206,8 +242,10 @@ struct OfBoth {
   template <typename T, typename Body>
   static void ForSegments(ffi::ThreadPool& pool, const PoolShape& s, const Plan& plan,
                           const Layout<T>& layout, Body&& body) {
+    for (int64_t i = 0; i < plan.workers; ++i) *layout.workers.At(i, s.w, plan).cleared = false;
     ParallelFor(pool, s.segments(), plan.workers, [&](int64_t segment, int64_t worker) {
-      Cells<T> cells = layout.workers.At(worker, s.w, plan);
+      Cells cells = layout.workers.At(worker, s.w, plan);
+      cells.Clear();
       body(segment, s.KeySegment(segment), cells);
     });
   }
@@ -219,9 +257,9 @@ struct PoolForward : OfBoth<PoolFwd> {
                         const Plan& plan, const Layout<T>& layout) {
     Pool s(shape, plan);
     ILAJAX_RETURN_IF_ERROR(ReadMode(call.mode, s.average));
-    ForSegments<T>(pool, s, plan, layout, [&](int64_t segment, int64_t keys, Cells<T>& cells) {
-      PoolSegment(
-          s, call.keys.typed_data() + keys * s.slots, Data<T>(call.values) + segment * s.slots,
+    const auto run = HasAvx2() ? avx2::Loops::kPool<T> : baseline::Loops::kPool<T>;
+    ForSegments<T>(pool, s, plan, layout, [&](int64_t segment, int64_t keys, Cells& cells) {
+      run(s, call.keys.typed_data() + keys * s.slots, Data<T>(call.values) + segment * s.slots,
           s.WritesKeys(segment) ? call.pooled_keys->typed_data() + keys * s.capacity : nullptr,
           Data<T>(*call.pooled) + segment * s.capacity, cells);
     });
@@ -235,12 +273,12 @@ struct PoolBackward : OfBoth<PoolBwd> {
                         const Plan& plan, const Layout<T>& layout) {
     Pool s(shape, plan);
     ILAJAX_RETURN_IF_ERROR(ReadMode(call.mode, s.average));
-    ForSegments<T>(pool, s, plan, layout, [&](int64_t segment, int64_t keys, Cells<T>& cells) {
-      UnpoolSegment(s, call.keys.typed_data() + keys * s.slots,
-                    Data<T>(call.values) + segment * s.slots,
-                    call.pooled_keys.typed_data() + keys * s.capacity,
-                    Data<T>(call.cotangent) + segment * s.capacity,
-                    Data<T>(*call.values_bar) + segment * s.slots, cells);
+    const auto run = HasAvx2() ? avx2::Loops::kUnpool<T> : baseline::Loops::kUnpool<T>;
+    ForSegments<T>(pool, s, plan, layout, [&](int64_t segment, int64_t keys, Cells& cells) {
+      run(s, call.keys.typed_data() + keys * s.slots, Data<T>(call.values) + segment * s.slots,
+          call.pooled_keys.typed_data() + keys * s.capacity,
+          Data<T>(call.cotangent) + segment * s.capacity,
+          Data<T>(*call.values_bar) + segment * s.slots, cells);
     });
     return ffi::Error::Success();
   }

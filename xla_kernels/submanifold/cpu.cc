@@ -1,140 +1,242 @@
 // Submanifold convolution on the CPU, and its gradient.
 //
-// The sums are made line by line (lines/sums.h), as those of conv; of each line the sites that the
-// input stores are put out, nothing is selected. The gradient (lines/gradient.h) is that of a
-// convolution that has kept these sites.
+// Layers of several channels are matrix products over pairs of sites (products/pairs.h). Narrow ones,
+// and what has no room for its stacks, go line by line, forward (submanifold/lines.h) and backward as
+// a convolution that has kept these sites (lines/gradient.h).
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "xla_kernels/common/parallel.h"
 #include "xla_kernels/lines/gradient.h"
-#include "xla_kernels/lines/sums.h"
+#include "xla_kernels/products/waves.h"
+#include "xla_kernels/submanifold/lines.h"
 #include "xla_kernels/submanifold/spec.h"
 
 namespace ilajax {
 namespace {
 
-template <typename T>
-struct AtSites {
-  const LineSums<T>& sums;
-  const float* bias;
-  T* features;
+// The plans of both ways, and the workspace of the one that is taken.
+template <typename ByLines>
+struct EitherPlan {
+  products::Plan products;
+  ByLines lines;
+};
+template <typename ByLines>
+struct EitherLayout {
+  std::optional<products::Layout> products;
+  std::optional<ByLines> lines;
 
-  // The sites of output planes [plane, last), for a block of output channels. Counts responses that
-  // are not zero, [B, Cout].
-  template <typename Loops, int kOctets>
-  void Run(int64_t item, int64_t block, int64_t plane, int64_t last, int32_t* counts,
-           SumsWorker& worker) const {
-    const ConvShape& s = sums.s;
-    const int64_t width = sums.plan.block, first = block * width;
-    const int64_t channels = std::min(width, s.out_channels - first);
-    const int32_t* key = sums.input.Keys(item, 0);
-    T* feature = features + (item * s.out_channels + first) * s.slots;
-    int32_t* count = counts + item * s.out_channels + first;
-    int64_t slot = -1;
-    sums.template Run<Loops, kOctets>(
-        item, block, plane, last, worker, [&](int64_t first_key, int64_t sites) {
-          // Lines come in ascending order, so that the first one alone needs a search.
-          if (slot < 0) slot = std::lower_bound(key, key + s.slots, first_key) - key;
-          float* buffer = worker.line.first(sums.lines.line);
-          for (; slot < s.slots && key[slot] < first_key + sites; ++slot) {
-            const int64_t site = key[slot] - first_key;
-            if (site < 0) continue;
-            for (int64_t j = 0; j < channels; ++j) {
-              const float response = buffer[site * width + j];
-              count[j] += response != 0.0f;
-              feature[j * s.slots + slot] = T(response != 0.0f ? response + bias[first + j] : 0.0f);
-            }
-          }
-          for (int64_t word = 0; word < CeilDiv(sites, 64); ++word) {
-            for (uint64_t& rest = worker.line.bits[word]; rest != 0; rest &= rest - 1) {
-              std::memset(buffer + (word * 64 + __builtin_ctzll(rest)) * width, 0,
-                          width * sizeof(float));
-            }
-          }
-        });
+  template <typename Plan>
+  EitherLayout(Carver& carver, const ConvShape& s, const Plan& plan) {
+    if (plan.products.samples > 0) {
+      products.emplace(carver, s, plan.products);
+    } else {
+      lines.emplace(carver, s, plan.lines);
+    }
   }
 };
 
 struct SubmanifoldForward {
   using Call = SubmanifoldFwd;
-  struct Plan {
-    SumsPlan sums;
-    int64_t parts;  // of the output planes
-    int64_t workers;
-  };
+  using Plan = EitherPlan<LinesForward::Plan>;
   template <typename T>
-  struct Layout {
-    Window w;
-    Lines lines;
-    SumsTables tables;
-    int32_t* counts;  // [part][sample][output channel]
-    LayoutOfEach<SumsWorker> workers;
+  using Layout = EitherLayout<LinesForward::Layout<T>>;
 
-    Layout(Carver& carver, const ConvShape& s, const Plan& plan)
-        : w(Squeeze(s.w)),
-          lines(w),
-          tables(carver, s, lines, plan.sums),
-          counts(carver.Take<int32_t>(plan.parts, s.batch, s.out_channels)),
-          workers(carver, plan.workers, lines, plan.sums) {}
-  };
-
-  // Tasks are (sample, block of output channels, part of the planes), as in conv.
   template <typename T>
   static Plan Make(const ConvShape& s, const Tuning& tuning) {
-    const Lines lines(Squeeze(s.w));
-    Plan plan = {MakeSumsPlan(s, lines, tuning), 1, 0};
-    const int64_t tasks = s.batch * CeilDiv(s.out_channels, plan.sums.block);
-    plan.parts = PartsOf(lines.planes, tasks, tuning);
-    plan.workers = tuning.Workers(tasks * plan.parts, SizeOf<SumsWorker>(lines, plan.sums),
-                                  tuning.CpuWorkspace(s.w.sites()) - SizeOf<Layout<T>>(s, plan));
-    return plan;
+    return {products::MakePlan(s, tuning, false), LinesForward::Make<T>(s, tuning)};
   }
   static bool Fits(const ConvShape& s, const Plan& plan) {
-    const Lines lines(Squeeze(s.w));
-    return ilajax::Fits(plan.sums, lines, s.in_channels) && plan.parts >= 1 &&
-           plan.parts <= lines.planes && plan.workers >= 1;
+    return products::Fits(plan.products, false) && LinesForward::Fits(s, plan.lines);
   }
 
   template <typename T>
   static ffi::Error Run(ffi::ThreadPool pool, SubmanifoldFwd call, const ConvShape& s,
                         const Plan& plan, Layout<T>& layout) {
-    const Lines& lines = layout.lines;
-    const SumsTables& tables = layout.tables;
-    const int64_t segments = s.batch * s.out_channels;
-    layout.tables.Fill(s, layout.w, lines, call.kernel_keys.typed_data(),
-                       call.weights.typed_data());
-    std::memset(call.features->untyped_data(), 0, call.features->size_bytes());
-    std::fill_n(layout.counts, plan.parts * segments, 0);
-    for (int64_t i = 0; i < plan.workers; ++i) {
-      layout.workers.At(i, lines, plan.sums).Clear(lines);
-    }
-    const StoredInput<T> input = {s, call.keys.typed_data(), Data<T>(call.values)};
-    const LineSums<T> sums = {input, lines, tables, plan.sums};
-    const AtSites<T> at_sites = {sums, call.bias.typed_data(), Data<T>(*call.features)};
-    const int64_t blocks = tables.filters.blocks;
-    ParallelFor(pool, s.batch * blocks * plan.parts, plan.workers, [&](int64_t task, int64_t id) {
-      SumsWorker worker = layout.workers.At(id, lines, plan.sums);
-      const int64_t rest = task / plan.parts, part = task % plan.parts;
-      DispatchLoops(plan.sums.block, [&]<typename Loops, int kOctets>() {
-        at_sites.template Run<Loops, kOctets>(
-            rest / blocks, rest % blocks, part * lines.planes / plan.parts,
-            (part + 1) * lines.planes / plan.parts, layout.counts + part * segments, worker);
-      });
+    if (layout.lines) return LinesForward::Run<T>(pool, call, s, plan.lines, *layout.lines);
+    products::DispatchLoops([&]<typename Loops>() {
+      RunProducts<Loops, T>(pool, call, s, plan.products, *layout.products);
     });
-    for (int64_t segment = 0; segment < segments; ++segment) {
-      int32_t count = 0;
-      for (int64_t part = 0; part < plan.parts; ++part) {
-        count += layout.counts[part * segments + segment];
-      }
-      call.responses->typed_data()[segment] = count;
-    }
     return ffi::Error::Success();
   }
+
+ private:
+  template <typename Loops, typename T>
+  static void RunProducts(ffi::ThreadPool& pool, SubmanifoldFwd& call, const ConvShape& s,
+                          const products::Plan& plan, const products::Layout& layout) {
+    const int32_t* const keys = call.keys.typed_data();
+    int32_t* const responses = call.responses->typed_data();
+    std::fill_n(responses, s.batch * s.out_channels, 0);
+    std::fill_n(layout.bias, products::StackStep(s.out_channels), 0.0f);
+    std::copy_n(call.bias.typed_data(), s.out_channels, layout.bias);
+    const int64_t chunks = CeilDiv(s.slots, plan.chunk);
+    for (int64_t item = 0; item < s.batch; item += plan.samples) {
+      const int64_t count = std::min(plan.samples, s.batch - item);
+      products::LayOut<Loops, T>(pool, layout, plan, keys, Data<T>(call.values), s.slots, item,
+                                 count, [&] {
+                                   if (item > 0) return;
+                                   layout.reach.Fill(layout.w);
+                                   layout.matrices.Fill(call.kernel_keys.typed_data(),
+                                                        call.weights.typed_data(), s.weights);
+                                 });
+      ParallelFor(pool, count * chunks, plan.workers, [&](int64_t task, int64_t id) {
+        const int64_t i = task / chunks, begin = task % chunks * plan.chunk;
+        RunChunk<Loops, T>(call, s, layout, item + i,
+                           layout.samples.At(i, layout.w, s.slots, s.in_channels), begin,
+                           std::min(begin + plan.chunk, s.slots),
+                           layout.workers.At(id, layout.reach.lines, s.out_channels, plan));
+      });
+    }
+  }
+
+  template <typename Loops, typename T>
+  static void RunChunk(SubmanifoldFwd& call, const ConvShape& s, const products::Layout& layout,
+                       int64_t item, const products::Sample& sample, int64_t begin, int64_t end,
+                       const products::Worker& worker) {
+    const int32_t* const keys = call.keys.typed_data() + item * s.slots;
+    T* const features = Data<T>(*call.features) + item * s.out_channels * s.slots;
+    const int64_t last = std::clamp(products::Stored(keys, s.slots, s.w.output_sites), begin, end);
+    if (last > begin) {
+      products::Sum<Loops>(layout, sample, keys, begin, last, worker);
+      int32_t counts[kCounted];
+      for (int64_t first = 0; first < s.out_channels; first += kCounted) {
+        const int64_t channels = std::min(kCounted, s.out_channels - first);
+        std::fill_n(counts, channels, 0);
+        Loops::template kFromStacks<T>(worker.sums.data + first, worker.sums.step,
+                                       layout.bias + first, channels, begin, last,
+                                       features + first * s.slots, s.slots, counts);
+        int32_t* const response = call.responses->typed_data() + item * s.out_channels + first;
+        for (int64_t j = 0; j < channels; ++j) {
+          __atomic_fetch_add(response + j, counts[j], __ATOMIC_RELAXED);
+        }
+      }
+    }
+    for (int64_t j = 0; j < s.out_channels; ++j) {
+      std::fill(features + j * s.slots + last, features + j * s.slots + end, T(0.0f));
+    }
+  }
+
+  static constexpr int64_t kCounted = 64;  // channels whose responses are counted at once
 };
 
-using SubmanifoldBackward = LineGradient<SubmanifoldBwd>;
+struct SubmanifoldBackward {
+  using Call = SubmanifoldBwd;
+  using Plan = EitherPlan<GradientPlan>;
+  template <typename T>
+  using Layout = EitherLayout<GradientLayout>;
+  using ByLines = LineGradient<SubmanifoldBwd>;
+
+  template <typename T>
+  static Plan Make(const ConvShape& s, const Tuning& tuning) {
+    return {products::MakePlan(s, tuning, true), MakeGradientPlan(s, tuning)};
+  }
+  static bool Fits(const ConvShape& s, const Plan& plan) {
+    return products::Fits(plan.products, true) && ilajax::Fits(s, plan.lines);
+  }
+
+  template <typename T>
+  static ffi::Error Run(ffi::ThreadPool pool, SubmanifoldBwd call, const ConvShape& s,
+                        const Plan& plan, Layout<T>& layout) {
+    if (layout.lines) return ByLines::Run<T>(pool, call, s, plan.lines, *layout.lines);
+    products::DispatchLoops([&]<typename Loops>() {
+      RunProducts<Loops, T>(pool, call, s, plan.products, *layout.products);
+    });
+    return ffi::Error::Success();
+  }
+
+ private:
+  template <typename Loops, typename T>
+  static void RunProducts(ffi::ThreadPool& pool, SubmanifoldBwd& call, const ConvShape& s,
+                          const products::Plan& plan, const products::Layout& layout) {
+    const int64_t items = s.batch / s.groups;
+    const int64_t size = layout.w.taps * Rows(s) * products::StackStep(s.out_channels);
+    for (int64_t group = 0; group < s.groups; ++group) {
+      std::fill_n(layout.filter_bars, plan.parts * size, 0.0f);
+      for (int64_t first = 0; first < items; first += plan.samples) {
+        const int64_t item = group * items + first, count = std::min(plan.samples, items - first);
+        products::LayOut<Loops, T>(pool, layout, plan, call.keys.typed_data(),
+                                   Data<T>(call.cotangent), s.slots, item, count, [&] {
+                                     if (item > 0) return;
+                                     layout.reach.Fill(layout.w);
+                                     layout.matrices.Fill(call.kernel_keys.typed_data(),
+                                                          call.weights.typed_data(), s.weights);
+                                   });
+        ParallelFor(pool, plan.parts, plan.workers, [&](int64_t part, int64_t id) {
+          const products::Worker worker =
+              layout.workers.At(id, layout.reach.lines, s.in_channels, plan);
+          for (int64_t i = 0; i < count; ++i) {
+            RunPart<Loops, T>(call, s, plan, layout, item + i,
+                              layout.samples.At(i, layout.w, s.slots, s.out_channels), part,
+                              layout.filter_bars + part * size, worker);
+          }
+        });
+      }
+      SumFilterBars(pool, call, s, plan, layout, group, size);
+    }
+    const KeptCotangents<T> kept = {items,
+                                    s.out_channels,
+                                    s.slots,
+                                    s.w.output_sites,
+                                    call.keys.typed_data(),
+                                    Data<T>(call.cotangent),
+                                    true};
+    ParallelFor(pool, s.groups * s.out_channels, plan.workers, [&](int64_t task, int64_t) {
+      call.bias_bar->typed_data()[task] = kept.Sum(task / s.out_channels, task % s.out_channels);
+    });
+  }
+
+  // A part of a sample's sites: their own gradients, and what they add to the filter's.
+  template <typename Loops, typename T>
+  static void RunPart(SubmanifoldBwd& call, const ConvShape& s, const products::Plan& plan,
+                      const products::Layout& layout, int64_t item, const products::Sample& sample,
+                      int64_t part, float* filter_bar, const products::Worker& worker) {
+    const int32_t* const keys = call.keys.typed_data() + item * s.slots;
+    const T* const values = Data<T>(call.values) + item * s.in_channels * s.slots;
+    T* const values_bar = Data<T>(*call.values_bar) + item * s.in_channels * s.slots;
+    const int64_t stored = products::Stored(keys, s.slots, s.w.output_sites);
+    const int64_t last = (part + 1) * stored / plan.parts;
+    for (int64_t begin = part * stored / plan.parts; begin < last; begin += plan.chunk) {
+      const int64_t end = std::min(begin + plan.chunk, last);
+      products::Sum<Loops>(layout, sample, keys, begin, end, worker);
+      Loops::template kFromStacks<T>(worker.sums.data, worker.sums.step, nullptr, s.in_channels,
+                                     begin, end, values_bar, s.slots, nullptr);
+      const bool finite = Loops::template kToStacks<T>(values, s.slots, s.in_channels, begin, end,
+                                                       worker.own.data, worker.own.step);
+      Loops::kAddOuter(worker.lists, layout.matrices, worker.own, Rows(s), sample.stacks,
+                       finite && *sample.finite, filter_bar);
+    }
+    if (part + 1 < plan.parts) return;
+    for (int64_t j = 0; j < s.in_channels; ++j) {
+      std::fill(values_bar + j * s.slots + stored, values_bar + (j + 1) * s.slots, T(0.0f));
+    }
+  }
+
+  // The parts' gradients of the filter in their order, at the live weights.
+  static void SumFilterBars(ffi::ThreadPool& pool, SubmanifoldBwd& call, const ConvShape& s,
+                            const products::Plan& plan, const products::Layout& layout,
+                            int64_t group, int64_t size) {
+    constexpr int64_t kBlock = 4096;  // weights of a task
+    float* const weights_bar = call.weights_bar->typed_data() + group * s.weights;
+    ParallelFor(pool, CeilDiv(s.weights, kBlock), plan.workers, [&](int64_t task, int64_t) {
+      WeightPlace place(s.in_channels, s.out_channels, layout.w.taps);
+      for (int64_t n = task * kBlock; n < std::min((task + 1) * kBlock, s.weights); ++n) {
+        float sum = 0.0f;
+        if (place.MoveTo(call.kernel_keys.typed_data()[n])) {
+          const int64_t tap = layout.w.taps - 1 - place.tap;
+          const float* from = layout.filter_bars +
+                              (tap * Rows(s) + place.in) * products::StackStep(s.out_channels) +
+                              place.out;
+          for (int64_t part = 0; part < plan.parts; ++part) sum += from[part * size];
+        }
+        weights_bar[n] = sum;
+      }
+    });
+  }
+
+  static int64_t Rows(const ConvShape& s) { return products::EvenRows(s.in_channels); }
+};
 
 }  // namespace
 }  // namespace ilajax

@@ -1,0 +1,222 @@
+// A convolution between sites of one support as small matrix products.
+//
+// A pair is an output site and a stored input site that one of its taps reads. For each tap, the
+// pairs of a chunk of output sites are listed, and the input sites' stacks, their values over all
+// channels, are multiplied by the tap's matrix of weights, a tile of output channels at a time, and
+// added to the output sites' stacks. The gradient of the stacks is the same with the transposed
+// window and matrices; that of the filter is a sum of outer products over the same pairs.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "xla_kernels/common/conv_shape.h"
+#include "xla_kernels/common/simd.h"
+#include "xla_kernels/lines/lines.h"
+
+namespace ilajax::products {
+
+constexpr int kSites = 6;  // pairs that Multiply takes at once: as many as there are registers for
+constexpr int64_t kTile = 16;  // output channels that it takes at once, at most
+
+// Stacks that are taken at once, counted from the first of a sample or of a chunk.
+struct Pair {
+  int32_t from, to;
+};
+
+// Values [site][step].
+struct Stacks {
+  float* data;
+  int64_t step;
+};
+inline int64_t StackStep(int64_t channels) { return CeilDiv(channels, kLanes) * kLanes; }
+
+// The stored sites of a sample as a bitmap, which tells a site's number among them.
+struct SiteIndex {
+  int64_t sites, words;
+  uint64_t* bits;  // from bit 64 on, so that a window may reach out at both ends
+  int32_t* ranks;  // [words]: sites before the word's
+
+  SiteIndex(Carver& carver, int64_t grid_sites)
+      : sites(grid_sites),
+        words(CeilDiv(sites, 64) + 3),
+        bits(carver.Take<uint64_t>(words)),
+        ranks(carver.Take<int32_t>(words)) {}
+
+  void Fill(const int32_t* keys, int64_t slots) const {
+    std::memset(bits, 0, words * sizeof(uint64_t));
+    for (int64_t i = 0; i < slots; ++i) {
+      if (keys[i] < 0 || keys[i] >= sites) continue;
+      bits[(keys[i] >> 6) + 1] |= uint64_t{1} << (keys[i] & 63);
+    }
+    int32_t rank = 0;
+    for (int64_t i = 0; i < words; ++i) {
+      ranks[i] = rank;
+      rank += __builtin_popcountll(bits[i]);
+    }
+  }
+
+  bool Has(int64_t key) const { return bits[(key >> 6) + 1] >> (key & 63) & 1; }
+  int64_t Rank(int64_t key) const {
+    const uint64_t below = (uint64_t{1} << (key & 63)) - 1;
+    return ranks[(key >> 6) + 1] + __builtin_popcountll(bits[(key >> 6) + 1] & below);
+  }
+  // The bits of three sites from `key`, and the first one's rank.
+  uint64_t Three(int64_t key, int64_t& rank) const {
+    rank = Rank(key);
+    uint64_t found;
+    const int64_t bit = key + 64;
+    std::memcpy(&found, reinterpret_cast<const char*>(bits) + (bit >> 3), sizeof(found));
+    return found >> (bit & 7);
+  }
+};
+
+// Which input lines an output line reads, through each line of taps.
+struct TapReach {
+  Lines lines;
+  Divider length;
+  int64_t rank;
+  int32_t* offsets;  // [taps][rank]
+  int64_t* steps;    // [line of taps]: what the leading axes' offsets make in lines
+
+  TapReach(Carver& carver, const Window& w)
+      : lines(w),
+        length(lines.line.output_length),
+        rank(w.rank),
+        offsets(carver.Take<int32_t>(w.taps, kMaxRank)),
+        steps(carver.Take<int64_t>(lines.tap_lines)) {}
+
+  void Fill(const Window& w) const {
+    TapOffsets(w, offsets);
+    for (int64_t t = 0; t < lines.tap_lines; ++t) {
+      steps[t] = 0;
+      for (int a = 0; a < lines.axes; ++a) {
+        steps[t] = steps[t] * lines.input_shape[a] + offsets[t * lines.line.taps * rank + a];
+      }
+    }
+  }
+
+  // Sets bases[line of taps] to the key where the input line begins; -1 outside the grid.
+  void TurnTo(int64_t output_line, int64_t* bases) const {
+    const LineWalk walk(lines, output_line);
+    for (int64_t t = 0; t < lines.tap_lines; ++t) {
+      const int64_t line = walk.Reads(offsets + t * lines.line.taps * rank, steps[t]);
+      bases[t] = line < 0 ? -1 : line * lines.line.input_length;
+    }
+  }
+};
+
+// A worker's lists of pairs for a chunk of output sites.
+struct PairLists {
+  int64_t taps, room;  // of pairs for each tap
+  Pair* pairs;         // [tap][room]
+  int32_t* counts;     // [tap]
+  int64_t* bases;      // [line of taps]: see TapReach
+
+  PairLists(Carver& carver, const Lines& lines, int64_t chunk)
+      : taps(lines.tap_lines * lines.line.taps),
+        room(chunk + kSites),
+        pairs(carver.Take<Pair>(taps, room)),
+        counts(carver.Take<int32_t>(taps)),
+        bases(carver.Take<int64_t>(lines.tap_lines)) {}
+
+  void Clear() const { std::fill_n(counts, taps, 0); }
+  // Fills lists up to whole steps of Multiply with pairs to a stack that nobody reads.
+  void Pad(int32_t to) const {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      std::fill_n(pairs + tap * room + counts[tap], kSites - 1, Pair{0, to});
+    }
+  }
+};
+
+// What a tile of output channels gets through a tap.
+struct TapMatrix {
+  int64_t live;             // channels that have a live weight
+  const int32_t* channels;  // [live]
+  const float* weights;     // [live][kTile]
+};
+
+// The filter as a matrix for each tap, in tiles of output channels; `transposed`: the other way
+// round, from its output channels to its input channels and with the taps in reverse.
+struct TapMatrices {
+  int64_t in_channels, out_channels, taps;
+  bool transposed;
+  int64_t from, to, tiles;
+  int32_t* live;      // [tap][tile]
+  int32_t* channels;  // [tap][tile][from]
+  float* weights;     // [tap][tile][from][kTile]
+  bool* finite;       // whether all weights are
+
+  TapMatrices(Carver& carver, int64_t filter_in, int64_t filter_out, int64_t filter_taps,
+              bool is_transposed)
+      : in_channels(filter_in),
+        out_channels(filter_out),
+        taps(filter_taps),
+        transposed(is_transposed),
+        from(transposed ? filter_out : filter_in),
+        to(transposed ? filter_in : filter_out),
+        tiles(CeilDiv(to, kTile)),
+        live(carver.Take<int32_t>(taps, tiles)),
+        channels(carver.Take<int32_t>(taps, tiles, from)),
+        weights(carver.Take<float>(taps, tiles, from, kTile)),
+        finite(carver.Take<bool>(1)) {}
+
+  int Octets(int64_t tile) const { return to - tile * kTile > kLanes ? 2 : 1; }
+  TapMatrix At(int64_t tap, int64_t tile) const {
+    const int64_t i = tap * tiles + tile;
+    return {live[i], channels + i * from, weights + i * from * kTile};
+  }
+
+  // Whether the filter has a live weight in a block of a tap's matrix, of channels as the filter's:
+  // only of transposed matrices.
+  bool AnyLive(int64_t tap, int64_t in_begin, int64_t in_end, int64_t out_begin,
+               int64_t out_end) const {
+    for (int64_t tile = in_begin / kTile; tile * kTile < in_end && tile < tiles; ++tile) {
+      const TapMatrix m = At(tap, tile);
+      const int32_t* end = m.channels + m.live;
+      const int32_t* first = std::lower_bound(m.channels, end, out_begin);
+      if (first != end && *first < out_end) return true;
+    }
+    return false;
+  }
+
+  void Fill(const int32_t* keys, const float* values, int64_t count) const;
+};
+
+inline void TapMatrices::Fill(const int32_t* keys, const float* values, int64_t count) const {
+  std::memset(weights, 0, taps * tiles * from * kTile * sizeof(float));
+  std::fill_n(channels, taps * tiles * from, -1);
+  *finite = true;
+  WeightPlace place(in_channels, out_channels, taps);
+  for (int64_t n = 0; n < count; ++n) {
+    if (!place.MoveTo(keys[n])) continue;
+    const int64_t tap = transposed ? taps - 1 - place.tap : place.tap;
+    const int64_t source = transposed ? place.out : place.in;
+    const int64_t target = transposed ? place.in : place.out;
+    const int64_t row = (tap * tiles + target / kTile) * from + source;
+    weights[row * kTile + target % kTile] = values[n];
+    channels[row] = static_cast<int32_t>(source);
+    *finite &= std::isfinite(values[n]);
+  }
+  for (int64_t i = 0; i < taps * tiles; ++i) {
+    int32_t* channel = channels + i * from;
+    float* row = weights + i * from * kTile;
+    int32_t kept = 0;
+    for (int64_t c = 0; c < from; ++c) {
+      if (channel[c] < 0) continue;
+      channel[kept] = static_cast<int32_t>(c);
+      if (kept != c) std::memcpy(row + kept * kTile, row + c * kTile, kTile * sizeof(float));
+      ++kept;
+    }
+    live[i] = kept;
+  }
+}
+
+// How many rows of the filter's gradient AddOuter takes at once, of so many that are left: an even
+// number, and at least 4.
+inline int64_t EvenRows(int64_t channels) { return std::max<int64_t>(4, (channels + 1) / 2 * 2); }
+inline int64_t BlockOfRows(int64_t left) { return left == 4 || left == 8 ? 4 : 6; }
+
+}  // namespace ilajax::products
