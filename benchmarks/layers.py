@@ -16,7 +16,7 @@ import numpy as np
 
 import ilajax
 from benchmarks.timing import Candidate
-from ilajax.models._dense_conv import conv_general_dilated
+from ilajax.models._dense import conv_general_dilated
 
 Features: TypeAlias = ilajax.SparseTensor | jax.Array
 # Input, filters and bias if there are any, and the cotangent if the layer is differentiated; channels last.

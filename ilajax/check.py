@@ -201,7 +201,7 @@ def _submanifold_cases() -> Iterator[Case]:
 
     for what, (cin, cout), dtype, workspace in (
         ("narrow", (2, 3), jnp.float32, None),
-        ("wide", (9, 10), jnp.bfloat16, None),
+        ("wide", (9, 17), jnp.bfloat16, None),
         ("wider", (33, 40), jnp.float16, None),
         ("in parts", (3, 34), jnp.float32, 1),
     ):

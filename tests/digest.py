@@ -55,6 +55,9 @@ def main():
     )(jax.tree.map(lambda a: a[:1], x))
     results["shared"] = jax.jit(lambda x: convolution(x, kernel, bias, capacity=3000))(shared)
     results["input"] = jax.jit(lambda x: convolution(x, kernel, bias, support="input"))(shared)
+    wide = samples.tensor(2, 3, 16, grid, capacity=4000, density=0.05, exact=False, shared=True)
+    square = samples.kernel(1, (3, 3, 3), 16, 20, exact=False)
+    results["input-wide"] = jax.jit(lambda x: convolution(x, square, bias, support="input"))(wide)
     results["max_pool"] = jax.jit(lambda x: pooling(lambda x: ilajax.max_pool(x, 2), x))(x)
     results["avg_pool"] = jax.jit(
         lambda x: pooling(lambda x: ilajax.avg_pool(x, 4, capacity=500), x)

@@ -257,6 +257,45 @@ def submanifold(x, kernel, bias, geometry):
     return values.astype(np.float32).astype(x.values.dtype)
 
 
+@np.errstate(invalid="ignore")
+def submanifold_products(x, kernel, geometry, cotangent):
+    """Responses [B, Cout, K] without a bias, and the gradients of values, weights and bias.
+
+    From matrix products, for more channels than loops over entries have time for.
+    """
+    keys = read(x.keys)[:, 0]
+    stored = keys < geometry.sites
+    values, g = (np.where(stored[:, None], read(a), 0) for a in (x.values, cotangent))
+    filter_ = dense_kernel(kernel).reshape(-1, *kernel.shape[-2:])
+    result, x_bar, w_bar = np.zeros(g.shape), np.zeros(values.shape), np.zeros(filter_.shape)
+    low = np.array([low for low, _ in geometry.pads])
+    for b in range(len(keys)):
+        places = np.stack(np.unravel_index(keys[b][stored[b]], geometry.grid), axis=1)
+        slots = np.full(geometry.grid, -1)
+        slots[tuple(places.T)] = np.arange(len(places))
+        for tap, w in enumerate(filter_):
+            seen = (
+                places + np.unravel_index(tap, geometry.window) * np.array(geometry.dilation) - low
+            )
+            inside = ((seen >= 0) & (seen < geometry.grid)).all(axis=1)
+            found = np.where(inside, slots[tuple(np.where(inside[:, None], seen, 0).T)], -1)
+            to, from_ = np.flatnonzero(found >= 0), found[found >= 0]
+            result[b][:, to] += product(w.T, values[b][:, from_])
+            x_bar[b][:, from_] += product(w, g[b][:, to])
+            w_bar[tap] += product(values[b][:, from_], g[b][:, to].T)
+    weights_bar = np.zeros(kernel.values.shape)
+    for slot, tap, ic, oc, _ in weights(kernel):
+        weights_bar[slot] = w_bar[tap, ic, oc]
+    return result, (x_bar, weights_bar, g.sum((0, 2)))
+
+
+def product(a, b):
+    """a @ b, where a zero adds nothing, not even against infinity or NaN."""
+    if np.isfinite(a).all() and np.isfinite(b).all():
+        return a @ b
+    return np.where((a[:, :, None] == 0) | (b == 0), 0, a[:, :, None] * b).sum(axis=1)
+
+
 # --- Dense convolution ---------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from jax.extend import core
 
 import ilajax
 import samples
-from ilajax.ffi import registry, routes
+from ilajax.ffi import plans, registry, routes
 
 
 def gradients(f, x, *weights):
@@ -38,6 +38,7 @@ def conv_program(
     density=0.7,
     shared=False,
     dtype="float32",
+    tuning=(),
     **options,
 ):
     x = samples.tensor(seed, 2, cin, grid, capacity=slots, shared=shared, dtype=dtype)
@@ -50,7 +51,15 @@ def conv_program(
         kernel_ = ilajax.SparseKernel(kernel.keys, weights, kernel.shape)
         return ilajax.conv(x, kernel_, bias, **options).features.values
 
-    return lambda: gradients(f, x, kernel.values, bias)
+    def program():
+        with plans.tuned("cpu", **dict(tuning)):
+            return gradients(f, x, kernel.values, bias)
+
+    return program
+
+
+def submanifold_program(*sizes, **options):
+    return conv_program(*sizes, None, shared=True, support="input", **options)
 
 
 def pointwise_program(f, seed=0, grid=(9, 10), **options):
@@ -59,6 +68,8 @@ def pointwise_program(f, seed=0, grid=(9, 10), **options):
         samples.tensor(seed, 2, 3, grid, capacity=40, **options),
     )
 
+
+PRODUCTS = {"products": 0}  # see Tuning; the others go by lines, or as it is best
 
 PROGRAMS = {
     "conv-1d": conv_program(0, (50,), (4,), 2, 3, 20, strides=3),
@@ -75,9 +86,16 @@ PROGRAMS = {
     ),
     "conv-rows": conv_program(11, (9, 130), (3, 3), 9, 9, 300, shared=True, slots=200),
     "conv-many-channels": conv_program(7, (9, 10), (1, 1), 40, 50, 20),
-    "submanifold-2d": conv_program(8, (9, 10), (3, 3), 2, 3, None, shared=True, support="input"),
-    "submanifold-3d": conv_program(
-        9, (40, 30, 50), (3, 3, 3), 3, 9, None, shared=True, dtype="float16", support="input"
+    "submanifold-2d": submanifold_program(8, (9, 10), (3, 3), 2, 3),
+    "submanifold-3d": submanifold_program(9, (40, 30, 50), (3, 3, 3), 3, 9, dtype="float16"),
+    "products-1d": submanifold_program(13, (95,), (5,), 9, 3, tuning=PRODUCTS, kernel_dilation=2),
+    "products-2d": submanifold_program(14, (9, 10), (3, 3), 9, 17, tuning=PRODUCTS),
+    # One part of several chunks; backward one sample at a time.
+    "products-chunks": submanifold_program(
+        15, (60, 70), (3, 3), 8, 24, slots=1200, tuning=PRODUCTS | {"tasks": 1}, dtype="bfloat16"
+    ),
+    "products-waves": submanifold_program(
+        16, (9, 10), (3, 3), 16, 16, slots=1200, tuning=PRODUCTS | {"workspace": 400_000}
     ),
     "k_select": pointwise_program(lambda x: ilajax.k_select(x, 7)),
     "k_select-wide": pointwise_program(lambda x: ilajax.k_select(x, 90, select="magnitude")),

@@ -9,6 +9,19 @@ import pytest
 from ilajax import check
 from ilajax.ffi import plans, routes
 
+# What is called, and how it is planned: narrow submanifold convolutions go by lines otherwise.
+CALLS = {operation: (operation, {}) for operation in routes.OPERATIONS} | {
+    "submanifold-products": ("submanifold", {"products": 0})
+}
+
+
+@pytest.fixture(params=CALLS)
+def operation(request):
+    """An operation, one after the other, with the plans of its forms."""
+    name, numbers = CALLS[request.param]
+    with plans.tuned("cpu", **numbers):
+        yield name
+
 
 def elements(case):
     return sum(a.size for a in jax.tree.leaves(case.operands))
@@ -19,7 +32,6 @@ def smallest(operation, count=2):
     return sorted((c for c in check.cases() if c.operation == operation), key=elements)[:count]
 
 
-@pytest.mark.parametrize("operation", routes.OPERATIONS)
 def test_what_is_allocated_is_what_is_carved(backend, operation, monkeypatch):
     """Catches a plan with bytes that no kernel uses, and a kernel that goes by other sizes than its plan."""
     if backend == "reference":
@@ -47,7 +59,6 @@ def test_what_is_allocated_is_what_is_carved(backend, operation, monkeypatch):
 
 
 @pytest.mark.nans
-@pytest.mark.parametrize("operation", routes.OPERATIONS)
 def test_a_plan_from_outside(backend, operation, monkeypatch):
     """Catches a crash where an exported program has other numbers in a plan than Python would pass."""
     if backend == "reference":

@@ -52,6 +52,11 @@ EVERY = {
     "tests/ops/test_submanifold.py::test_contents": 1,
     "tests/ops/test_submanifold.py::test_loops": 5,
     "tests/ops/test_submanifold.py::test_nan_and_inf": 1,
+    "tests/ops/test_submanifold_forms.py::test_chunks_and_parts": 1,
+    "tests/ops/test_submanifold_forms.py::test_nan_and_inf": 5,
+    "tests/ops/test_submanifold_forms.py::test_places": 5,
+    "tests/ops/test_submanifold_forms.py::test_vmap": 1,
+    "tests/ops/test_submanifold_forms.py::test_waves_and_workers_do_not_show": 1,
     "tests/thread_sanitizer/much_work.py::test_many_entries": 1,
 }
 

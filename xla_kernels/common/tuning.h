@@ -30,7 +30,8 @@ struct Tuning {
   int64_t dense_bytes = 1 << 20;
   int64_t dense_share = 32;
   int64_t dense_percent = 65;
-  int64_t products = 128;  // in_channels * out_channels from which shared supports take products
+  // in_channels * out_channels from which shared supports take products; their gradient from half.
+  int64_t products = 128;
 
   // --- A GPU
   int64_t shared_memory = 99 << 10;  // bytes that a block may have there

@@ -16,6 +16,12 @@ GradientPlan MakeGradientPlan(const ConvShape& s, const Tuning& tuning) {
   GradientPlan plan = {};
   plan.block = BlockOf(s.out_channels);
   plan.line_sites = LineSites(lines.line, plan.block, tuning);
+  const LineBuffer buffer(lines.line, plan.line_sites, plan.block);
+  const int64_t line_bytes = plan.line_sites * plan.block * static_cast<int64_t>(sizeof(float));
+  const bool whole = buffer.piece == lines.line.output_length;
+  plan.spread_lines = whole ? std::clamp<int64_t>(tuning.line_bytes / line_bytes, 1,
+                                                  lines.planes * lines.plane_lines)
+                            : 1;
   plan.dense_percent = tuning.dense_percent;
   plan.max_entries = EntriesAtOnce(lines, s, budget, tuning);
   // As many slabs as make a few tasks for every thread: each looks at the cotangents within its
@@ -24,10 +30,9 @@ GradientPlan MakeGradientPlan(const ConvShape& s, const Tuning& tuning) {
   plan.slab_planes =
       CeilDiv(lines.input_planes, std::min(CeilDiv(tuning.tasks, items), lines.input_planes));
   if (!HasStrides(s.w)) {
-    plan.dense_planes =
-        DensePlanes(s, transposed, DenseLines(transposed.line, s.out_channels),
-                    LineBuffer(lines.line, plan.line_sites, plan.block), plan.slab_planes,
-                    SizeOf<LiveTaps>(s.in_channels, lines.tap_lines, s.weights), budget, tuning);
+    plan.dense_planes = DensePlanes(
+        s, transposed, DenseLines(transposed.line, s.out_channels), buffer, plan.slab_planes,
+        SizeOf<LiveTaps>(s.in_channels, lines.tap_lines, s.weights), budget, tuning);
   }
   const int64_t units = items * CeilDiv(lines.input_planes, plan.slab_planes);
   const int64_t bars = s.groups * s.in_channels * CeilDiv(s.out_channels, plan.block) * plan.block *
@@ -43,12 +48,14 @@ GradientPlan MakeGradientPlan(const ConvShape& s, const Tuning& tuning) {
 
 bool Fits(const ConvShape& s, const GradientPlan& plan) {
   const Lines lines(Squeeze(s.w));
-  if (!IsBlock(plan.block) || plan.line_sites < 1 || plan.slab_planes < 1 || plan.max_entries < 1 ||
-      plan.parts < 1 || plan.workers < 1 || plan.dense_planes < 0) {
+  if (!IsBlock(plan.block) || plan.line_sites < 1 || plan.spread_lines < 1 ||
+      plan.slab_planes < 1 || plan.max_entries < 1 || plan.parts < 1 || plan.workers < 1 ||
+      plan.dense_planes < 0) {
     return false;
   }
-  return plan.dense_planes == 0 ||
-         (!HasStrides(s.w) && LineBuffer(lines.line, plan.line_sites, plan.block).plain);
+  const LineBuffer buffer(lines.line, plan.line_sites, plan.block);
+  if (plan.spread_lines > 1 && buffer.piece < lines.line.output_length) return false;
+  return plan.dense_planes == 0 || (!HasStrides(s.w) && buffer.plain);
 }
 
 namespace {
@@ -168,12 +175,16 @@ struct Gradient {
     const int64_t first = range.first_line, last = first + range.lines;
     int64_t begin, end;
     t.InputPlanes(first / t.plane_lines, CeilDiv(last, t.plane_lines), begin, end);
-    DenseSlab slab = {tables.dense_lines, worker.cotangents, worker.filled};
+    DenseSlab slab = {tables.dense_lines, worker.cotangents, worker.laid_out};
     slab.Fill(
         begin * t.input_plane_lines, (end - begin) * t.input_plane_lines, s.capacity,
         [&](int64_t oc) { return OutKeysOf(item, oc); },
         [&](int64_t oc) { return call.cotangent + (item * s.out_channels + oc) * s.capacity; });
     if (!slab.finite) return false;
+    if (!worker.has_products) {
+      std::fill_n(worker.products, tables.live_taps.count(0, s.in_channels) * kLanes, 0.0f);
+    }
+    worker.has_products = true;
     LineWalk walk(t, first);
     for (int64_t line = first; line < last; ++line, walk.Next()) {
       if (entries.begin(line) == entries.end(line)) continue;
@@ -206,18 +217,60 @@ struct Gradient {
     for (int64_t block = 0; block < filters.blocks; ++block) {
       for (int64_t j = 0; j < plan.block; ++j) worker.ends[j] = -1;
       LineWalk walk(lines, plane_begin * lines.plane_lines);
-      for (int64_t line = plane_begin * lines.plane_lines; line < plane_end * lines.plane_lines;
-           ++line) {
-        RunLine<Loops, kOctets>(item, block, line, walk, range.begin, range.end, worker);
-        walk.Next();
+      const int64_t end = plane_end * lines.plane_lines;
+      for (int64_t line = plane_begin * lines.plane_lines; line < end; line += plan.spread_lines) {
+        const int64_t count = std::min(plan.spread_lines, end - line);
+        if (worker.line.piece < lines.line.output_length) {
+          RunPieces<Loops, kOctets>(item, block, line, walk, range.begin, range.end, worker);
+          walk.Next();
+        } else {
+          RunWhole<Loops, kOctets>(item, block, line, count, walk, worker);
+        }
       }
     }
   }
 
+  // Output lines [line, line + count), all of each.
   template <typename Loops, int kOctets>
-  void RunLine(int64_t item, int64_t block, int64_t line, const LineWalk& walk, int64_t key_begin,
-               int64_t key_end, GradientWorker& worker) const {
+  void RunWhole(int64_t item, int64_t block, int64_t line, int64_t count, LineWalk& walk,
+                GradientWorker& worker) const {
+    const int64_t length = lines.line.output_length;
+    const bool finite = Spread(item, block, line * length, length, count, worker);
+    for (int64_t i = 0; i < count; ++i, walk.Next()) {
+      if (!worker.filled[i]) continue;
+      worker.line.data = worker.spread + i * worker.line.sites * plan.block;
+      RunLine<Loops, kOctets>(block, walk, 0, length, finite, worker);
+    }
+    Clear(item, block, line * length, length, worker);
+  }
+
+  // The pieces of an output line within reach of keys [key_begin, key_end), which are of one line.
+  template <typename Loops, int kOctets>
+  void RunPieces(int64_t item, int64_t block, int64_t line, const LineWalk& walk, int64_t key_begin,
+                 int64_t key_end, GradientWorker& worker) const {
     const LineWindow& along = lines.line;
+    const int64_t place_begin = key_begin % along.input_length;
+    const int64_t place_end = place_begin + key_end - key_begin, piece = worker.line.piece;
+    const int64_t lowest = place_begin + along.low - along.extent() + 1;
+    int64_t begin = 0, stop = along.output_length;
+    begin = std::clamp<int64_t>(lowest, 0, stop * along.stride) / along.stride;
+    begin -= begin % piece;
+    stop = std::clamp<int64_t>(place_end + along.low, 0, stop * along.stride);
+    stop = std::min(CeilDiv(stop, along.stride), along.output_length);
+    for (; begin < stop; begin += piece) {
+      const int64_t end = std::min(begin + piece, along.output_length);
+      const int64_t first_key = line * along.output_length + begin;
+      const bool finite = Spread(item, block, first_key, end - begin, 1, worker);
+      worker.line.data = worker.spread;
+      if (worker.filled[0]) RunLine<Loops, kOctets>(block, walk, begin, end, finite, worker);
+      Clear(item, block, first_key, end - begin, worker);
+    }
+  }
+
+  // Output sites [begin, end) of the line that `walk` stands at and `worker.line` is that of.
+  template <typename Loops, int kOctets>
+  void RunLine(int64_t block, const LineWalk& walk, int64_t begin, int64_t end, bool finite,
+               GradientWorker& worker) const {
     const LineEntries& entries = worker.entries;
     Segment* segment = worker.segments;
     for (const TapLine* t = tap_lines.begin(block); t != tap_lines.end(block); ++t) {
@@ -227,32 +280,12 @@ struct Gradient {
       segment += segment->begin < segment->end;
     }
     if (segment == worker.segments) return;
-    const LineBuffer& buffer = worker.line;
-    // The pieces within reach: all of a line, unless it is a long one.
-    int64_t begin = 0, stop = along.output_length;
-    if (buffer.piece < along.output_length) {
-      const int64_t place_begin = key_begin % along.input_length;
-      const int64_t place_end = place_begin + key_end - key_begin;
-      const int64_t lowest = place_begin + along.low - along.extent() + 1;
-      begin = std::clamp<int64_t>(lowest, 0, stop * along.stride) / along.stride;
-      begin -= begin % buffer.piece;
-      stop = std::clamp<int64_t>(place_end + along.low, 0, stop * along.stride);
-      stop = std::min(CeilDiv(stop, along.stride), along.output_length);
-    }
-    for (; begin < stop; begin += buffer.piece) {
-      const int64_t end = std::min(begin + buffer.piece, along.output_length);
-      const int64_t first_key = line * along.output_length + begin;
-      bool finite = filters.finite && entries.finite;
-      if (!Spread(item, block, first_key, end - begin, worker, finite)) continue;
-      if (buffer.plain && finite) {
-        GatherPlain<Loops, kOctets>(segment, worker);
-      } else {
-        Loops::template kGatherCarefully<kOctets>(entries, worker.segments, segment, along, begin,
-                                                  end, buffer.first(along), filters.weights,
-                                                  worker.weights_bar);
-      }
-      ForKept(item, block, first_key, end - begin, worker,
-              [&](float& place, int64_t) { place = 0.0f; });
+    if (worker.line.plain && finite && filters.finite && entries.finite) {
+      GatherPlain<Loops, kOctets>(segment, worker);
+    } else {
+      Loops::template kGatherCarefully<kOctets>(entries, worker.segments, segment, lines.line,
+                                                begin, end, worker.line.first(lines.line),
+                                                filters.weights, worker.weights_bar);
     }
   }
 
@@ -269,46 +302,54 @@ struct Gradient {
     for (int64_t t = 0; t < taps; ++t) gather(Loops::template kGatherPlain<kOctets, 1>, t);
   }
 
-  // Spreads the cotangents of kept outputs with keys from `first_key` over the line. Returns
-  // whether there are any, and clears `finite` if one of them is not.
-  bool Spread(int64_t item, int64_t block, int64_t first_key, int64_t sites, GradientWorker& worker,
-              bool& finite) const {
+  // Spreads the cotangents of the kept outputs of `count` lines, or pieces, of `sites` output sites
+  // from `first_key`, and marks the lines that have any. Returns whether all are finite.
+  bool Spread(int64_t item, int64_t block, int64_t first_key, int64_t sites, int64_t count,
+              GradientWorker& worker) const {
     const int64_t channels = std::min(plan.block, s.out_channels - block * plan.block);
+    uint32_t largest = 0;
     for (int64_t j = 0; j < channels; ++j) {
-      const int32_t* key = OutKeysOf(item, block * plan.block + j);
-      // Lines come in ascending order, so that the first one alone needs a search.
+      const int64_t oc = block * plan.block + j;
+      const int32_t* key = OutKeysOf(item, oc);
+      // Lines come in ascending order, so that the first ones alone need a search.
       int64_t slot = worker.ends[j];
       if (slot < 0) slot = std::lower_bound(key, key + s.capacity, first_key) - key;
       while (slot < s.capacity && key[slot] < first_key) ++slot;
       worker.begins[j] = static_cast<int32_t>(slot);
-      while (slot < s.capacity && key[slot] < first_key + sites) ++slot;
+      while (slot < s.capacity && key[slot] < first_key + count * sites) ++slot;
       worker.ends[j] = static_cast<int32_t>(slot);
+      const T* cotangent = call.cotangent + (item * s.out_channels + oc) * s.capacity;
+      ForKept(key, j, first_key, sites, worker, [&](float& place, uint8_t& filled, int64_t i) {
+        place = static_cast<float>(cotangent[i]);
+        largest = std::max(largest, FloatBits(place) & 0x7f800000u);
+        filled = 1;
+      });
     }
-    bool any = false;
-    uint32_t largest = 0;
-    ForKept(item, block, first_key, sites, worker, [&](float& place, int64_t slot) {
-      place = static_cast<float>(call.cotangent[slot]);
-      largest = std::max(largest, FloatBits(place) & 0x7f800000u);
-      any = true;
-    });
-    finite &= largest != 0x7f800000u;
-    return any;
+    return largest != 0x7f800000u;
   }
 
-  // Calls f(the place in the line's buffer, slot) for the kept outputs that Spread has found.
-  template <typename F>
-  void ForKept(int64_t item, int64_t block, int64_t first_key, int64_t sites,
-               const GradientWorker& worker, F&& f) const {
+  // Sets back to zero what Spread has filled.
+  void Clear(int64_t item, int64_t block, int64_t first_key, int64_t sites,
+             GradientWorker& worker) const {
     const int64_t channels = std::min(plan.block, s.out_channels - block * plan.block);
-    float* buffer = worker.line.first(lines.line);
     for (int64_t j = 0; j < channels; ++j) {
-      const int64_t oc = block * plan.block + j;
-      const int32_t* key = OutKeysOf(item, oc);
-      for (int64_t i = worker.begins[j]; i < worker.ends[j]; ++i) {
-        const int64_t site = key[i] - first_key;
-        if (site < 0 || site >= sites) continue;
-        f(buffer[site * plan.block + j], (item * s.out_channels + oc) * s.capacity + i);
-      }
+      ForKept(OutKeysOf(item, block * plan.block + j), j, first_key, sites, worker,
+              [](float& place, uint8_t& filled, int64_t) { place = 0.0f, filled = 0; });
+    }
+  }
+
+  // Calls f(its place, its line's mark, slot) for the kept outputs of channel j of the block.
+  template <typename F>
+  void ForKept(const int32_t* key, int64_t j, int64_t first_key, int64_t sites,
+               const GradientWorker& worker, F&& f) const {
+    const Divider line_of(sites);
+    const int64_t pitch = worker.line.sites * plan.block;
+    float* const first = worker.line.first(lines.line, worker.spread) + j;
+    for (int64_t i = worker.begins[j]; i < worker.ends[j]; ++i) {
+      const int64_t site = key[i] - first_key;
+      if (site < 0) continue;  // broken keys
+      const int64_t line = line_of.Quotient(site);
+      f(first[line * pitch + (site - line * sites) * plan.block], worker.filled[line], i);
     }
   }
 };
@@ -355,18 +396,14 @@ void RunGradient(ffi::ThreadPool& pool, const GradientCall<T>& call, const ConvS
               s.batch * s.in_channels * s.slots * sizeof(T));
   const StoredInput<T> input = {s, call.keys, call.values};
   const Gradient<T> gradient = {call, plan, t, input};
-  for (int64_t i = 0; i < plan.workers; ++i) {
-    const GradientWorker worker = layout.workers.At(i, t, plan);
-    worker.line.Clear();
-    if (t.has_dense) std::fill_n(worker.own, t.dense_lines.vectors * kLanes, 0.0f);
-  }
+  for (int64_t i = 0; i < plan.workers; ++i) *layout.workers.At(i, t, plan).clear = false;
   const int64_t slabs = CeilDiv(lines.input_planes, plan.slab_planes);
   const int64_t units = s.batch / s.groups * slabs;
   ParallelFor(pool, s.groups * plan.parts, plan.workers, [&](int64_t task, int64_t id) {
     GradientWorker worker = layout.workers.At(id, t, plan);
     worker.weights_bar = t.part_bars + task * t.filters.size();
     std::memset(worker.weights_bar, 0, t.filters.size() * sizeof(float));
-    std::fill_n(worker.products, live * kLanes, 0.0f);
+    worker.Clear(t, plan);
     const int64_t group = task / plan.parts, part = task % plan.parts;
     for (int64_t unit = part * units / plan.parts; unit < (part + 1) * units / plan.parts; ++unit) {
       const int64_t item = group * (s.batch / s.groups) + unit / slabs;
@@ -376,7 +413,7 @@ void RunGradient(ffi::ThreadPool& pool, const GradientCall<T>& call, const ConvS
             item, plane, std::min(plane + plan.slab_planes, lines.input_planes), worker);
       });
     }
-    for (int64_t i = 0; i < live; ++i) {
+    for (int64_t i = 0; worker.has_products && i < live; ++i) {
       const float* lanes = worker.products + i * kLanes;
       const int64_t n = t.live_taps.taps[i].number;
       t.filters.ForWeights(

@@ -17,6 +17,7 @@ namespace ilajax {
 struct GradientPlan {
   int64_t block;          // output channels
   int64_t line_sites;     // of a line's buffer
+  int64_t spread_lines;   // output lines whose cotangents are spread at once
   int64_t slab_planes;    // input planes of a task, at most
   int64_t dense_planes;   // of them, laid out densely at once; 0: never
   int64_t dense_percent;  // see Tuning
@@ -67,22 +68,29 @@ struct GradientTables {
 };
 
 struct GradientWorker {
-  LineBuffer line;  // of cotangents
+  LineBuffer line;  // that of one of the lines below
+  float* spread;    // [line][site of its buffer][channel of the block]: cotangents, 0 in between
+  uint8_t* filled;  // [line]: whether it has any
+  bool* clear;      // whether that holds: not before the worker's first task
   LineEntries entries;
   Segment* segments;
-  int32_t* begins;               // [oc]: the kept outputs of the line, as slots [begin, end)
+  int32_t* begins;               // [oc]: the kept outputs that are spread, as slots [begin, end)
   int32_t* ends;                 // [oc]
   float* weights_bar = nullptr;  // of the task's part
+  bool has_products = false;     // whether the task has added to those below
   // Of the dense form:
   float* cotangents;    // DenseSlab::values
   float* products;      // [live tap][lane]: shares of the weights' gradient
   float* own;           // one input line of one channel; zero in between
   float* sums;          // what it gets
   const float** bases;  // [line of taps]
-  uint8_t* filled;      // DenseSlab::filled
+  uint8_t* laid_out;    // DenseSlab::filled
 
   GradientWorker(Carver& carver, const GradientTables& t, const GradientPlan& plan)
-      : line(carver, t.lines.line, plan.line_sites, plan.block),
+      : line(t.lines.line, plan.line_sites, plan.block),
+        spread(carver.Take<float>(plan.spread_lines, plan.line_sites, plan.block)),
+        filled(carver.Take<uint8_t>(plan.spread_lines)),
+        clear(carver.Take<bool>(1)),
         entries(carver,
                 std::min(plan.slab_planes, t.lines.input_planes) * t.lines.input_plane_lines,
                 t.lines.line.input_length, line.plain, plan.max_entries, true),
@@ -96,7 +104,16 @@ struct GradientWorker {
     own = carver.Take<float>(line_floats);
     sums = carver.Take<float>(line_floats);
     bases = carver.Take<const float*>(t.has_dense ? t.lines.tap_lines : 0);
-    filled = carver.Take<uint8_t>(dense_lines);
+    laid_out = carver.Take<uint8_t>(dense_lines);
+  }
+
+  // Before a task.
+  void Clear(const GradientTables& t, const GradientPlan& plan) const {
+    if (*clear) return;
+    std::fill_n(spread, plan.spread_lines * plan.line_sites * plan.block, 0.0f);
+    std::fill_n(filled, plan.spread_lines, uint8_t{0});
+    if (t.has_dense) std::fill_n(own, t.dense_lines.vectors * kLanes, 0.0f);
+    *clear = true;
   }
 };
 

@@ -241,7 +241,10 @@ struct LineBuffer {
     std::memset(bits, 0, words() * sizeof(uint64_t));
   }
   // The place of the first output site.
-  float* first(const LineWindow& line) const { return data + (plain ? line.before() * block : 0); }
+  float* first(const LineWindow& line) const { return first(line, data); }
+  float* first(const LineWindow& line, float* of) const {
+    return of + (plain ? line.before() * block : 0);
+  }
   // Where place 0 of an input line goes through tap 0, where the buffer is plain.
   float* origin(const LineWindow& line) const { return data + (line.before() + line.low) * block; }
 };

@@ -2,7 +2,7 @@
 //
 // A pair is an output site and a stored input site that one of its taps reads. For each tap, the
 // pairs of a chunk of output sites are listed, and the input sites' stacks, their values over all
-// channels, are multiplied by the tap's matrix of weights, a tile of output channels at a time, and
+// channels, are multiplied by the tap's matrix of weights, a block of output channels at a time, and
 // added to the output sites' stacks. The gradient of the stacks is the same with the transposed
 // window and matrices; that of the filter is a sum of outer products over the same pairs.
 
@@ -19,7 +19,7 @@
 namespace ilajax::products {
 
 constexpr int kSites = 6;  // pairs that Multiply takes at once: as many as there are registers for
-constexpr int64_t kTile = 16;  // output channels that it takes at once, at most
+constexpr int64_t kBlock = 16;  // output channels that it takes at once, at most
 
 // Stacks that are taken at once, counted from the first of a sample or of a chunk.
 struct Pair {
@@ -131,22 +131,22 @@ struct PairLists {
   }
 };
 
-// What a tile of output channels gets through a tap.
+// What a block of output channels gets through a tap.
 struct TapMatrix {
   int64_t live;             // channels that have a live weight
   const int32_t* channels;  // [live]
-  const float* weights;     // [live][kTile]
+  const float* weights;     // [live][kBlock]
 };
 
-// The filter as a matrix for each tap, in tiles of output channels; `transposed`: the other way
+// The filter as a matrix for each tap, in blocks of output channels; `transposed`: the other way
 // round, from its output channels to its input channels and with the taps in reverse.
 struct TapMatrices {
   int64_t in_channels, out_channels, taps;
   bool transposed;
-  int64_t from, to, tiles;
-  int32_t* live;      // [tap][tile]
-  int32_t* channels;  // [tap][tile][from]
-  float* weights;     // [tap][tile][from][kTile]
+  int64_t from, to, blocks;
+  int32_t* live;      // [tap][block]
+  int32_t* channels;  // [tap][block][from]
+  float* weights;     // [tap][block][from][kBlock]
   bool* finite;       // whether all weights are
 
   TapMatrices(Carver& carver, int64_t filter_in, int64_t filter_out, int64_t filter_taps,
@@ -157,24 +157,24 @@ struct TapMatrices {
         transposed(is_transposed),
         from(transposed ? filter_out : filter_in),
         to(transposed ? filter_in : filter_out),
-        tiles(CeilDiv(to, kTile)),
-        live(carver.Take<int32_t>(taps, tiles)),
-        channels(carver.Take<int32_t>(taps, tiles, from)),
-        weights(carver.Take<float>(taps, tiles, from, kTile)),
+        blocks(CeilDiv(to, kBlock)),
+        live(carver.Take<int32_t>(taps, blocks)),
+        channels(carver.Take<int32_t>(taps, blocks, from)),
+        weights(carver.Take<float>(taps, blocks, from, kBlock)),
         finite(carver.Take<bool>(1)) {}
 
-  int Octets(int64_t tile) const { return to - tile * kTile > kLanes ? 2 : 1; }
-  TapMatrix At(int64_t tap, int64_t tile) const {
-    const int64_t i = tap * tiles + tile;
-    return {live[i], channels + i * from, weights + i * from * kTile};
+  int Octets(int64_t block) const { return to - block * kBlock > kLanes ? 2 : 1; }
+  TapMatrix At(int64_t tap, int64_t block) const {
+    const int64_t i = tap * blocks + block;
+    return {live[i], channels + i * from, weights + i * from * kBlock};
   }
 
   // Whether the filter has a live weight in a block of a tap's matrix, of channels as the filter's:
   // only of transposed matrices.
   bool AnyLive(int64_t tap, int64_t in_begin, int64_t in_end, int64_t out_begin,
                int64_t out_end) const {
-    for (int64_t tile = in_begin / kTile; tile * kTile < in_end && tile < tiles; ++tile) {
-      const TapMatrix m = At(tap, tile);
+    for (int64_t block = in_begin / kBlock; block * kBlock < in_end && block < blocks; ++block) {
+      const TapMatrix m = At(tap, block);
       const int32_t* end = m.channels + m.live;
       const int32_t* first = std::lower_bound(m.channels, end, out_begin);
       if (first != end && *first < out_end) return true;
@@ -186,8 +186,8 @@ struct TapMatrices {
 };
 
 inline void TapMatrices::Fill(const int32_t* keys, const float* values, int64_t count) const {
-  std::memset(weights, 0, taps * tiles * from * kTile * sizeof(float));
-  std::fill_n(channels, taps * tiles * from, -1);
+  std::memset(weights, 0, taps * blocks * from * kBlock * sizeof(float));
+  std::fill_n(channels, taps * blocks * from, -1);
   *finite = true;
   WeightPlace place(in_channels, out_channels, taps);
   for (int64_t n = 0; n < count; ++n) {
@@ -195,19 +195,19 @@ inline void TapMatrices::Fill(const int32_t* keys, const float* values, int64_t 
     const int64_t tap = transposed ? taps - 1 - place.tap : place.tap;
     const int64_t source = transposed ? place.out : place.in;
     const int64_t target = transposed ? place.in : place.out;
-    const int64_t row = (tap * tiles + target / kTile) * from + source;
-    weights[row * kTile + target % kTile] = values[n];
+    const int64_t row = (tap * blocks + target / kBlock) * from + source;
+    weights[row * kBlock + target % kBlock] = values[n];
     channels[row] = static_cast<int32_t>(source);
     *finite &= std::isfinite(values[n]);
   }
-  for (int64_t i = 0; i < taps * tiles; ++i) {
+  for (int64_t i = 0; i < taps * blocks; ++i) {
     int32_t* channel = channels + i * from;
-    float* row = weights + i * from * kTile;
+    float* row = weights + i * from * kBlock;
     int32_t kept = 0;
     for (int64_t c = 0; c < from; ++c) {
       if (channel[c] < 0) continue;
       channel[kept] = static_cast<int32_t>(c);
-      if (kept != c) std::memcpy(row + kept * kTile, row + c * kTile, kTile * sizeof(float));
+      if (kept != c) std::memcpy(row + kept * kBlock, row + c * kBlock, kBlock * sizeof(float));
       ++kept;
     }
     live[i] = kept;
@@ -217,6 +217,6 @@ inline void TapMatrices::Fill(const int32_t* keys, const float* values, int64_t 
 // How many rows of the filter's gradient AddOuter takes at once, of so many that are left: an even
 // number, and at least 4.
 inline int64_t EvenRows(int64_t channels) { return std::max<int64_t>(4, (channels + 1) / 2 * 2); }
-inline int64_t BlockOfRows(int64_t left) { return left == 4 || left == 8 ? 4 : 6; }
+inline int64_t RowsAtOnce(int64_t left) { return left == 4 || left == 8 ? 4 : 6; }
 
 }  // namespace ilajax::products

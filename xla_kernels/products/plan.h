@@ -37,7 +37,7 @@ struct Worker {
   Worker(Carver& carver, const Lines& lines_, int64_t channels, const Plan& plan)
       : lists(carver, lines_, plan.chunk),
         sums{carver.Take<float>(plan.chunk + 1, StackStep(channels)), StackStep(channels)},
-        own{carver.Take<float>(plan.parts > 0 ? plan.chunk + kLanes : 0, StackStep(channels)),
+        own{carver.Take<float>(plan.parts > 0 ? plan.chunk : 0, StackStep(channels)),
             StackStep(channels)} {}
 };
 
@@ -65,7 +65,8 @@ struct Layout {
 // A plan, or one of no samples where lines are quicker, or stacks do not fit.
 inline Plan MakePlan(const ConvShape& s, const Tuning& tuning, bool backward) {
   Plan plan = {};
-  if (s.in_channels * s.out_channels < tuning.products) return plan;
+  // The gradient by lines costs more than its products where most sites are stored.
+  if (s.in_channels * s.out_channels < tuning.products / (backward ? 2 : 1)) return plan;
   const int64_t budget = tuning.CpuWorkspace(s.w.sites());
   const int64_t from = backward ? s.out_channels : s.in_channels;
   const int64_t to = backward ? s.in_channels : s.out_channels;

@@ -24,18 +24,23 @@ void LayOut(ffi::ThreadPool& pool, const Layout& layout, const Plan& plan, const
   const int64_t channels = layout.matrices.from;
   const auto sample = [&](int64_t i) { return layout.samples.At(i, w, slots, channels); };
   for (int64_t i = 0; i < count; ++i) *sample(i).finite = 1;
-  constexpr int64_t kBlock = 1024;  // slots of a task
-  const int64_t blocks = CeilDiv(slots, kBlock) + 1;
-  ParallelFor(pool, count * blocks + 1, plan.workers, [&](int64_t task, int64_t) {
+  constexpr int64_t kSlots = 1024;  // of a task
+  const int64_t tasks = CeilDiv(slots, kSlots) + 1;
+  ParallelFor(pool, count * tasks + 1, plan.workers, [&](int64_t task, int64_t) {
     if (task == 0) return more();
-    const int64_t i = (task - 1) / blocks, block = (task - 1) % blocks;
+    const int64_t i = (task - 1) / tasks, part = (task - 1) % tasks;
     const Sample s = sample(i);
-    if (block == 0) return s.index.Fill(keys + (item + i) * slots, slots);
-    const int64_t begin = (block - 1) * kBlock, end = std::min(begin + kBlock, slots);
-    const bool finite =
-        Loops::template kToStacks<T>(values + (item + i) * channels * slots, slots, channels, begin,
-                                     end, s.stacks.data + begin * s.stacks.step, s.stacks.step);
-    if (!finite) __atomic_store_n(s.finite, 0, __ATOMIC_RELAXED);
+    const int32_t* const own_keys = keys + (item + i) * slots;
+    if (part == 0) return s.index.Fill(own_keys, slots);
+    const auto to_stacks = [&](int64_t begin, int64_t end) {
+      return Loops::template kToStacks<T>(values + (item + i) * channels * slots, slots, channels,
+                                          begin, end, s.stacks.data + begin * s.stacks.step,
+                                          s.stacks.step);
+    };
+    const int64_t begin = (part - 1) * kSlots, end = std::min(begin + kSlots, slots);
+    const int64_t last = std::clamp(Stored(own_keys, slots, w.input_sites), begin, end);
+    if (!to_stacks(begin, last)) __atomic_store_n(s.finite, 0, __ATOMIC_RELAXED);
+    to_stacks(last, end);  // padding, whose values do not count
   });
 }
 
