@@ -132,6 +132,9 @@ def _time_steps(
             name = "dense, PyTorch"
             call = pytorch.training_step(dense, grid, batch[1], "Adam", options.learning_rate)
             steps[name] = demo_measure.Step(call, None, None)
+        for _, module in nnx.iter_graph(dense):
+            if isinstance(module, nnx.Conv):  # on a CPU the twin's own is ilajax's kernel
+                module.conv_general_dilated = jax.lax.conv_general_dilated
         # The dense twin's optimizer ignores densities and epochs.
         adam = optax.with_extra_args_support(optax.adam(options.learning_rate))
         optimizer = nnx.Optimizer(dense, adam, wrt=nnx.Param)

@@ -79,6 +79,7 @@ class GradientPlan(NamedTuple):
 
     block: int
     line_sites: int
+    spread_lines: int
     slab_planes: int
     dense_planes: int
     dense_percent: int

@@ -8,7 +8,7 @@
 //
 //   entries   of all channels, sorted into the line. Each adds its weights to the sites it reaches;
 //             work follows stored entries x live taps.
-//   stacks    of all channels, for each site in use, where most of them are stored there. A site's
+//   stacks    of all channels, for each site in use, where many of them are stored there. A site's
 //             channels are summed in registers (lines/lines.h, lines/sort.inc).
 //   dense     site by site, where filters are pruned or the grid is nearly full. One live weight at
 //             a time is added along the line; work follows lines x live weights (lines/dense.h).

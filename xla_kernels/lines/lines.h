@@ -175,11 +175,11 @@ struct Entry {
 // What some lines of one sample store, in one of two forms:
 //
 //   entries   [line][channel][place]
-//   stacks    where most channels are stored at a site: values [site][channel], then the sites'
+//   stacks    where many channels are stored at a site: values [site][channel], then the sites'
 //             places, and backward the values' gradients [site][channel]
 //
-// An entry takes four floats. Stacks of C channels are made of sites * (C + 3) <= 3 * entries, and
-// take sites * (C + 1), or with gradients sites * (2 * C + 1): six for each entry at most.
+// There are four floats for each entry, with gradients six. Stacks are made wherever they fit there:
+// if a site stores a quarter of its channels or somewhat more, with gradients a third.
 struct LineEntries {
   int64_t words = 0;      // of the bitmap; 0: there is none, and no stacks
   bool gradient = false;  // stacks have gradients
@@ -201,6 +201,12 @@ struct LineEntries {
         bits(carver.Take<uint64_t>(words)),
         ranks(carver.Take<int32_t>(words)),
         data(carver.Take<float>(max_entries, (gradient ? 6 : 4))) {}
+
+  // Whether stacks of so many entries have room.
+  bool CanStack(int64_t entries) const {
+    return gradient ? sites * (2 * channels + 1) <= 6 * entries
+                    : sites * (channels + 1) <= 4 * entries;
+  }
 
   bool Holds(int64_t line) const { return line >= first_line && line < first_line + lines; }
   int32_t begin(int64_t line) const { return starts[line - first_line]; }
