@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -69,3 +71,13 @@ def test_the_results_are_those_of_mnist():
     nets = [line for line in page.splitlines() if re.match(r"\| (dense|[\d.]+ / [\d.]+) \|", line)]
     assert len(nets) > 2
     assert [line for line in nets if line not in README] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_the_speeds_are_those_of_the_benchmark(page):
+    """Catches a table of an earlier `python -m benchmarks --report`."""
+    measured = (ROOT / "benchmarks" / "results" / "bench.md").read_text().splitlines()
+    lines = (ROOT / page).read_text().splitlines()
+    shown = [line for line in lines if re.match(r"\| (r\d+|step|hidden|Adagrad) .* \|", line)]
+    assert len(shown) > 5
+    assert [line for line in shown if line not in measured] == []

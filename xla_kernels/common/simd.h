@@ -1,12 +1,13 @@
 // Vectors of eight floats, and loops compiled for more than one instruction set.
 //
-// What is shipped runs on any x86-64 (or another processor), and uses AVX2 where there is some. A
-// file of inner loops, lines/loops.inc or pool/segment.inc, is compiled twice in one translation
-// unit: it is included into namespace `baseline`, for what every processor has, and into namespace
-// `avx2`, where a pragma lets the compiler use AVX2 and fused multiply-adds. Both namespaces end in
-// a struct `Loops` with the same members, and HasAvx2() chooses once at run time. Everything
-// outside of those files is compiled for the baseline: an inline function of another instruction
-// set, kept by the linker in the place of its twin, would stop an older processor.
+// What is shipped runs on any x86-64 (or another processor), and uses AVX2 or AVX-512 where there is
+// some. A file of inner loops, such as lines/loops.inc, is compiled several times in one translation
+// unit: it is included into namespace `baseline`, for what every processor has, and into `avx2` and
+// maybe `avx512`, where a pragma lets the compiler use those and fused multiply-adds. These
+// namespaces end in a struct `Loops` with the same members, and HasAvx2() and HasAvx512() choose
+// once at run time. Everything outside of those files is compiled for the baseline: an inline
+// function of another instruction set, kept by the linker in the place of its twin, would stop an
+// older processor.
 //
 // Loops are written with GCC's vector types, which Clang has as well: on the baseline the compiler
 // makes two vectors of four of each. A constant number of vectors is a template parameter, so that
