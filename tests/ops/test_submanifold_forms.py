@@ -84,6 +84,7 @@ PLACES = GEOMETRIES | {
 CHANNELS = [(1, 40), (40, 1), (3, 8), (8, 9), (9, 17), (16, 16), (24, 40), (17, 3), (12, 24)]
 
 
+@pytest.mark.parametrize("form", ["products"], indirect=True)  # lines: test_submanifold.py
 @pytest.mark.parametrize("name", PLACES)
 def test_places(form, name):
     """Catches a neighbour of another line or sample, a tap taken for another, channels that get lost."""
@@ -100,6 +101,7 @@ def test_places(form, name):
         check_products(program(form, dilation), x, kernel, bias, g, dilation)
 
 
+@pytest.mark.parametrize("form", ["products"], indirect=True)
 @pytest.mark.parametrize("channels", CHANNELS, ids=str)
 def test_channels(form, channels):
     """Catches a block of channels that is skipped, done twice or reaches into the next."""

@@ -69,6 +69,8 @@ def test_a_plan_from_outside(backend, operation, monkeypatch):
     def count(platform, target, *problem, make=plans.plan):
         plan = make(platform, target, *problem)
         sizes[target] = 0 if plan is None else plan.numbers.size
+        if operation == "submanifold" and plan.numbers[0] > 0:
+            sizes[target] = 4  # by products: the others are the lines'
         return plan
 
     with monkeypatch.context() as patch:
