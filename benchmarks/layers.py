@@ -4,6 +4,7 @@
 timed is first seen to compute the same.
 """
 
+import abc
 import dataclasses
 import functools
 import itertools
@@ -49,7 +50,7 @@ class Peer(NamedTuple):
     program: Program | None = None
 
 
-class Timed:
+class Timed(abc.ABC):
     """A layer by ilajax: `function` of `operands`, with gradients if `backward`."""
 
     x: Features
@@ -65,13 +66,13 @@ class Timed:
     def call(self) -> Any:
         return self.compiled(*self.operands)
 
+    @abc.abstractmethod
     def read(self, result: Any) -> tuple[Features, jax.Array | None]:
         """As `Peer.read`, of what `call` returns."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def dense(self) -> Dense:
         """What a dense network is given."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
