@@ -1,16 +1,19 @@
 """Fixtures of the whole suite: the backends, and NaN as an error."""
 
 import collections
+import gc
 import importlib
 import inspect
 import os
 import pkgutil
 
-# Tests compile small programs for most of their time: XLA's optimizer would take twice as long as it saves.
-# Set before JAX is imported; the kernels are compiled by their own compiler, and as they are shipped.
+# Tests compile small programs for most of their time: XLA's optimizer would take twice as long as it saves, and
+# its older emitters are quicker. Set before JAX is imported; the kernels are compiled by their own compiler, and
+# as they are shipped.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false",
 )
 
 import beartype
@@ -87,6 +90,14 @@ def backend(request, monkeypatch):
     # "native" raises where a kernel is missing; "auto" would quietly run the reference.
     monkeypatch.setenv("ILAJAX_BACKEND", request.param)
     return request.param
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cached_programs_are_not_searched():
+    """What a module leaves in JAX's caches stays: the garbage collector would go through millions of objects."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
