@@ -7,9 +7,9 @@ import inspect
 import os
 import pkgutil
 
-# Tests compile small programs for most of their time: XLA's optimizer would take twice as long as it saves, and
-# its older emitters are quicker. Set before JAX is imported; the kernels are compiled by their own compiler, and
-# as they are shipped.
+# Tests compile small programs for most of their time: XLA's optimizer would take twice as long as it saves,
+# and its older emitters are quicker. Set before JAX is imported; the kernels are compiled by their own compiler,
+# and as they are shipped.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
@@ -94,7 +94,7 @@ def backend(request, monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def _cached_programs_are_not_searched():
-    """What a module leaves in JAX's caches stays: the garbage collector would go through millions of objects."""
+    """What a module leaves in JAX's caches stays: the collector would go through millions of objects."""
     yield
     gc.collect()
     gc.freeze()
