@@ -8,8 +8,8 @@ import os
 import pkgutil
 
 # Tests compile small programs for most of their time: XLA's optimizer would take twice as long as it saves,
-# and its older emitters are quicker. Set before JAX is imported; the kernels are compiled by their own compiler,
-# and as they are shipped.
+# and its older emitters are quicker. Set before JAX is imported; the kernels are compiled by their own
+# compiler, and as they are shipped.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
