@@ -6,6 +6,7 @@ from ilajax.geometry import capacity
 from ilajax.ops.add import add
 from ilajax.ops.concatenate import concatenate
 from ilajax.ops.conv import ConvResult, conv
+from ilajax.ops.conv_transpose import conv_transpose
 from ilajax.ops.convert import from_dense, to_dense
 from ilajax.ops.k_select import k_select
 from ilajax.ops.points import from_points
@@ -30,6 +31,7 @@ __all__ = [
     "capacity",
     "concatenate",
     "conv",
+    "conv_transpose",
     "data",
     "export",
     "from_dense",

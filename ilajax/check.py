@@ -11,6 +11,7 @@ which is stopped at a time limit, so it also finds a kernel that hangs. A GPU th
 
 import contextlib
 import datetime
+import functools
 import os
 import selectors
 import subprocess
@@ -27,6 +28,7 @@ import numpy as np
 from ilajax.ffi import plans, routes, stamp
 from ilajax.geometry import sites
 from ilajax.ops.conv import conv
+from ilajax.ops.conv_transpose import conv_transpose
 from ilajax.ops.convert import from_dense, to_dense
 from ilajax.ops.k_select import k_select
 from ilajax.ops.pool import avg_pool, max_pool
@@ -147,6 +149,7 @@ def cases() -> list[Case]:
     """All comparisons."""
     return [
         *_conv_cases(),
+        *_conv_at_cases(),
         *_submanifold_cases(),
         *_selection_cases(),
         *_pool_cases(),
@@ -193,6 +196,27 @@ def _conv_cases() -> Iterator[Case]:
     yield case("four axes", (7, 6, 8, 9), (2, 3), f32, capacity=100)
     yield case("chunks, slabs", small, (2, 9), f32, batch=5, capacity=40, workspace=1 << 17)
     yield case("row by row", small, (3, 3), f32, batch=3, capacity=400, workspace=1)
+
+
+def _conv_at_cases() -> Iterator[Case]:
+    fine, coarse = (21, 20, 19), (11, 10, 10)
+    for what, operation, (reads, writes), (cin, cout), dtype, workspace in (
+        ("strided", conv, (fine, coarse), (2, 3), jnp.float32, None),
+        ("strided, wide", conv, (fine, coarse), (9, 17), jnp.bfloat16, None),
+        ("transposed", conv_transpose, (coarse, fine), (5, 9), jnp.float16, None),
+        ("transposed, in parts", conv_transpose, (coarse, fine), (3, 34), jnp.float32, 1),
+    ):
+        x = _tensor(3, cin, reads, 900, dtype, shared=True)
+        support = _tensor(3, 1, writes, 700, dtype, shared=True)
+        function = functools.partial(_onto, operation, support)
+        operands = (x, _kernel((3, 3, 3), cin, cout, 0.7))
+        yield Case("conv_at", what, function, operands, workspace=workspace)
+
+
+def _onto(
+    operation: Callable[..., Any], support: SparseTensor, x: SparseTensor, kernel: SparseKernel
+) -> Any:
+    return operation(x, kernel, strides=2, support=support)
 
 
 def _submanifold_cases() -> Iterator[Case]:

@@ -154,7 +154,11 @@ def _pairs_for(padding: object, rank: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """The static geometry of a sliding window: one tap reads `o * stride + t * dilation - low`."""
+    """The static geometry of a sliding window.
+
+    Tap t of output site o reads input site `(o * stride + t * dilation - low) / input_dilation`, where that
+    divides.
+    """
 
     input_shape: tuple[int, ...]  # the grid that the window reads
     window_shape: tuple[int, ...]  # taps along each axis
@@ -162,6 +166,9 @@ class Window:
     dilation: tuple[int, ...]  # steps between taps, in input sites
     low: tuple[int, ...]  # sites of padding before the first one
     output_shape: tuple[int, ...]  # the grid that the window writes
+    input_dilation: tuple[
+        int, ...
+    ]  # steps between input sites: the strides of a transposed convolution
 
     @property
     def taps(self) -> int:
@@ -177,27 +184,29 @@ class Window:
 
     def input_keys(self, keys: jax.Array, tap: jax.Array) -> jax.Array:
         """The input key that `tap` reads for each output key; `input_sites` if there is none."""
-        inside = (keys >= 0) & (keys < self.output_sites)
-        position = [
-            o * stride + t * dilation - low
-            for o, t, stride, dilation, low in self._axes(keys, self.output_shape, tap)
-        ]
-        return jnp.where(inside, ravel(position, self.input_shape), self.input_sites)
+        reads = (keys >= 0) & (keys < self.output_sites)
+        position = []
+        for o, t, stride, dilation, low, step in self._axes(keys, self.output_shape, tap):
+            distance = o * stride + t * dilation - low
+            reads &= distance % step == 0
+            position.append(distance // step)
+        return jnp.where(reads, ravel(position, self.input_shape), self.input_sites)
 
     def output_keys(self, keys: jax.Array, tap: jax.Array) -> jax.Array:
         """The output key that each input key reaches through `tap`; `output_sites` if there is none."""
         reached = (keys >= 0) & (keys < self.input_sites)
         position = []
-        for p, t, stride, dilation, low in self._axes(keys, self.input_shape, tap):
-            distance = p + low - t * dilation
+        for p, t, stride, dilation, low, step in self._axes(keys, self.input_shape, tap):
+            distance = p * step + low - t * dilation
             reached &= distance % stride == 0
             position.append(distance // stride)
         return jnp.where(reached, ravel(position, self.output_shape), self.output_sites)
 
     def _axes(self, keys: jax.Array, shape: tuple[int, ...], tap: jax.Array) -> Iterator[Any]:
-        """For each axis: positions, the tap's place in the window, stride, dilation, low padding."""
-        taps = unravel(tap, self.window_shape)
-        return zip(unravel(keys, shape), taps, self.strides, self.dilation, self.low, strict=True)
+        """For each axis: positions, the tap's place in the window, and the window's numbers."""
+        places = (unravel(keys, shape), unravel(tap, self.window_shape))
+        numbers = (self.strides, self.dilation, self.low, self.input_dilation)
+        return zip(*places, *numbers, strict=True)
 
 
 def conv_window(
@@ -214,14 +223,7 @@ def conv_window(
       TypeError, ValueError: if an argument has the wrong form, or the window is larger than the padded grid.
     """
     rank = len(input_shape)
-    if len(window_shape) != rank:
-        raise ValueError(
-            f"kernel has a window of {len(window_shape)} axes {window_shape}, but x has a grid of "
-            f"{rank} axes {input_shape}. Give the kernel one window axis for each spatial axis."
-        )
-    strides = per_axis("strides", strides, rank)
-    dilation = per_axis("kernel_dilation", dilation, rank)
-    extent = tuple((w - 1) * d + 1 for w, d in zip(window_shape, dilation, strict=True))
+    strides, dilation, extent = _steps(input_shape, window_shape, strides, dilation)
     padding = check_padding(padding, rank)
     if isinstance(padding, str):
         pads = jax.lax.padtype_to_pads(input_shape, extent, strides, padding.upper())
@@ -237,15 +239,104 @@ def conv_window(
         output_shape.append((size + low + high - reach) // stride + 1)
     lows = tuple(low for low, _ in padding)
     written = check_spatial_shape(output_shape)
-    return Window(input_shape, tuple(window_shape), strides, dilation, lows, written)
+    ones = (1,) * rank
+    return Window(input_shape, tuple(window_shape), strides, dilation, lows, written, ones)
+
+
+def conv_transpose_window(
+    input_shape: tuple[int, ...],
+    window_shape: tuple[int, ...],
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "SAME",
+    dilation: int | Sequence[int] = 1,
+    output_shape: Sequence[int] | None = None,
+) -> Window:
+    """The window of `jax.lax.conv_transpose` with these arguments.
+
+    It reads a grid that a convolution with the same strides and padding writes, where that reads
+    `output_shape`; pairs of padding are those of the spread input, as in `jax.lax.conv_transpose`.
+
+    Raises:
+      TypeError, ValueError: if an argument has the wrong form, or the convolution would not write
+        `input_shape` from `output_shape`.
+    """
+    rank = len(input_shape)
+    strides, dilation, extent = _steps(input_shape, window_shape, strides, dilation)
+    padding = check_padding(padding, rank)
+    axes = range(rank)
+    if isinstance(padding, str):
+        over = [max(extent[a] - strides[a], 0) if padding.upper() == "VALID" else 0 for a in axes]
+        default = [input_shape[a] * strides[a] + over[a] for a in axes]
+        shape = _written(output_shape, default)
+        found = jax.lax.padtype_to_pads(shape, extent, strides, padding.upper())
+        pads = [(int(low), int(high)) for low, high in found]
+    else:
+        pads = [
+            (extent[a] - 1 - low, extent[a] - 1 - high) for a, (low, high) in enumerate(padding)
+        ]
+        default = [(input_shape[a] - 1) * strides[a] + extent[a] - sum(pads[a]) for a in axes]
+        shape = _written(output_shape, default)
+    for a in axes:
+        reads = shape[a] + sum(pads[a]) - extent[a]
+        if reads < 0 or reads // strides[a] + 1 != input_shape[a]:
+            raise ValueError(
+                f"output_shape must be a grid from which a convolution with strides {strides} and padding "
+                f"{padding!r} makes x's grid {input_shape}, got {shape}: axis {a} does not. The default is "
+                f"{tuple(default)}."
+            )
+    spread = [(size - 1) * stride + 1 for size, stride in zip(input_shape, strides, strict=True)]
+    check_spatial_shape(spread)  # kernels count its sites
+    lows = tuple(extent[a] - 1 - pads[a][0] for a in axes)
+    return Window(input_shape, tuple(window_shape), (1,) * rank, dilation, lows, shape, strides)
+
+
+def _written(output_shape: Sequence[int] | None, default: Sequence[int]) -> tuple[int, ...]:
+    """The checked grid that a transposed convolution writes."""
+    if output_shape is None:
+        return check_spatial_shape(default)
+    shape = per_axis("output_shape", output_shape, len(default))
+    return check_spatial_shape(shape)
+
+
+def _steps(
+    input_shape: tuple[int, ...],
+    window_shape: tuple[int, ...],
+    strides: int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Strides, dilation and the window's extent, checked, for each axis."""
+    rank = len(input_shape)
+    if len(window_shape) != rank:
+        raise ValueError(
+            f"kernel has a window of {len(window_shape)} axes {window_shape}, but x has a grid of "
+            f"{rank} axes {input_shape}. Give the kernel one window axis for each spatial axis."
+        )
+    dilation = per_axis("kernel_dilation", dilation, rank)
+    extent = tuple((w - 1) * d + 1 for w, d in zip(window_shape, dilation, strict=True))
+    return per_axis("strides", strides, rank), dilation, extent
+
+
+def spread_apart(keys: jax.Array, window: Window) -> tuple[jax.Array, Window]:
+    """Keys of the window's input once its sites stand `input_dilation` apart, and the window over them."""
+    steps = window.input_dilation
+    shape = tuple(
+        (size - 1) * step + 1 for size, step in zip(window.input_shape, steps, strict=True)
+    )
+    inside = (keys >= 0) & (keys < window.input_sites)
+    places = unravel(keys, window.input_shape)
+    moved = ravel([p * step for p, step in zip(places, steps, strict=True)], shape)
+    ones = (1,) * len(shape)
+    spread = dataclasses.replace(window, input_shape=shape, input_dilation=ones)
+    return jnp.where(inside, moved, spread.input_sites), spread
 
 
 def pool_window(input_shape: tuple[int, ...], window: int | Sequence[int]) -> Window:
     """Non-overlapping cells that cover the grid; the last one along an axis may reach past its end."""
     window_shape = per_axis("window", window, len(input_shape))
     output_shape = tuple(-(-s // w) for s, w in zip(input_shape, window_shape, strict=True))
-    rank = len(input_shape)
-    return Window(input_shape, window_shape, window_shape, (1,) * rank, (0,) * rank, output_shape)
+    ones, zeros = (1,) * len(input_shape), (0,) * len(input_shape)
+    return Window(input_shape, window_shape, window_shape, ones, zeros, output_shape, ones)
 
 
 def not_negative(keys: jax.Array, padding: int) -> jax.Array:

@@ -129,6 +129,28 @@ class Geometry:
         return int(np.ravel_multi_index(updated, self.shape))
 
 
+class Transposed:
+    """A geometry the other way round: from the grid that a convolution writes to the one that it reads.
+
+    Output site p of the convolution reads site o through tap t; here p updates o through the mirrored tap.
+    """
+
+    def __init__(self, geometry):
+        self.of = geometry
+        self.grid, self.shape, self.window = geometry.shape, geometry.grid, geometry.window
+        self.sites = math.prod(self.shape)
+
+    @functools.cache  # noqa: B019
+    def update_id(self, key, tap):
+        position = np.array(np.unravel_index(key, self.grid))
+        mirrored = np.array(self.window) - 1 - np.unravel_index(tap, self.window)
+        low = np.array([low for low, _ in self.of.pads])
+        read = position * self.of.strides + mirrored * self.of.dilation - low
+        if (read < 0).any() or (read >= self.shape).any():
+            return None
+        return int(np.ravel_multi_index(tuple(read), self.shape))
+
+
 # --- Selection -----------------------------------------------------------------------------------
 
 
@@ -244,17 +266,25 @@ def conv_backward(x, kernel, geometry, output_keys, cotangent):
     return bp_data, bp_filter, bp_bias
 
 
-def submanifold(x, kernel, bias, geometry):
-    """Values [B, Cout, K] of the responses at the input's own sites; zero ones do not get the bias."""
+def conv_at(x, kernel, bias, geometry, keys):
+    """Values [B, Cout, K] of the responses at `keys` [B, 1 or Cout, K], and how many are not zero.
+
+    Zero responses do not get the bias.
+    """
     buffers = responses(x, kernel, geometry)
     bias = np.zeros(buffers.shape[1]) if bias is None else read(bias)
-    values = np.zeros((buffers.shape[0], buffers.shape[1], x.values.shape[2]))
-    for b, sample in enumerate(segments(x)):
-        for slot, key, _ in sample[0]:
-            for oc in range(buffers.shape[1]):
-                r = buffers[b, oc, key]
-                values[b, oc, slot] = r + bias[oc] if r != 0 else 0.0
-    return values.astype(np.float32).astype(x.values.dtype)
+    keys = np.broadcast_to(read(keys), (*buffers.shape[:2], keys.shape[2]))
+    values, counts = np.zeros(keys.shape), np.zeros(keys.shape[:2], np.int32)
+    for b, oc, slot in np.ndindex(keys.shape):
+        r = buffers[b, oc, keys[b, oc, slot]] if keys[b, oc, slot] < geometry.sites else 0.0
+        values[b, oc, slot] = r + bias[oc] if r != 0 else 0.0
+        counts[b, oc] += r != 0
+    return values.astype(np.float32).astype(x.values.dtype), counts
+
+
+def submanifold(x, kernel, bias, geometry):
+    """Values [B, Cout, K] of the responses at the input's own sites."""
+    return conv_at(x, kernel, bias, geometry, x.keys)[0]
 
 
 @np.errstate(invalid="ignore")

@@ -4,6 +4,7 @@ They run on a mesh of Auto axes, or on one of Explicit axes, which is what `jax.
 argument says which. More arguments name the checks to run; without any, all are.
 """
 
+import dataclasses
 import functools
 import json
 import re
@@ -78,6 +79,18 @@ def check_plain_jit_gradients_submanifold():
     x = tensor(9, shared=True)
     want = jax.jit(jax.grad(submanifold_total, (0, 1)))(KERNEL.values, BIAS, x)
     close(no_gather(jax.grad(submanifold_total, (0, 1)), KERNEL.values, BIAS, split(x)), want)
+
+
+def check_plain_jit_gradients_onto_a_support():
+    """Catches the same, or a support that is gathered, where a convolution goes to given sites."""
+    x, support = tensor(27, shared=True), tensor(28, shared=True)
+
+    def f(weights, x, support):
+        kernel = dataclasses.replace(KERNEL, values=weights)
+        return (ilajax.conv(x, kernel, support=support).features.values ** 2).sum()
+
+    want = jax.jit(jax.grad(f))(KERNEL.values, x, support)
+    close(no_gather(jax.grad(f), KERNEL.values, split(x), split(support)), want)
 
 
 def check_plain_jit_gradients_of_values():

@@ -22,11 +22,19 @@ from ilajax.ffi import routes
 HERE = pathlib.Path(__file__).parent
 GRID = (5, 6)
 
+
+def up_onto(x, kernel):
+    """Down to a coarser grid, and back to the sites of x."""
+    down = ilajax.max_pool(x, 2)
+    return ilajax.conv_transpose(down, kernel, jnp.ones(3), strides=2, support=x).features
+
+
 # Each takes (x, kernel), and uses the kernel where it has a use for one. x has a shared support in the
 # operations that need it, and its own supports in the others.
 OPERATIONS = {
     "conv": lambda x, k: ilajax.conv(x, k, jnp.ones(3), capacity=7, select="value").features.values,
     "submanifold": lambda x, k: ilajax.conv(x, k, jnp.ones(3), support="input").features.values,
+    "conv_at": lambda x, k: up_onto(x, k).values,
     "k_select": lambda x, k: ilajax.k_select(x, 5).values,
     "relu": lambda x, k: ilajax.relu(x).values,
     "max_pool": lambda x, k: ilajax.max_pool(x, 2, capacity=4).values,
@@ -35,11 +43,13 @@ OPERATIONS = {
     "from_dense": lambda x, k: ilajax.from_dense(ilajax.to_dense(x) + 1, 9).values,
     "global_pools": lambda x, k: ilajax.global_max_pool(x) + ilajax.global_avg_pool(x),
 }
+AT_SITES = ("conv_at", "submanifold")
+CONVOLUTIONS = ("conv", *AT_SITES)
 
 
 def data(name, seed=0):
     """x, and the weights of a kernel whose keys are fixed."""
-    return samples.tensor(seed, shared=name == "submanifold"), samples.kernel(seed)
+    return samples.tensor(seed, shared=name in AT_SITES), samples.kernel(seed)
 
 
 def loss(name):
@@ -116,7 +126,7 @@ def test_debug_nans_names_the_gradient(backend):
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_empty_batch(backend, name):
     """Catches a division by the number of samples, and sums over none that are not 0."""
-    x, kernel = samples.tensor(0, 0, 2, GRID, shared=name == "submanifold"), samples.kernel(0)
+    x, kernel = samples.tensor(0, 0, 2, GRID, shared=name in AT_SITES), samples.kernel(0)
 
     def total(values, weights):
         y = OPERATIONS[name](x.with_values(values), dataclasses.replace(kernel, values=weights))
@@ -138,7 +148,7 @@ def test_eager_is_jit(backend, name):
 
 @pytest.mark.crossed(5)
 @pytest.mark.parametrize("over", ["x", "kernel", "both"])
-@pytest.mark.parametrize("name", ["conv", "submanifold"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_vmap_of_convolutions(backend, name, over):
     """Catches mapped axes that get mixed: samples with filters, or gradients of one item in another."""
     xs, kernels = zip(*(data(name, seed) for seed in range(3)), strict=True)
@@ -158,7 +168,7 @@ def test_vmap_of_convolutions(backend, name, over):
 
 
 @pytest.mark.crossed(3)
-@pytest.mark.parametrize("name", [n for n in OPERATIONS if n not in ("conv", "submanifold")])
+@pytest.mark.parametrize("name", [n for n in OPERATIONS if n not in CONVOLUTIONS])
 def test_vmap(backend, name):
     """Catches a mapped axis that ends up anywhere but in front."""
     xs = [data(name, seed)[0] for seed in range(3)]

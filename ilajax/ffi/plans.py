@@ -67,8 +67,9 @@ def plan(
 
 def window_attribute(window: Window) -> np.ndarray:
     """A window as one flat array: a row for each of its fields."""
-    fields = (window.input_shape, window.window_shape, window.strides)
-    return np.array([*fields, window.dilation, window.low, window.output_shape], np.int64).ravel()
+    w = window
+    reads = (w.input_shape, w.window_shape, w.strides, w.dilation, w.low)
+    return np.array([*reads, w.output_shape, w.input_dilation], np.int64).ravel()
 
 
 @contextlib.contextmanager

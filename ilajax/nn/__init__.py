@@ -1,6 +1,6 @@
 """Flax NNX modules whose feature maps are sparse tensors."""
 
-from ilajax.nn.conv import Conv, Density, KernelKeys, iter_convs
+from ilajax.nn.conv import Conv, ConvTranspose, Density, KernelKeys, iter_convs
 from ilajax.nn.load_state import load_state
 from ilajax.nn.pool import AvgPool, MaxPool
 from ilajax.nn.refill import refill
@@ -8,6 +8,7 @@ from ilajax.nn.refill import refill
 __all__ = [
     "AvgPool",
     "Conv",
+    "ConvTranspose",
     "Density",
     "KernelKeys",
     "MaxPool",

@@ -1,4 +1,4 @@
-"""Conv: the sparse convolution with attention as a Flax NNX module."""
+"""Conv and ConvTranspose: the sparse convolutions with attention as Flax NNX modules."""
 
 import contextlib
 import functools
@@ -10,8 +10,16 @@ import jax.numpy as jnp
 from flax import errors, nnx
 
 from ilajax import geometry
-from ilajax.geometry import Padding, check_padding, conv_window, per_axis, positive
-from ilajax.ops.conv import check_support, conv
+from ilajax.geometry import (
+    Padding,
+    check_padding,
+    conv_transpose_window,
+    conv_window,
+    per_axis,
+    positive,
+)
+from ilajax.ops.conv import ConvResult, check_no_selection, check_support, conv
+from ilajax.ops.conv_transpose import conv_transpose
 from ilajax.ops.k_select import check_select
 from ilajax.sparse_kernel import SparseKernel, check_kernel_keys
 from ilajax.sparse_tensor import VALUE_DTYPES, SparseTensor, check_sparse
@@ -59,15 +67,16 @@ class Conv(nnx.Module):
       out_features: channels of the output, Cout.
       kernel_size: the window; an integer means a one-dimensional one, as in Flax.
       density_bound: the largest share of output sites that each channel may store, in (0, 1]; required with
-        support="dilate", not accepted with support="input".
+        support="dilate", not accepted with the others.
       strides: steps between output sites; one integer or one for each axis.
       padding: "SAME", "VALID", or a (low, high) pair for each axis.
       kernel_dilation: steps between taps; one integer or one for each axis.
       use_bias: whether non-zero responses get a bias.
       select: which responses are kept, "positive" (the default), "value" or "magnitude"; see `ilajax.conv`.
-        Not accepted with support="input", where all are kept and an activation is `x.map(nnx.relu)`. The
+        Not accepted with the other supports, where all are kept and an activation is `x.map(nnx.relu)`. The
         density regulariser works through the ReLU, so it needs "positive".
-      support: "dilate", the paper's convolution, or "input", a submanifold convolution on a shared support.
+      support: "dilate", the paper's convolution; "input", a submanifold convolution on a shared support; or
+        "given", responses at the sites of a tensor that the call brings.
       kernel_density: share of the weights that exist at the start, in (0, 1]. Below 1 these are a random
         subset of max(1, round(kernel_density * size)) weights, and the list has that length.
       kernel_init: initialiser of the full filter, of shape `kernel_shape`.
@@ -84,6 +93,7 @@ class Conv(nnx.Module):
 
     Call:
       x: SparseTensor [B, *S, Cin].
+      support: a SparseTensor on the output grid, with support="given" only; see `ilajax.conv`.
       use_running_average: overrides the layer's own, unless None.
 
       Returns the features, a SparseTensor [B, *S', Cout].
@@ -180,32 +190,70 @@ class Conv(nnx.Module):
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
-    def __call__(self, x: SparseTensor, *, use_running_average: bool | None = None) -> SparseTensor:
+    def __call__(
+        self,
+        x: SparseTensor,
+        *,
+        support: SparseTensor | None = None,
+        use_running_average: bool | None = None,
+    ) -> SparseTensor:
+        return self._respond(x, support, use_running_average)
+
+    def _respond(
+        self,
+        x: SparseTensor,
+        support: SparseTensor | None,
+        use_running_average: bool | None,
+        **options: Any,
+    ) -> SparseTensor:
+        """The features; `options` go to `_output_shape` and to `_convolve`."""
         check_sparse("x", x)
         if x.channels != self.in_features:
             raise ValueError(
                 f"x must have the {self.in_features} channels that the layer was made for, got {x.channels}: "
                 f"{x}. Make the layer with in_features={x.channels}."
             )
-        steps: Any = {"strides": self.strides, "padding": self.padding}
-        dilation = self.kernel_dilation
-        window = conv_window(x.spatial_shape, self.kernel_size, dilation=dilation, **steps)
+        if (support is not None) != (self.support == "given"):
+            raise ValueError(
+                f"support must be given in the call, a SparseTensor, if the layer was made with "
+                f"support='given', and only then; this one was made with {self.support!r}, and the call has "
+                f"{type(support).__name__}."
+            )
         capacity = None
         if self.density_bound is not None:
-            capacity = geometry.capacity(self.density_bound, window.output_shape)
-        result = conv(
+            shape = self._output_shape(x.spatial_shape, **options)
+            capacity = geometry.capacity(self.density_bound, shape)
+        result = self._convolve(
             *self._promoted(x),
             capacity=capacity,
-            kernel_dilation=dilation,
+            strides=self.strides,
+            padding=self.padding,
+            kernel_dilation=self.kernel_dilation,
             select=self.select,
-            support=self.support,
-            **steps,
+            support=self.support if support is None else support,
+            **options,
         )
         if use_running_average is None:
             use_running_average = self.use_running_average
         if not use_running_average:
-            self._measure(result.responses, window.output_sites)
+            self._measure(result.responses, result.features.sites)
         return result.features
+
+    # What `ConvTranspose` does otherwise.
+
+    def _output_shape(self, input_shape: tuple[int, ...], **options: Any) -> tuple[int, ...]:
+        window = conv_window(input_shape, self.kernel_size, **self._steps(), **options)
+        return window.output_shape
+
+    def _convolve(self, *operands: Any, **options: Any) -> ConvResult:
+        return conv(*operands, **options)
+
+    def _steps(self) -> Any:
+        return {
+            "strides": self.strides,
+            "padding": self.padding,
+            "dilation": self.kernel_dilation,
+        }
 
     def _promoted(self, x: SparseTensor) -> tuple[SparseTensor, SparseKernel, jax.Array | None]:
         """Input, filter and bias in the dtype of the computation."""
@@ -229,8 +277,63 @@ class Conv(nnx.Module):
             self.density[...] = density
 
 
+class ConvTranspose(Conv):
+    """Transposed sparse convolution under a density bound: the way up to a finer grid.
+
+    It is `Conv` with the numbers of `ilajax.conv_transpose`: attributes, arguments and training are the same.
+    `strides` are steps between the input's sites on the output grid, and with the default
+    `select="positive"` the layer contains its ReLU. With `support="given"` it goes back to the sites of an
+    earlier map, as spconv's `SparseInverseConv` does.
+
+    Args:
+      in_features, out_features, kernel_size, ...: as in `Conv`; `support` is "dilate" or "given".
+
+    Call:
+      x: SparseTensor [B, *S, Cin].
+      support: a SparseTensor on the output grid, with support="given" only.
+      output_shape: the output grid, where strides leave a choice; see `ilajax.conv_transpose`.
+      use_running_average: overrides the layer's own, unless None.
+
+      Returns the features, a SparseTensor [B, *S', Cout].
+
+    Raises:
+      TypeError, ValueError: naming the argument, what it got, and what to do.
+
+    Example:
+      >>> fine = ilajax.from_dense(jnp.eye(16)[None, ..., None], capacity=16)
+      >>> rngs = nnx.Rngs(0)
+      >>> down = ilajax.nn.Conv(1, 4, (3, 3), strides=2, density_bound=0.5, rngs=rngs)
+      >>> up = ilajax.nn.ConvTranspose(4, 1, (3, 3), strides=2, support="given", rngs=rngs)
+      >>> up(down(fine), support=fine).spatial_shape
+      (16, 16)
+
+    Source: the paper has no transposed convolution; see `ilajax.conv_transpose`.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        check_support(self.support, ("dilate", "given"))
+
+    def __call__(
+        self,
+        x: SparseTensor,
+        *,
+        support: SparseTensor | None = None,
+        output_shape: Sequence[int] | None = None,
+        use_running_average: bool | None = None,
+    ) -> SparseTensor:
+        return self._respond(x, support, use_running_average, output_shape=output_shape)
+
+    def _output_shape(self, input_shape: tuple[int, ...], **options: Any) -> tuple[int, ...]:
+        window = conv_transpose_window(input_shape, self.kernel_size, **self._steps(), **options)
+        return window.output_shape
+
+    def _convolve(self, *operands: Any, **options: Any) -> ConvResult:
+        return conv_transpose(*operands, **options)
+
+
 def iter_convs(model: Any) -> Iterator[tuple[tuple[Any, ...], Conv]]:
-    """The path and layer of each `Conv` in a model.
+    """The path and layer of each `Conv` in a model, transposed ones too.
 
     Example:
       >>> model = nnx.Sequential(ilajax.nn.Conv(1, 2, (3,), density_bound=0.5, rngs=nnx.Rngs(0)))
@@ -261,15 +364,11 @@ def _(dtype, primals, tangents):
 def _output_rule(
     support: str, density_bound: float | None, select: str | None, rank: int
 ) -> tuple[float | None, str | None]:
-    """The checked density bound and selection, both None for a submanifold convolution."""
-    check_support(support)
-    if support == "input":
-        for name, value in (("density_bound", density_bound), ("select", select)):
-            if value is not None:
-                raise ValueError(
-                    f'{name} does not apply under support="input", where all responses at the input\'s sites '
-                    f"are kept; got {value!r}. Leave it out."
-                )
+    """The checked density bound and selection, both None where nothing is selected."""
+    check_support(support, ("dilate", "input", "given"))
+    if support != "dilate":
+        given = {"density_bound": density_bound, "select": select}
+        check_no_selection(f'support="{support}"', given)
         return None, None
     if density_bound is None:
         raise ValueError(

@@ -1,6 +1,7 @@
-"""Supports of several tensors put together: their union, and values spread over it."""
+"""Supports of several tensors, or channels, put together: their union, and values spread over it."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,13 +78,61 @@ def spread_over_union(tensors: Sequence[SparseTensor]) -> list[SparseTensor]:
     return [SparseTensor(keys, own, tensors[0].spatial_shape) for own in values]
 
 
+class Moves(NamedTuple):
+    """Where entries stand in a union.
+
+    Attributes:
+      slot_of: int32[B, C, K], the slot of each entry; one past the last for padding.
+      entry_in: int32[B, C, U], the entry in each slot; one past the last where there is none.
+    """
+
+    slot_of: jax.Array
+    entry_in: jax.Array
+
+
+def over_one_support(x: SparseTensor) -> SparseTensor:
+    """The same tensor with one support for all channels: the union of theirs, 0 where one has no site."""
+    if x.shared:
+        return x
+    keys, moves = shared_union(x)
+    return SparseTensor(keys, jax.vmap(jax.vmap(_moved))(x.values, *moves), x.spatial_shape)
+
+
+@jax.jit
+@jax.named_scope("ilajax.union")
+def shared_union(x: SparseTensor) -> tuple[jax.Array, Moves]:
+    """The union of all channels' supports, int32[B, 1, U], and where each channel's entries stand in it."""
+    slots = min(x.channels * x.capacity, x.sites)
+    keys, slot_of = _union_of(x.keys.reshape(x.batch_size, 1, -1), x.sites, slots)
+    slot_of = slot_of.reshape(x.keys.shape)
+    return keys, Moves(slot_of, _entries_in(slot_of, slots))
+
+
+def at_slots(values: jax.Array, moves: Moves) -> jax.Array:
+    """Values over a union, [B, C, U], at the entries' slots: [B, C, K]."""
+    return jax.vmap(jax.vmap(_moved))(values, moves.entry_in, moves.slot_of)
+
+
 @jax.jit  # By itself, a constant does not find the mesh of arrays whose types name one.
 @jax.named_scope("ilajax.union")
 def _union(tensors: Sequence[SparseTensor]) -> tuple[jax.Array, list[jax.Array]]:
     """The keys of the union, and the values of each tensor in its slots."""
     sites = tensors[0].sites
     slots = min(sum(x.capacity for x in tensors), sites)
-    keys = jnp.concatenate([x.keys for x in tensors], axis=2)
+    keys, slot = _union_of(jnp.concatenate([x.keys for x in tensors], axis=2), sites, slots)
+    result = []
+    for x in tensors:
+        slot_of, slot = slot[:, :, : x.capacity], slot[:, :, x.capacity :]
+        moves = Moves(slot_of, _entries_in(slot_of, slots))
+        # All channels of a shared support move alike.
+        axis = None if x.shared else 0
+        each = [m[:, 0] if x.shared else m for m in moves]
+        result.append(jax.vmap(jax.vmap(_moved, (0, axis, axis)))(x.values, *each))
+    return keys, result
+
+
+def _union_of(keys: jax.Array, sites: int, slots: int) -> tuple[jax.Array, jax.Array]:
+    """The keys of each segment's union [..., slots], and the slot of each entry."""
     keys = jnp.where(keys < 0, sites, jnp.minimum(keys, sites))
 
     # Functions of one segment, mapped and not indexed: a sharded batch stays where it is.
@@ -94,20 +143,16 @@ def _union(tensors: Sequence[SparseTensor]) -> tuple[jax.Array, list[jax.Array]]
         all_keys = jnp.full(slots, sites, jnp.int32).at[slot].set(keys, mode="drop")
         return all_keys, jnp.zeros_like(slot).at[entry].set(slot)
 
+    return jax.vmap(jax.vmap(union))(keys)
+
+
+def _entries_in(slot_of: jax.Array, slots: int) -> jax.Array:
+    """The entry that stands in each slot of a segment; one past the last where none does."""
+
     def entry_in(slot):
-        """The entry that stands in each slot; one past the last where none does."""
         return jnp.full(slots, slot.size).at[slot].set(jnp.arange(slot.size), mode="drop")
 
-    keys, slot = jax.vmap(jax.vmap(union))(keys)
-    result = []
-    for x in tensors:
-        slot_of, slot = slot[:, :, : x.capacity], slot[:, :, x.capacity :]
-        moves = (slot_of, jax.vmap(jax.vmap(entry_in))(slot_of))
-        # All channels of a shared support move alike.
-        axis = None if x.shared else 0
-        moves = tuple(m[:, 0] if x.shared else m for m in moves)
-        result.append(jax.vmap(jax.vmap(_moved, (0, axis, axis)))(x.values, *moves))
-    return keys, result
+    return jax.vmap(jax.vmap(entry_in))(slot_of)
 
 
 @jax.custom_vjp

@@ -2,22 +2,21 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ilajax import ffi
-from ilajax.geometry import Padding, Window, conv_window
+from ilajax.geometry import Padding, Window, conv_window, spread_apart
 from ilajax.ops._shapes import Array, Float, Float32, Int32
+from ilajax.ops.conv_at import conv_at
 from ilajax.ops.k_select import check_capacity, check_select, select_reference
 from ilajax.ops.submanifold import submanifold_conv
 from ilajax.ops.weights import BATCHED, at_live_weights, dense_weights, sum_products
 from ilajax.sparse_kernel import SparseKernel
 from ilajax.sparse_tensor import VALUE_DTYPES, SparseTensor, check_sparse
-
-SUPPORTS = ("dilate", "input")
 
 _FORWARD, _BACKWARD = ffi.declare("conv")
 
@@ -45,7 +44,7 @@ def conv(
     padding: Padding = "SAME",
     kernel_dilation: int | Sequence[int] = 1,
     select: str | None = None,
-    support: str = "dilate",
+    support: str | SparseTensor = "dilate",
 ) -> ConvResult:
     """Convolves stored entries with live weights and keeps the strongest responses.
 
@@ -75,9 +74,13 @@ def conv(
         "positive" (the default): those above 0 after the bias, by value: version i with the ReLU fused in.
         "magnitude": all non-zero responses, by absolute value (version ii).
         NaN is a candidate in every mode and ranks first, so that a diverging network shows it.
-      support: "dilate", the paper's convolution, or "input", a submanifold convolution: responses at the
-        input's own sites only, zeros too, with the input's keys. It needs a shared support, stride 1 and
-        padding "SAME", and takes neither capacity nor select.
+      support: where responses are.
+        "dilate": wherever a window finds a stored entry, the paper's convolution.
+        "input": at the input's own sites, zeros too, with the input's keys: a submanifold convolution. It
+        needs a shared support, stride 1 and padding "SAME".
+        A SparseTensor on the output grid: at exactly its sites, zeros too, with its keys, shared or one list
+        for each output channel; its values do not matter. So two layers write onto one support.
+        The last two take neither capacity nor select.
 
     Returns:
       ConvResult(features, responses).
@@ -94,12 +97,7 @@ def conv(
 
     Source: Hackel et al., algorithms 1 and 2, "Preserving sparsity with attention", equation 3.
     """
-    check_sparse("x", x)
-    _check_kernel(x, kernel)
-    if bias is None:
-        bias = jnp.zeros(kernel.out_channels, jnp.float32)
-    _check_bias(bias, kernel)
-    check_support(support)
+    check_operands(x, kernel, bias)
     window = conv_window(
         x.spatial_shape,
         kernel.window_shape,
@@ -107,11 +105,30 @@ def conv(
         padding=padding,
         dilation=kernel_dilation,
     )
-    weights = (kernel.keys, kernel.values.astype(jnp.float32), bias.astype(jnp.float32))
-    if support == "input":
-        _check_submanifold(x, window, padding, capacity, select)
-        values, responses = submanifold_conv(window, x.keys, x.values, *weights)
+    if isinstance(support, str) and support == "input":
+        check_no_selection('support="input"', {"capacity": capacity, "select": select})
+        _check_submanifold(x, window, padding)
+        values, responses = submanifold_conv(window, x.keys, x.values, *_weights(kernel, bias))
         return ConvResult(x.with_values(values), responses)
+    return convolve(window, x, kernel, bias, capacity, select, support)
+
+
+def convolve(
+    window: Window,
+    x: SparseTensor,
+    kernel: SparseKernel,
+    bias: jax.Array | None,
+    capacity: int | None,
+    select: str | None,
+    support: str | SparseTensor,
+) -> ConvResult:
+    """What `conv` and `conv_transpose` do once they have a window: select, or respond at given sites."""
+    weights = _weights(kernel, bias)
+    if isinstance(support, SparseTensor):
+        check_no_selection("a given support", {"capacity": capacity, "select": select})
+        _check_given(support, x, window, kernel)
+        return ConvResult(*conv_at(window, x, support, *weights))
+    check_support(support)
     if capacity is None:
         raise ValueError(
             'capacity is required under support="dilate", got None. For a share of the output sites use '
@@ -119,18 +136,44 @@ def conv(
         )
     select = "positive" if select is None else select
     check_select(select)
+    keys, window = spread_apart(x.keys, window)
     config = _Config(window, check_capacity(capacity), select)
-    operands = ffi.place((x.keys, x.values, *weights), BATCHED)
+    operands = ffi.place((keys, x.values, *weights), BATCHED)
     keys, values, responses = _conv(config, *operands)
     return ConvResult(SparseTensor(keys, values, window.output_shape), responses)
 
 
-def check_support(support: str) -> None:
-    if support not in SUPPORTS:
+def check_support(support: object, supports: Sequence[str] = ("dilate", "input")) -> None:
+    if not isinstance(support, str) or support not in supports:
         raise ValueError(
-            f"support must be one of {SUPPORTS}, got {support!r}. A submanifold convolution, which responds "
-            f'at the sites of its input only, is "input"; one that reaches new sites is "dilate".'
+            f"support must be one of {tuple(supports)}, got {support!r}. A submanifold convolution, which "
+            f'responds at the sites of its input only, is "input"; one that reaches new sites is "dilate".'
         )
+
+
+def check_operands(x: SparseTensor, kernel: SparseKernel, bias: jax.Array | None) -> None:
+    check_sparse("x", x)
+    _check_kernel(x, kernel)
+    if bias is not None:
+        _check_bias(bias, kernel)
+
+
+def check_no_selection(support: str, given: Mapping[str, object]) -> None:
+    """Raises ValueError if an argument of the selection is given where nothing is selected."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} does not apply under {support}, where all responses at its sites are kept; got "
+                f"{value!r}. Leave it out."
+            )
+
+
+def _weights(
+    kernel: SparseKernel, bias: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    if bias is None:
+        bias = jnp.zeros(kernel.out_channels, jnp.float32)
+    return kernel.keys, kernel.values.astype(jnp.float32), bias.astype(jnp.float32)
 
 
 def _check_kernel(x: SparseTensor, kernel: object) -> None:
@@ -157,15 +200,27 @@ def _check_bias(bias: jax.Array, kernel: SparseKernel) -> None:
         raise TypeError(f"bias must be float32, bfloat16 or float16, got {bias.dtype}.")
 
 
-def _check_submanifold(
-    x: SparseTensor, window: Window, padding: Padding, capacity: int | None, select: str | None
+def _check_given(
+    support: SparseTensor, x: SparseTensor, window: Window, kernel: SparseKernel
 ) -> None:
-    for name, value in (("capacity", capacity), ("select", select)):
-        if value is not None:
-            raise ValueError(
-                f'{name} does not apply under support="input", where all responses at the input\'s sites are '
-                f"kept; got {value!r}. Leave it out."
-            )
+    check_sparse("support", support)
+    if support.batch_size != x.batch_size:
+        raise ValueError(
+            f"support must have as many samples as x, {x.batch_size}, got {support.batch_size}."
+        )
+    if support.spatial_shape != window.output_shape:
+        raise ValueError(
+            f"support must stand on the output grid, {window.output_shape} with these strides and padding, "
+            f"got a support on {support.spatial_shape}."
+        )
+    if not support.shared and support.channels != kernel.out_channels:
+        raise ValueError(
+            f"support must be shared, or have keys for each of the {kernel.out_channels} output channels, "
+            f"got keys of {support.channels}."
+        )
+
+
+def _check_submanifold(x: SparseTensor, window: Window, padding: Padding) -> None:
     if not x.shared:
         raise ValueError(
             'x must have a shared support under support="input", got keys that differ by channel: a layer '

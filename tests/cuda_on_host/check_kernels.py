@@ -18,6 +18,7 @@ from ilajax.ffi import calls, gpus, plans
 from ilajax.geometry import conv_window
 from ops import (
     test_conv,
+    test_conv_at,
     test_convert,
     test_k_select,
     test_memory_safety,
@@ -100,6 +101,16 @@ def test_conv_at_the_sites_in_parts(backend, workspace):
     """Catches a block of channels that is left out, or added twice."""
     workspace(1)
     submanifold(backend, 2, "float32", channels=(3, 34))
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["conv", "transposed"])
+def test_conv_at_given_sites(backend, transposed):
+    """Catches a site that is looked for among the wrong keys, forward or backward, or at the wrong step."""
+    geometry = oracles.Geometry((6, 5), (3, 2), (2, 1))
+    geometry = oracles.Transposed(geometry) if transposed else geometry
+    for dtype in samples.DTYPES:
+        case = test_conv_at.operands(5, geometry.grid, geometry.shape, (3, 2), dtype)
+        test_conv_at.check(backend, *case, geometry, strides=(2, 1))
 
 
 @DTYPES

@@ -26,6 +26,14 @@ def submanifold(x=SHARED, **options):
     return lambda: ilajax.conv(x, KERNEL, BIAS, support="input", **options)
 
 
+def onto(support, **options):
+    return lambda: ilajax.conv(X, KERNEL, BIAS, support=support, **options)
+
+
+def transpose(x=X, **options):
+    return lambda: ilajax.conv_transpose(x, KERNEL, BIAS, **{"capacity": 5, **options})
+
+
 def points(coordinates=((0, 0),), features=((1.0,),), batch_index=(0,), **options):
     arrays = (np.array(coordinates), np.array(features, np.float32), np.array(batch_index))
     return lambda: ilajax.from_points(
@@ -105,6 +113,52 @@ CASES = {
     "input-strides": (submanifold(strides=2), ValueError, r"strides.*2"),
     "input-valid": (submanifold(padding="VALID"), ValueError, "padding.*VALID"),
     "input-explicit": (submanifold(padding=((1, 1), (1, 1))), ValueError, r"padding.*\(1, 1\)"),
+    # a given support
+    "given-capacity": (onto(SHARED, capacity=5), ValueError, "capacity.*given support.*5"),
+    "given-select": (onto(SHARED, select="value"), ValueError, "select.*given support.*value"),
+    "given-grid": (
+        onto(SHARED, strides=2),
+        ValueError,
+        r"support must stand on the output grid, \(3, 3\).*got a support on \(5, 6\)",
+    ),
+    "given-batch": (
+        onto(samples.tensor(0, 3, shared=True)),
+        ValueError,
+        "support.*as many samples as x, 2, got 3",
+    ),
+    "given-channels": (
+        onto(samples.tensor(0, channels=4)),
+        ValueError,
+        "support must be shared.*3 output channels.*of 4",
+    ),
+    "given-keys": (onto(SHARED.keys), ValueError, "support must be one of"),
+    # conv_transpose
+    "transpose-dense-x": (transpose(DENSE), TypeError, "x must be.*SparseTensor.*got"),
+    "transpose-no-capacity": (transpose(capacity=None), ValueError, "capacity.*None"),
+    "transpose-input": (transpose(support="input"), ValueError, "support.*dilate.*'?input"),
+    "transpose-support": (transpose(support="same"), ValueError, "support.*same"),
+    "transpose-strides": (transpose(strides=0), ValueError, "strides.*0"),
+    "transpose-padding": (transpose(padding=1), TypeError, r"padding.*got 1\. "),
+    "transpose-shape": (
+        transpose(strides=2, output_shape=(8, 12)),
+        ValueError,
+        r"output_shape.*\(5, 6\), got \(8, 12\): axis 0.*default is \(10, 12\)",
+    ),
+    "transpose-shape-rank": (
+        transpose(strides=2, output_shape=(10,)),
+        ValueError,
+        r"output_shape.*2.*\(10,\)",
+    ),
+    "transpose-given-shape": (
+        transpose(capacity=None, strides=2, support=SHARED),
+        ValueError,
+        r"output_shape.*got \(5, 6\)",
+    ),
+    "transpose-too-large": (
+        lambda: ilajax.conv_transpose(X, KERNEL, strides=10**5, capacity=3),
+        ValueError,
+        r"2\*\*31",
+    ),
     # densities
     "capacity-list": (
         lambda: ilajax.capacity([0.2, 0.1], (4, 4)),

@@ -62,6 +62,24 @@ def submanifold_program(*sizes, **options):
     return conv_program(*sizes, None, shared=True, support="input", **options)
 
 
+def conv_at_program(seed, reads, writes, window, cin, cout, operation=ilajax.conv, **options):
+    """A program of conv_at: strides of 2, from one grid to another."""
+    x = samples.tensor(seed, 2, cin, reads, capacity=60, shared=True)
+    support = samples.tensor(seed + 1, 2, 1, writes, capacity=50, shared=True)
+    kernel = samples.kernel(seed, window, cin, cout)
+    tuning = options.pop("tuning", {})
+
+    def f(x, weights):
+        kernel_ = ilajax.SparseKernel(kernel.keys, weights, kernel.shape)
+        return operation(x, kernel_, strides=2, support=support, **options).features.values
+
+    def program():
+        with plans.tuned("cpu", **tuning):
+            return gradients(f, x, kernel.values)
+
+    return program
+
+
 def pointwise_program(f, seed=0, grid=(9, 10), **options):
     return lambda: gradients(
         lambda x: jax.tree.leaves(f(x))[-1],
@@ -96,6 +114,14 @@ PROGRAMS = {
     ),
     "products-waves": submanifold_program(
         16, (9, 10), (3, 3), 16, 16, slots=1200, tuning=PRODUCTS | {"workspace": 400_000}
+    ),
+    "conv_at-1d": conv_at_program(17, (95,), (48,), (5,), 3, 9, kernel_dilation=2),
+    "conv_at-3d": conv_at_program(18, (6, 5, 7), (3, 3, 4), (3, 3, 3), 9, 17),
+    "conv_at-up": conv_at_program(
+        19, (9, 10), (18, 20), (3, 3), 2, 3, ilajax.conv_transpose, padding="SAME"
+    ),
+    "conv_at-gathered": conv_at_program(
+        20, (9, 10), (5, 5), (3, 3), 9, 17, tuning={"workspace": 1}
     ),
     "k_select": pointwise_program(lambda x: ilajax.k_select(x, 7)),
     "k_select-wide": pointwise_program(lambda x: ilajax.k_select(x, 90, select="magnitude")),

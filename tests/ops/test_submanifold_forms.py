@@ -212,6 +212,7 @@ class ProductsPlan(NamedTuple):
     """The numbers of xla_kernels/products/plan.h's, the first ones of a plan."""
 
     samples: int
+    stacked: int
     chunk: int
     parts: int
     workers: int
@@ -235,7 +236,7 @@ def cut(monkeypatch):
         with plans.tuned("cpu", products=0, **numbers):
             results = program.__wrapped__("native")(*operands)
         both = (made[f"ilajax_submanifold_{direction}"] for direction in ("fwd", "bwd"))
-        return results, *(ProductsPlan(*plan.numbers[:4].tolist()) for plan in both)
+        return results, *(ProductsPlan(*plan.numbers[:5].tolist()) for plan in both)
 
     return run
 
@@ -247,8 +248,8 @@ def test_chunks_and_parts(cut):
     g = samples.integers(7, (4, 24, 2799))
     for tasks, parts in ((1, 1), (3, 3), (8, 8)):
         results, forward, backward = cut(x, kernel, bias, g, tasks=tasks)
-        assert forward[:3] == (4, 512, 0)
-        assert backward[:3] == (4, 512, parts)
+        assert forward[:4] == (4, 1, 512, 0)
+        assert backward[:4] == (4, 1, 512, parts)
         check_products(lambda *_, r=results: r, x, kernel, bias, g)
     x, kernel = stored(7, 2, (200,), (190, 65)), samples.kernel(7, (3,), 2, 520)
     bias, g = jnp.ones(520), samples.integers(7, (2, 520, 190))

@@ -20,6 +20,10 @@ struct ConvShape {
 
   // What the shapes of buffers do not say.
   ffi::Error Check(const char* op) {
+    ILAJAX_RETURN_IF_ERROR(w.CheckUndilated(op));
+    return CheckSizes(op);
+  }
+  ffi::Error CheckSizes(const char* op) {
     if (groups == kUnread) groups = 1;
     ILAJAX_RETURN_IF_ERROR(CheckKeyChannels(op, key_channels, in_channels));
     ILAJAX_RETURN_IF_ERROR(CheckCapacity(op, capacity));

@@ -1,9 +1,10 @@
 // The geometry of a sliding window, ilajax/geometry.py's Window: tap t of output site o reads input
-// site o * stride + t * dilation - low.
+// site (o * stride + t * dilation - low) / input_dilation, where that divides.
 
 #pragma once
 
 #include <iterator>
+#include <utility>
 
 #include "xla_kernels/common/ffi.h"
 
@@ -16,7 +17,7 @@ using Span = ffi::Span<const int64_t>;
 struct Window {
   int rank = 0;
   int64_t input_shape[kMaxRank], window_shape[kMaxRank], strides[kMaxRank], dilation[kMaxRank];
-  int64_t low[kMaxRank], output_shape[kMaxRank];
+  int64_t low[kMaxRank], output_shape[kMaxRank], input_dilation[kMaxRank];
   int64_t taps = 1, input_sites = 1, output_sites = 1;
 
   // Sites of a plane: of one step along the leading axis.
@@ -27,12 +28,20 @@ struct Window {
   // Reach of the window along the leading axis.
   ILAJAX_HOST_DEVICE int64_t extent() const { return (window_shape[0] - 1) * dilation[0] + 1; }
 
+  // What most operations take.
+  ffi::Error CheckUndilated(const char* op) const {
+    for (int a = 0; a < rank; ++a) {
+      if (input_dilation[a] != 1) return InvalidArgument(op, ": the input must not be dilated");
+    }
+    return ffi::Error::Success();
+  }
+
   // Reads the attribute: rank numbers each of the input's shape, the window's, strides, dilation,
-  // low and the output's shape.
+  // low, the output's shape and the input's dilation.
   static ffi::Error Read(Span numbers, Window& w) {
     constexpr int64_t kMaxSites = 0x7fffffff;
-    int64_t* const fields[] = {w.input_shape, w.window_shape, w.strides,
-                               w.dilation,    w.low,          w.output_shape};
+    int64_t* const fields[] = {w.input_shape, w.window_shape, w.strides,       w.dilation,
+                               w.low,         w.output_shape, w.input_dilation};
     const size_t rank = numbers.size() / std::size(fields);
     if (rank < 1 || rank > kMaxRank || numbers.size() % std::size(fields) != 0) {
       return InvalidArgument("a window has ", rank, " axes; kernels take 1 to ", kMaxRank);
@@ -59,6 +68,18 @@ struct Window {
     return ffi::Error::Success();
   }
 };
+
+// The window of the gradient of the values, from output sites to input sites.
+inline Window Reversed(const Window& w) {
+  Window r = w;
+  std::swap(r.input_sites, r.output_sites);
+  for (int a = 0; a < w.rank; ++a) {
+    std::swap(r.input_shape[a], r.output_shape[a]);
+    std::swap(r.strides[a], r.input_dilation[a]);
+    r.low[a] = (w.window_shape[a] - 1) * w.dilation[a] - w.low[a];
+  }
+  return r;
+}
 
 // n / d for n < 2^32, by a multiplication.
 class Divider {

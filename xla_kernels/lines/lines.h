@@ -29,6 +29,7 @@ inline Window Squeeze(const Window& w) {
     squeezed.dilation[to] = w.dilation[a];
     squeezed.low[to] = w.low[a];
     squeezed.output_shape[to] = w.output_shape[a];
+    squeezed.input_dilation[to] = w.input_dilation[a];
   }
   return squeezed;
 }

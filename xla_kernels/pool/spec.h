@@ -26,6 +26,7 @@ struct PoolShape {
   bool Cuts() const { return capacity < most_cells(); }
 
   ffi::Error Check(const char* op) const {
+    ILAJAX_RETURN_IF_ERROR(w.CheckUndilated(op));
     ILAJAX_RETURN_IF_ERROR(CheckKeyChannels(op, key_channels, channels));
     if (key_channels < channels && Cuts()) {
       return InvalidArgument(op, ": a selection that cuts needs keys for each channel");

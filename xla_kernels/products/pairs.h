@@ -1,4 +1,4 @@
-// A convolution between sites of one support as small matrix products.
+// A convolution from given sites to given sites as small matrix products.
 //
 // A pair is an output site and a stored input site that one of its taps reads. For each tap, the
 // pairs of a chunk of output sites are listed, and the input sites' stacks, their values over all
@@ -33,23 +33,50 @@ struct Stacks {
 };
 inline int64_t StackStep(int64_t channels) { return CeilDiv(channels, kLanes) * kLanes; }
 
-// The stored sites of a sample as a bitmap, which tells a site's number among them.
+// The window as it slides over the input's sites once these are spread apart: w.input_dilation[a]
+// sites along axis a are then one step.
+inline Window SpreadApart(const Window& w) {
+  Window spread = w;
+  spread.input_sites = 1;
+  for (int a = 0; a < w.rank; ++a) {
+    spread.input_shape[a] = (w.input_shape[a] - 1) * w.input_dilation[a] + 1;
+    spread.input_sites *= spread.input_shape[a];
+  }
+  return spread;
+}
+
+// The stored sites of a sample, spread apart, as a bitmap, which tells a site's number among them.
 struct SiteIndex {
-  int64_t sites, words;
-  uint64_t* bits;  // from bit 64 on, so that a window may reach out at both ends
-  int32_t* ranks;  // [words]: sites before the word's
+  int64_t sites, words, line_words;
+  uint64_t* bits;   // from bit 64 on, so that a window may reach out at both ends
+  int32_t* ranks;   // [words]: sites before the word's
+  uint64_t* lines;  // [line_words]: a bit for each line that has a site
 
-  SiteIndex(Carver& carver, int64_t grid_sites)
-      : sites(grid_sites),
+  // For a window that has been spread apart.
+  SiteIndex(Carver& carver, const Window& w)
+      : sites(w.input_sites),
         words(CeilDiv(sites, 64) + 3),
+        line_words(CeilDiv(sites / w.input_shape[w.rank - 1], 64)),
         bits(carver.Take<uint64_t>(words)),
-        ranks(carver.Take<int32_t>(words)) {}
+        ranks(carver.Take<int32_t>(words)),
+        lines(carver.Take<uint64_t>(line_words)) {}
 
-  void Fill(const int32_t* keys, int64_t slots) const {
+  void Fill(const Window& w, const int32_t* keys, int64_t slots) const {
     std::memset(bits, 0, words * sizeof(uint64_t));
+    std::memset(lines, 0, line_words * sizeof(uint64_t));
+    const int last = w.rank - 1;
+    const int64_t step = w.input_dilation[last], length = (w.input_shape[last] - 1) / step + 1;
+    const int64_t stored_sites = StoredLines(w) * length;
+    int64_t line = -1, spread = 0;
     for (int64_t i = 0; i < slots; ++i) {
-      if (keys[i] < 0 || keys[i] >= sites) continue;
-      bits[(keys[i] >> 6) + 1] |= uint64_t{1} << (keys[i] & 63);
+      if (keys[i] < 0 || keys[i] >= stored_sites) continue;
+      if (static_cast<uint64_t>(keys[i] - line * length) >= static_cast<uint64_t>(length)) {
+        line = keys[i] / length;
+        spread = SpreadLine(w, line);
+        lines[spread >> 6] |= uint64_t{1} << (spread & 63);
+      }
+      const int64_t key = spread * w.input_shape[last] + (keys[i] - line * length) * step;
+      bits[(key >> 6) + 1] |= uint64_t{1} << (key & 63);
     }
     int32_t rank = 0;
     for (int64_t i = 0; i < words; ++i) {
@@ -58,6 +85,7 @@ struct SiteIndex {
     }
   }
 
+  bool HasLine(int64_t line) const { return lines[line >> 6] >> (line & 63) & 1; }
   bool Has(int64_t key) const { return bits[(key >> 6) + 1] >> (key & 63) & 1; }
   int64_t Rank(int64_t key) const {
     const uint64_t below = (uint64_t{1} << (key & 63)) - 1;
@@ -71,19 +99,37 @@ struct SiteIndex {
     std::memcpy(&found, reinterpret_cast<const char*>(bits) + (bit >> 3), sizeof(found));
     return found >> (bit & 7);
   }
+
+ private:
+  // Lines before they are spread apart, and where one of them goes.
+  static int64_t StoredLines(const Window& w) {
+    int64_t count = 1;
+    for (int a = 0; a < w.rank - 1; ++a) count *= (w.input_shape[a] - 1) / w.input_dilation[a] + 1;
+    return count;
+  }
+  static int64_t SpreadLine(const Window& w, int64_t line) {
+    int64_t spread = 0, step = 1;
+    for (int a = w.rank - 2; a >= 0; --a) {
+      const int64_t size = (w.input_shape[a] - 1) / w.input_dilation[a] + 1;
+      spread += line % size * w.input_dilation[a] * step;
+      line /= size, step *= w.input_shape[a];
+    }
+    return spread;
+  }
 };
 
 // Which input lines an output line reads, through each line of taps.
 struct TapReach {
   Lines lines;
   Divider length;
-  int64_t rank;
-  int32_t* offsets;  // [taps][rank]
-  int64_t* steps;    // [line of taps]: what the leading axes' offsets make in lines
+  int64_t sites, rank;  // of the output
+  int32_t* offsets;     // [taps][rank]
+  int64_t* steps;       // [line of taps]: what the leading axes' offsets make in lines
 
   TapReach(Carver& carver, const Window& w)
       : lines(w),
         length(lines.line.output_length),
+        sites(w.output_sites),
         rank(w.rank),
         offsets(carver.Take<int32_t>(w.taps, kMaxRank)),
         steps(carver.Take<int64_t>(lines.tap_lines)) {}
@@ -98,12 +144,13 @@ struct TapReach {
     }
   }
 
-  // Sets bases[line of taps] to the key where the input line begins; -1 outside the grid.
-  void TurnTo(int64_t output_line, int64_t* bases) const {
+  // Sets bases[line of taps] to the key where the input line begins; -1 if it has no site, or is
+  // outside the grid.
+  void TurnTo(int64_t output_line, const SiteIndex& index, int64_t* bases) const {
     const LineWalk walk(lines, output_line);
     for (int64_t t = 0; t < lines.tap_lines; ++t) {
       const int64_t line = walk.Reads(offsets + t * lines.line.taps * rank, steps[t]);
-      bases[t] = line < 0 ? -1 : line * lines.line.input_length;
+      bases[t] = line < 0 || !index.HasLine(line) ? -1 : line * lines.line.input_length;
     }
   }
 };
@@ -122,11 +169,12 @@ struct PairLists {
         counts(carver.Take<int32_t>(taps)),
         bases(carver.Take<int64_t>(lines.tap_lines)) {}
 
+  Pair* At(int64_t tap) const { return pairs + tap * room; }
   void Clear() const { std::fill_n(counts, taps, 0); }
   // Fills lists up to whole steps of Multiply with pairs to a stack that nobody reads.
   void Pad(int32_t to) const {
     for (int64_t tap = 0; tap < taps; ++tap) {
-      std::fill_n(pairs + tap * room + counts[tap], kSites - 1, Pair{0, to});
+      std::fill_n(At(tap) + counts[tap], kSites - 1, Pair{0, to});
     }
   }
 };

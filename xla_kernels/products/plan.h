@@ -11,39 +11,60 @@
 namespace ilajax::products {
 
 struct Plan {
-  int64_t samples;  // whose stacks there are at once; 0: the call goes by lines
+  int64_t samples;  // that are laid out at once
+  int64_t stacked;  // 1: with stacks of all their values; 0: each tap gathers its own
   int64_t chunk;    // sites of a task
   int64_t parts;    // of a sample's sites, each with a gradient of the filter; forward 0
   int64_t workers;
 };
 
+// The sizes of one direction: what the taps read, and the sites that they make.
+struct Direction {
+  bool backward;
+  Window w;  // spread apart
+  int64_t from_slots, from, to_slots, to;
+
+  Direction(const ConvShape& s, bool is_backward) : backward(is_backward) {
+    const Window squeezed = Squeeze(s.w);
+    w = SpreadApart(backward ? Reversed(squeezed) : squeezed);
+    from_slots = s.slots, from = s.in_channels, to_slots = s.capacity, to = s.out_channels;
+    if (backward) std::swap(from_slots, to_slots), std::swap(from, to);
+  }
+};
+
 // What a sample's tasks share: its sites, and the stacks that they read.
 struct Sample {
   SiteIndex index;
+  bool stacked;
   Stacks stacks;
   int32_t* finite;  // whether all values are
 
-  Sample(Carver& carver, const Window& w, int64_t slots, int64_t channels)
-      : index(carver, w.input_sites),
-        stacks{carver.Take<float>(slots, StackStep(channels)), StackStep(channels)},
+  Sample(Carver& carver, const Direction& d, const Plan& plan)
+      : index(carver, d.w),
+        stacked(plan.stacked != 0),
+        stacks{carver.Take<float>(stacked ? d.from_slots : 0, StackStep(d.from)),
+               StackStep(d.from)},
         finite(carver.Take<int32_t>(1)) {}
 };
 
 struct Worker {
   PairLists lists;
-  Stacks sums;  // of a chunk, and one that nobody reads
-  Stacks own;   // backward: the chunk's input
+  Stacks sums;      // of a chunk, and one that nobody reads
+  Stacks own;       // backward: the chunk's input
+  Stacks gathered;  // what the pairs of a tap read, where the sample has no stacks
+  Pair* pairs;      // to them
 
-  Worker(Carver& carver, const Lines& lines_, int64_t channels, const Plan& plan)
+  Worker(Carver& carver, const Lines& lines_, const Direction& d, const Plan& plan)
       : lists(carver, lines_, plan.chunk),
-        sums{carver.Take<float>(plan.chunk + 1, StackStep(channels)), StackStep(channels)},
-        own{carver.Take<float>(plan.parts > 0 ? plan.chunk : 0, StackStep(channels)),
-            StackStep(channels)} {}
+        sums{carver.Take<float>(plan.chunk + 1, StackStep(d.to)), StackStep(d.to)},
+        own{carver.Take<float>(d.backward ? plan.chunk : 0, StackStep(d.to)), StackStep(d.to)},
+        gathered{carver.Take<float>(plan.stacked ? 0 : lists.room, StackStep(d.from)),
+                 StackStep(d.from)},
+        pairs(carver.Take<Pair>(plan.stacked ? 0 : lists.room)) {}
 };
 
-// The workspace of a call that reads stacks of `from` channels and makes those of `to`.
 struct Layout {
-  Window w;  // transposed, if it is a gradient
+  Direction d;
   TapReach reach;
   TapMatrices matrices;
   float* bias;         // forward [StackStep(to)]
@@ -52,44 +73,42 @@ struct Layout {
   LayoutOfEach<Worker> workers;
 
   Layout(Carver& carver, const ConvShape& s, const Plan& plan)
-      : w(plan.parts > 0 ? Transposed(Squeeze(s.w)) : Squeeze(s.w)),
-        reach(carver, w),
-        matrices(carver, s.in_channels, s.out_channels, w.taps, plan.parts > 0),
-        bias(carver.Take<float>(plan.parts > 0 ? 0 : StackStep(matrices.to))),
-        filter_bars(carver.Take<float>(plan.parts, w.taps, EvenRows(matrices.to),
-                                       StackStep(matrices.from))),
-        samples(carver, plan.samples, w, s.slots, matrices.from),
-        workers(carver, plan.workers, reach.lines, matrices.to, plan) {}
+      : d(s, plan.parts > 0),
+        reach(carver, d.w),
+        matrices(carver, s.in_channels, s.out_channels, d.w.taps, d.backward),
+        bias(carver.Take<float>(d.backward ? 0 : StackStep(d.to))),
+        filter_bars(carver.Take<float>(plan.parts, d.w.taps, EvenRows(d.to), StackStep(d.from))),
+        samples(carver, plan.samples, d, plan),
+        workers(carver, plan.workers, reach.lines, d, plan) {}
 };
 
-// A plan, or one of no samples where lines are quicker, or stacks do not fit.
+// A plan; where the stacks of a sample have no room, one without them.
 inline Plan MakePlan(const ConvShape& s, const Tuning& tuning, bool backward) {
-  Plan plan = {};
-  // The gradient by lines costs more than its products where most sites are stored.
-  if (s.in_channels * s.out_channels < tuning.products / (backward ? 2 : 1)) return plan;
+  const Direction d(s, backward);
   const int64_t budget = tuning.CpuWorkspace(s.w.sites());
-  const int64_t from = backward ? s.out_channels : s.in_channels;
-  const int64_t to = backward ? s.in_channels : s.out_channels;
-  plan.chunk = std::clamp<int64_t>((int64_t{1} << 15) / StackStep(to), 64, 512);
-  const Lines lines(Squeeze(s.w));
+  Plan plan = {};
+  plan.stacked = 1;
+  plan.chunk = std::clamp<int64_t>((int64_t{1} << 15) / StackStep(d.to), 64, 512);
+  const Lines lines(d.w);
   if (backward) {
     const int64_t filter =
-        s.w.taps * EvenRows(to) * StackStep(from) * static_cast<int64_t>(sizeof(float));
+        d.w.taps * EvenRows(d.to) * StackStep(d.from) * static_cast<int64_t>(sizeof(float));
     plan.parts = std::clamp<int64_t>(budget / 4 / filter, 1, tuning.tasks);
   }
   const int64_t tables = SizeOf<Layout>(s, plan);
-  const int64_t worker = SizeOf<Worker>(lines, to, plan);
-  const int64_t sample = SizeOf<Sample>(s.w, s.slots, from);
+  const int64_t worker = SizeOf<Worker>(lines, d, plan);
+  const int64_t sample = SizeOf<Sample>(d, plan);
   plan.workers = std::min<int64_t>(tuning.workers, backward ? plan.parts : tuning.workers);
   while (plan.workers > 2 && plan.workers * worker > budget / 4) --plan.workers;
   const int64_t left = budget - tables - plan.workers * worker;
   plan.samples = std::clamp<int64_t>(left / sample, 0, std::max<int64_t>(s.batch / s.groups, 1));
-  return plan.samples == 0 ? Plan{} : plan;
+  if (plan.samples == 0) plan.samples = 1, plan.stacked = 0;
+  return plan;
 }
 
 inline bool Fits(const Plan& plan, bool backward) {
-  if (plan.samples == 0) return true;
-  return plan.chunk >= 1 && plan.workers >= 1 && (backward ? plan.parts >= 1 : plan.parts == 0);
+  return plan.samples >= 1 && plan.chunk >= 1 && plan.workers >= 1 &&
+         (backward ? plan.parts >= 1 : plan.parts == 0);
 }
 
 }  // namespace ilajax::products

@@ -1,10 +1,10 @@
-// The kernels of submanifold convolution, and of its gradient; see cuda.cu.
+// The kernels of convolution at given sites, and of its gradient; see cuda_calls.cuh.
 
 #pragma once
 
 #include "xla_kernels/common/block.cuh"
+#include "xla_kernels/common/conv_shape.h"
 #include "xla_kernels/common/cuda.h"
-#include "xla_kernels/submanifold/spec.h"
 
 namespace ilajax {
 namespace {
@@ -77,29 +77,44 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The slot of the site at the tap's offset from slot i, or at minus that; -1 if there is none.
-__device__ int64_t Neighbour(const Window& w, const int32_t* keys, int64_t slots, int64_t i,
-                             int64_t tap, bool mirrored) {
-  const int32_t own = keys[i];
-  if (own < 0 || own >= w.input_sites) return -1;
-  uint32_t place = static_cast<uint32_t>(own), rest = static_cast<uint32_t>(tap);
+// The sites that a window reads, of one sample.
+struct Sites {
+  const int32_t* keys;
+  int64_t slots;
+};
+
+// The slot of the site that a tap of the output site in slot i reads; -1 if there is none. `own`: the
+// output's sites are the input's.
+__device__ int64_t Neighbour(const Window& w, const Sites& in, const Sites& out, bool own,
+                             int64_t i, int64_t tap) {
+  if (i >= out.slots) return -1;
+  const int32_t site = out.keys[i];
+  if (site < 0 || site >= w.output_sites) return -1;
+  uint32_t place = static_cast<uint32_t>(site), rest = static_cast<uint32_t>(tap);
   int64_t key = 0, step = 1;
   for (int a = w.rank - 1; a >= 0; --a) {
-    const uint32_t size = static_cast<uint32_t>(w.input_shape[a]);
+    const uint32_t size = static_cast<uint32_t>(w.output_shape[a]);
     const uint32_t width = static_cast<uint32_t>(w.window_shape[a]);
-    const int64_t offset = int64_t{rest % width} * w.dilation[a] - w.low[a];
-    const int64_t p = int64_t{place % size} + (mirrored ? -offset : offset);
+    int64_t p =
+        int64_t{place % size} * w.strides[a] + int64_t{rest % width} * w.dilation[a] - w.low[a];
+    if (w.input_dilation[a] != 1) {
+      if (p % w.input_dilation[a] != 0) return -1;
+      p /= w.input_dilation[a];
+    }
     if (p < 0 || p >= w.input_shape[a]) return -1;
     place /= size;
     rest /= width;
     key += p * step;
     step *= w.input_shape[a];
   }
-  // Keys ascend, so the slots between two keys are no more than the keys.
-  const int64_t first = max(key < own ? i - (own - key) : i, int64_t{0});
-  const int64_t last = min(key < own ? i : i + (key - own), slots - 1);
-  const int64_t slot = first + LowerBound(keys + first, last - first, key);
-  return keys[slot] == key ? slot : -1;
+  int64_t first = 0, last = in.slots - 1;
+  if (own) {  // keys ascend, so the slots between two keys are no more than the keys
+    first = max(key < site ? i - (site - key) : i, int64_t{0});
+    last = min(key < site ? i : i + (key - site), in.slots - 1);
+  }
+  if (last < first) return -1;
+  const int64_t slot = first + LowerBound(in.keys + first, last - first, key);
+  return in.keys[slot] == key ? slot : -1;
 }
 
 // sums += x * weights. A zero factor adds nothing, not even against inf or NaN.
@@ -117,14 +132,16 @@ __device__ void AddProducts(float x, const float* weights, float (&sums)[kColumn
   }
 }
 
-// One direction of the convolution: from `in` T[items, summed channels, slots] to a block of the
-// channels of `out` T[items, out_channels, slots].
+// One direction of the convolution: from `in` T[items, summed channels, in_slots] at `in_keys` to a
+// block of the channels of `out` T[items, out_channels, slots] at `keys`. Backward the window is the
+// reversed one, and the filter transposed.
 template <typename T>
 struct Apply {
   Window w;
   Filter filter;
-  int64_t items, slots, out_channels;
-  const int32_t* keys;
+  bool own;
+  int64_t items, in_slots, slots, out_channels;
+  const int32_t *in_keys, *keys;
   const T* in;
   T* out;
   const float* bias;   // forward only, else null
@@ -139,8 +156,9 @@ __global__ void __launch_bounds__(kSites) ApplyKernel(Apply<T> a) {
   for (int64_t task = blockIdx.x; task < a.items * chunks * tiles; task += gridDim.x) {
     const int64_t tile = task % tiles, chunk = task / tiles % chunks, item = task / tiles / chunks;
     const int64_t i = chunk * kSites + threadIdx.x;
-    const int32_t* keys = a.keys + item * a.slots;
-    const T* in = a.in + item * summed * a.slots;
+    const Sites in_sites = {a.in_keys + item * a.in_slots, a.in_slots};
+    const Sites out_sites = {a.keys + item * a.slots, a.slots};
+    const T* in = a.in + item * summed * a.in_slots;
     float sums[kColumns] = {};
     for (int64_t tap = 0; tap < f.taps; ++tap) {
       const uint8_t* live = f.live + f.Vector(tap, 0) * tiles + tile;
@@ -149,10 +167,11 @@ __global__ void __launch_bounds__(kSites) ApplyKernel(Apply<T> a) {
       for (int64_t c = 0; c < summed; ++c, live += tiles, weights += f.block) {
         if (*live == 0) continue;
         if (slot == -2) {
-          slot = i < a.slots ? Neighbour(a.w, keys, a.slots, i, tap, f.transposed) : -1;
+          const int64_t reads = f.transposed ? f.taps - 1 - tap : tap;
+          slot = Neighbour(a.w, in_sites, out_sites, a.own, i, reads);
         }
         if (slot < 0) break;
-        AddProducts(static_cast<float>(in[c * a.slots + slot]), weights, sums);
+        AddProducts(static_cast<float>(in[c * a.in_slots + slot]), weights, sums);
       }
     }
 #pragma unroll
@@ -178,8 +197,10 @@ __global__ void __launch_bounds__(kSites) ApplyKernel(Apply<T> a) {
 template <typename T>
 struct WeightSums {
   Window w;
-  int64_t groups, items, parts, slots, in_channels, out_channels, first, block;  // items of a group
-  const int32_t* keys;
+  bool own;
+  int64_t groups, items, parts, in_slots, slots;  // items of a group
+  int64_t in_channels, out_channels, first, block;
+  const int32_t *in_keys, *keys;
   const T* values;
   const T* cotangent;
   float* sums;
@@ -204,14 +225,14 @@ __global__ void __launch_bounds__(kPairs* kPairs) WeightSumsKernel(WeightSums<T>
     for (int64_t unit = part * units / a.parts; unit < (part + 1) * units / a.parts; ++unit) {
       const int64_t item = group * a.items + unit / chunks, i = unit % chunks * kStep + lane;
       if (threadIdx.x < kStep) {
-        neighbours[lane] =
-            i < a.slots ? Neighbour(a.w, a.keys + item * a.slots, a.slots, i, tap, false) : -1;
+        const Sites in = {a.in_keys + item * a.in_slots, a.in_slots};
+        neighbours[lane] = Neighbour(a.w, in, {a.keys + item * a.slots, a.slots}, a.own, i, tap);
       }
       __syncthreads();
       const int64_t slot = neighbours[lane];
       for (int c = threadIdx.x / kStep; c < kPairs; c += kPairs * kPairs / kStep) {
         const int64_t ic = first_ic + c, oc = first_oc + c;
-        const T* value = a.values + (item * a.in_channels + ic) * a.slots;
+        const T* value = a.values + (item * a.in_channels + ic) * a.in_slots;
         const T* cotangent = a.cotangent + (item * a.out_channels + oc) * a.slots;
         x[c][lane] = slot >= 0 && ic < a.in_channels ? static_cast<float>(value[slot]) : 0.0f;
         g[c][lane] = slot >= 0 && oc < a.out_channels ? static_cast<float>(cotangent[i]) : 0.0f;

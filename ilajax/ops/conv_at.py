@@ -1,0 +1,166 @@
+"""Convolution at given sites: `conv` and `conv_transpose` with a support that the user gives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ilajax import ffi
+from ilajax.geometry import Window
+from ilajax.ops._shapes import Array, Float, Float32, Int32
+from ilajax.ops._supports import at_slots, over_one_support, shared_union
+from ilajax.ops.weights import at_live_weights, dense_weights, sum_products
+from ilajax.sparse_tensor import SparseTensor
+
+_FORWARD, _BACKWARD = ffi.declare("conv_at")
+
+# Which operands lead with the batch axis: keys, values and the output's keys do; the filter does not.
+_BATCHED = (True, True, True, False, False, False)
+
+
+def conv_at(
+    window: Window,
+    x: SparseTensor,
+    support: SparseTensor,
+    kernel_keys: jax.Array,
+    weights: jax.Array,
+    bias: jax.Array,
+) -> tuple[SparseTensor, jax.Array]:
+    """Responses at the sites of a support, with its keys, and how many are not zero, int32[B, Cout].
+
+    See `ilajax.conv` for the semantics. MinkowskiEngine calls it a generalised sparse convolution; with the
+    support of an earlier layer, `conv_transpose` is spconv's inverse convolution.
+    """
+    x = over_one_support(x)
+    if support.shared:
+        operands = (x.keys, x.values, support.keys, kernel_keys, weights, bias)
+        values, responses = _conv_at(window, *ffi.place(operands, _BATCHED))
+        return SparseTensor(support.keys, values, support.spatial_shape), responses
+    # All channels at the sites of all, then each at its own. The bias comes last, since responses count
+    # where they are not zero without it, and values are rounded once.
+    keys, moves = shared_union(support)
+    filter_ = (kernel_keys, weights, jnp.zeros_like(bias))
+    onto_all = ffi.place((x.keys, x.values.astype(jnp.float32), keys, *filter_), _BATCHED)
+    response = at_slots(_conv_at(window, *onto_all)[0], moves)
+    values = jnp.where(response != 0, response + bias[:, None], 0).astype(x.dtype)
+    responses = jnp.sum(response != 0, axis=2, dtype=jnp.int32)
+    return SparseTensor(support.keys, values, support.spatial_shape), responses
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _conv_at(window: Window, *operands: jax.Array) -> ffi.Outputs:
+    return _forward(window, *operands)
+
+
+def _forward(
+    window: Window,
+    keys: Int32[Array, "b 1 k"],
+    values: Float[Array, "b i k"],
+    out_keys: Int32[Array, "b 1 q"],
+    kernel_keys: Int32[Array, " n"],
+    weights: Float32[Array, " n"],
+    bias: Float32[Array, " o"],
+) -> ffi.Outputs:
+    return ffi.dispatch(
+        _FORWARD,
+        functools.partial(forward_reference, window),
+        (keys, values, out_keys, kernel_keys, weights, bias),
+        _BATCHED,
+        (
+            ffi.result((bias.size, out_keys.shape[2]), values.dtype),
+            ffi.result((bias.size,), jnp.int32),
+        ),
+        window=window,
+    )
+
+
+def _vjp_forward(window, keys, values, out_keys, kernel_keys, weights, bias):
+    outputs = _forward(window, keys, values, out_keys, kernel_keys, weights, bias)
+    return outputs, (keys, values, out_keys, kernel_keys, weights)
+
+
+def _vjp_backward(window, residuals, cotangents):
+    """That of `conv`, where the kept outputs are the given sites."""
+    keys, values, out_keys, kernel_keys, weights = residuals
+    values_bar, weights_bar, bias_bar = ffi.dispatch(
+        _BACKWARD,
+        functools.partial(backward_reference, window),
+        (keys, values, out_keys, kernel_keys, weights, cotangents[0]),
+        (True, True, True, False, False, True),
+        (ffi.result(values.shape[1:], values.dtype),),
+        (ffi.result(weights.shape, jnp.float32), ffi.result(cotangents[0].shape[1:2], jnp.float32)),
+        window=window,
+    )
+    return None, values_bar, None, None, weights_bar[0], bias_bar[0]
+
+
+_conv_at.defvjp(_vjp_forward, _vjp_backward)
+
+
+# --- The reference: one tap at a time, with a search for the sites that it reads ---------------------------
+
+
+def forward_reference(
+    window: Window,
+    keys: Int32[Array, "b 1 k"],
+    values: Float[Array, "b i k"],
+    out_keys: Int32[Array, "b 1 q"],
+    kernel_keys: Int32[Array, " n"],
+    weights: Float32[Array, " n"],
+    bias: Float32[Array, " o"],
+) -> tuple[Float[Array, "b o q"], Int32[Array, "b o"]]:
+    x = _stored(keys, values, window.input_sites)
+    w = dense_weights(kernel_keys, weights, window.taps, x.shape[1], bias.size)
+
+    def add_tap(total, tap):
+        seen = _at_sites(keys, x, window.input_keys(out_keys, tap))  # [B, Cin, Q]
+        return total + sum_products(seen[:, None], w[:, :, tap, None], axis=2), None
+
+    total = jnp.zeros((x.shape[0], bias.size, out_keys.shape[2]), jnp.float32)
+    total = ffi.vary_together(total, x, w, out_keys)[0]
+    response, _ = jax.lax.scan(add_tap, total, jnp.arange(window.taps))
+    response = _stored(out_keys, response, window.output_sites)
+    responses = jnp.sum(response != 0, axis=2, dtype=jnp.int32)
+    features = jnp.where(response != 0, response + bias[:, None], 0).astype(values.dtype)
+    return features, responses
+
+
+def backward_reference(
+    window: Window,
+    keys: Int32[Array, "b 1 k"],
+    values: Float[Array, "b i k"],
+    out_keys: Int32[Array, "b 1 q"],
+    kernel_keys: Int32[Array, " n"],
+    weights: Float32[Array, " n"],
+    cotangent: Float[Array, "b o q"],
+) -> tuple[Float[Array, "b i k"], Float32[Array, "1 n"], Float32[Array, "1 o"]]:
+    x = _stored(keys, values, window.input_sites)
+    g = _stored(out_keys, cotangent, window.output_sites)
+    w = dense_weights(kernel_keys, weights, window.taps, x.shape[1], g.shape[1])
+
+    def add_tap(x_bar, tap):
+        seen = _at_sites(out_keys, g, window.output_keys(keys, tap))  # [B, Cout, K]
+        x_bar += sum_products(seen[:, None], w[:, :, tap].T[..., None], axis=2)
+        return x_bar, sum_products(x[:, :, None], seen[:, None], axis=(0, 3))
+
+    start = ffi.vary_together(jnp.zeros_like(x), g, w)[0]
+    x_bar, w_bar = jax.lax.scan(add_tap, start, jnp.arange(window.taps))
+    x_bar = _stored(keys, x_bar, window.input_sites).astype(values.dtype)
+    return x_bar, at_live_weights(kernel_keys, w_bar)[None], jnp.sum(g, axis=(0, 2))[None]
+
+
+def _stored(
+    keys: Int32[Array, "b 1 k"], values: Float[Array, "b c k"], sites: int
+) -> Float32[Array, "b c k"]:
+    """The values in float32, 0 at padding whatever stands there."""
+    return jnp.where((keys >= 0) & (keys < sites), values.astype(jnp.float32), 0)
+
+
+def _at_sites(
+    keys: Int32[Array, "b 1 k"], values: Float[Array, "b c k"], sites: Int32[Array, "b 1 q"]
+) -> Float[Array, "b c q"]:
+    """The values at the slots whose keys equal `sites`, else 0."""
+    search = jax.vmap(functools.partial(jnp.searchsorted, method="sort"))
+    slot = jnp.minimum(search(keys[:, 0], sites[:, 0]), keys.shape[2] - 1)[:, None]
+    found = jnp.take_along_axis(keys, slot, axis=2) == sites
+    return jnp.where(found, jnp.take_along_axis(values, slot, axis=2), 0)

@@ -1,0 +1,61 @@
+// Convolution at given sites, transposed convolution too, and its gradient.
+
+#pragma once
+
+#include "xla_kernels/common/conv_shape.h"
+#include "xla_kernels/common/target.h"
+
+namespace ilajax {
+
+// Keys are [B, 1, K], one support for all channels of the input, and another for those of the
+// output. Responses are those that are not zero.
+struct ConvAtShape : ConvShape {
+  int64_t out_key_channels = kUnread;
+
+  ffi::Error Check(const char* op) {
+    if (key_channels != 1 || out_key_channels != 1) {
+      return InvalidArgument(op, ": keys must be those of all channels");
+    }
+    // The products' bitmaps, forward and backward, are those of grids that are spread apart.
+    int64_t input_sites = 1, output_sites = 1;
+    for (int a = 0; a < w.rank; ++a) {
+      input_sites *= (w.input_shape[a] - 1) * w.input_dilation[a] + 1;
+      output_sites *= (w.output_shape[a] - 1) * w.strides[a] + 1;
+      if (input_sites > 0x7fffffff || output_sites > 0x7fffffff) {
+        return InvalidArgument(op, ": a grid, spread by its stride, has 2^31 sites or more");
+      }
+    }
+    return CheckSizes(op);
+  }
+};
+
+#define ILAJAX_CONV_AT_FWD(ARG, RET, ATTR)              \
+  ARG(S32, keys, batch, key_channels, slots)            \
+  ARG(Values, values, batch, in_channels, slots)        \
+  ARG(S32, out_keys, batch, out_key_channels, capacity) \
+  ARG(S32, kernel_keys, weights)                        \
+  ARG(F32, weights, weights)                            \
+  ARG(F32, bias, out_channels)                          \
+  RET(Values, features, batch, out_channels, capacity)  \
+  RET(S32, responses, batch, out_channels)              \
+  RET(U8, workspace)                                    \
+  ATTR(Span, window)                                    \
+  ATTR(Span, plan)
+ILAJAX_CALL(ConvAtFwd, ConvAtShape, "conv_at", ILAJAX_CONV_AT_FWD)
+
+#define ILAJAX_CONV_AT_BWD(ARG, RET, ATTR)              \
+  ARG(S32, keys, batch, key_channels, slots)            \
+  ARG(Values, values, batch, in_channels, slots)        \
+  ARG(S32, out_keys, batch, out_key_channels, capacity) \
+  ARG(S32, kernel_keys, weights)                        \
+  ARG(F32, weights, weights)                            \
+  ARG(Values, cotangent, batch, out_channels, capacity) \
+  RET(Values, values_bar, batch, in_channels, slots)    \
+  RET(F32, weights_bar, groups, weights)                \
+  RET(F32, bias_bar, groups, out_channels)              \
+  RET(U8, workspace)                                    \
+  ATTR(Span, window)                                    \
+  ATTR(Span, plan)
+ILAJAX_CALL(ConvAtBwd, ConvAtShape, "conv_at", ILAJAX_CONV_AT_BWD)
+
+}  // namespace ilajax
