@@ -320,6 +320,8 @@ def _steps(
 def spread_apart(keys: jax.Array, window: Window) -> tuple[jax.Array, Window]:
     """Keys of the window's input once its sites stand `input_dilation` apart, and the window over them."""
     steps = window.input_dilation
+    if set(steps) == {1}:
+        return keys, window
     shape = tuple(
         (size - 1) * step + 1 for size, step in zip(window.input_shape, steps, strict=True)
     )

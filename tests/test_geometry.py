@@ -201,3 +201,14 @@ def test_windows_of_the_wrong_type(arguments):
     name = next(iter(arguments)).replace("dilation", "kernel_dilation")
     with pytest.raises(TypeError, match=name):
         geometry.conv_window((5, 6), (3, 3), **arguments)
+
+
+def test_spreading_apart():
+    """Catches an entry that ends up on another line, and work on keys that stay where they are."""
+    keys = jnp.array([0, 5, 7, 11, 12])
+    plain = geometry.conv_window((3, 4), (3, 3))
+    assert geometry.spread_apart(keys, plain)[0] is keys
+    window = geometry.conv_transpose_window((3, 4), (3, 3), strides=(2, 3))
+    moved, spread = geometry.spread_apart(keys, window)
+    assert spread.input_shape == (5, 10)
+    np.testing.assert_array_equal(moved, [0, 2 * 10 + 3, 2 * 10 + 9, 4 * 10 + 9, 50])
