@@ -115,6 +115,7 @@ def test_loops(backend, name, transposed):
     check(backend, x, kernel, bias, support, geometry, padding=padding, **options)
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("transposed", [False, True], ids=["conv", "transposed"])
 @pytest.mark.parametrize("shared", [False, True], ids=["own-keys", "shared"])
 def test_supports_of_each_channel(backend, shared, transposed):
@@ -129,6 +130,7 @@ def test_supports_of_each_channel(backend, shared, transposed):
         check(backend, *case, geometry, strides=2)
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("transposed", [False, True], ids=["conv", "transposed"])
 def test_channels(backend, transposed):
     """Catches a block of channels that is skipped, or reaches into the next."""
