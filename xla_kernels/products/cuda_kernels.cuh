@@ -91,30 +91,31 @@ __device__ int64_t Neighbour(const Window& w, const Sites& in, const Sites& out,
   const int32_t site = out.keys[i];
   if (site < 0 || site >= w.output_sites) return -1;
   uint32_t place = static_cast<uint32_t>(site), rest = static_cast<uint32_t>(tap);
-  int64_t key = 0, step = 1;
+  uint32_t key = 0, scale = 1;  // sites of the input: fewer than 2^31
   for (int a = w.rank - 1; a >= 0; --a) {
     const uint32_t size = static_cast<uint32_t>(w.output_shape[a]);
     const uint32_t width = static_cast<uint32_t>(w.window_shape[a]);
-    int64_t p =
+    const int64_t p =
         int64_t{place % size} * w.strides[a] + int64_t{rest % width} * w.dilation[a] - w.low[a];
-    if (w.input_dilation[a] != 1) {
-      if (p % w.input_dilation[a] != 0) return -1;
-      p /= w.input_dilation[a];
-    }
-    if (p < 0 || p >= w.input_shape[a]) return -1;
+    // Spread apart, the input has fewer than 2^31 sites, too.
+    if (p < 0 || p > (w.input_shape[a] - 1) * w.input_dilation[a]) return -1;
+    const uint32_t apart = static_cast<uint32_t>(w.input_dilation[a]);
+    const uint32_t at = static_cast<uint32_t>(p) / apart;
+    if (at * apart != static_cast<uint32_t>(p)) return -1;
     place /= size;
     rest /= width;
-    key += p * step;
-    step *= w.input_shape[a];
+    key += at * scale;
+    scale *= static_cast<uint32_t>(w.input_shape[a]);
   }
   int64_t first = 0, last = in.slots - 1;
   if (own) {  // keys ascend, so the slots between two keys are no more than the keys
-    first = max(key < site ? i - (site - key) : i, int64_t{0});
-    last = min(key < site ? i : i + (key - site), in.slots - 1);
+    const int64_t distance = int64_t{key} - site;
+    first = max(i + min(distance, int64_t{0}), int64_t{0});
+    last = min(i + max(distance, int64_t{0}), in.slots - 1);
   }
   if (last < first) return -1;
   const int64_t slot = first + LowerBound(in.keys + first, last - first, key);
-  return in.keys[slot] == key ? slot : -1;
+  return in.keys[slot] == static_cast<int32_t>(key) ? slot : -1;
 }
 
 // sums += x * weights. A zero factor adds nothing, not even against inf or NaN.
@@ -149,7 +150,7 @@ struct Apply {
 };
 
 template <typename T, int kColumns>
-__global__ void __launch_bounds__(kSites) ApplyKernel(Apply<T> a) {
+__global__ void __launch_bounds__(kSites, 4) ApplyKernel(Apply<T> a) {
   const Filter& f = a.filter;
   const int64_t summed = f.summed_channels(), tiles = f.tiles();
   const int64_t chunks = (a.slots + kSites - 1) / kSites;
