@@ -166,9 +166,7 @@ class Window:
     dilation: tuple[int, ...]  # steps between taps, in input sites
     low: tuple[int, ...]  # sites of padding before the first one
     output_shape: tuple[int, ...]  # the grid that the window writes
-    input_dilation: tuple[
-        int, ...
-    ]  # steps between input sites: the strides of a transposed convolution
+    input_dilation: tuple[int, ...]  # steps between input sites; 1, unless it is transposed
 
     @property
     def taps(self) -> int:
