@@ -115,7 +115,7 @@ PROGRAMS = {
     "products-waves": submanifold_program(
         16, (9, 10), (3, 3), 16, 16, slots=1200, tuning=PRODUCTS | {"workspace": 400_000}
     ),
-    "conv_at-1d": conv_at_program(17, (95,), (48,), (5,), 3, 9, kernel_dilation=2),
+    "conv_at-1d": conv_at_program(17, (95,), (48,), (67,), 3, 9, kernel_dilation=2),
     "conv_at-3d": conv_at_program(18, (6, 5, 7), (3, 3, 4), (3, 3, 3), 9, 17),
     "conv_at-up": conv_at_program(
         19, (9, 10), (18, 20), (3, 3), 2, 3, ilajax.conv_transpose, padding="SAME"
