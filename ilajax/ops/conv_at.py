@@ -1,6 +1,7 @@
 """Convolution at given sites: `conv` and `conv_transpose` with a support that the user gives."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,7 @@ from ilajax.ops._supports import at_slots, over_one_support, shared_union
 from ilajax.ops.weights import at_live_weights, dense_weights, sum_products
 from ilajax.sparse_tensor import SparseTensor
 
-_FORWARD, _BACKWARD = ffi.declare("conv_at")
-
-# Which operands lead with the batch axis: keys, values and the output's keys do; the filter does not.
-_BATCHED = (True, True, True, False, False, False)
+_TARGETS = ffi.declare("conv_at")
 
 
 def conv_at(
@@ -34,73 +32,85 @@ def conv_at(
     x = over_one_support(x)
     if support.shared:
         operands = (x.keys, x.values, support.keys, kernel_keys, weights, bias)
-        values, responses = _conv_at(window, *ffi.place(operands, _BATCHED))
+        values, responses = at_sites(_TARGETS, window, *operands)
         return SparseTensor(support.keys, values, support.spatial_shape), responses
     # All channels at the sites of all, then each at its own. The bias comes last, since responses count
     # where they are not zero without it, and values are rounded once.
     keys, moves = shared_union(support)
     filter_ = (kernel_keys, weights, jnp.zeros_like(bias))
-    onto_all = ffi.place((x.keys, x.values.astype(jnp.float32), keys, *filter_), _BATCHED)
-    response = at_slots(_conv_at(window, *onto_all)[0], moves)
+    onto_all, _ = at_sites(_TARGETS, window, x.keys, x.values.astype(jnp.float32), keys, *filter_)
+    response = at_slots(onto_all, moves)
     values = jnp.where(response != 0, response + bias[:, None], 0).astype(x.dtype)
     responses = jnp.sum(response != 0, axis=2, dtype=jnp.int32)
     return SparseTensor(support.keys, values, support.spatial_shape), responses
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _conv_at(window: Window, *operands: jax.Array) -> ffi.Outputs:
-    return _forward(window, *operands)
+def at_sites(targets: tuple[str, str], window: Window, *operands: jax.Array) -> ffi.Outputs:
+    """Responses [B, Cout, K] at given sites, and how many are not zero, int32[B, Cout].
+
+    Args:
+      targets: the targets' names, forward and backward.
+      window: the geometry.
+      operands: shared keys, values, the output's shared keys, kernel keys, weights and bias. Without the
+        output's keys, which such targets do not take, the sites are the input's own.
+    """
+    batched = (*(True,) * (len(operands) - 3), False, False, False)
+    return _at_sites(targets, window, *ffi.place(operands, batched))
 
 
-def _forward(
-    window: Window,
-    keys: Int32[Array, "b 1 k"],
-    values: Float[Array, "b i k"],
-    out_keys: Int32[Array, "b 1 q"],
-    kernel_keys: Int32[Array, " n"],
-    weights: Float32[Array, " n"],
-    bias: Float32[Array, " o"],
-) -> ffi.Outputs:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _at_sites(targets: tuple[str, str], window: Window, *operands: jax.Array) -> ffi.Outputs:
+    return _forward(targets, window, *operands)
+
+
+def _forward(targets, window, keys, values, *rest):
+    *given, kernel_keys, weights, bias = rest
+    slots = (*given, keys)[0].shape[2]
     return ffi.dispatch(
-        _FORWARD,
-        functools.partial(forward_reference, window),
-        (keys, values, out_keys, kernel_keys, weights, bias),
-        _BATCHED,
-        (
-            ffi.result((bias.size, out_keys.shape[2]), values.dtype),
-            ffi.result((bias.size,), jnp.int32),
-        ),
+        targets[0],
+        _reference(_forward_reference, window, own=not given),
+        (keys, values, *given, kernel_keys, weights, bias),
+        (True, True, *(True for _ in given), False, False, False),
+        (ffi.result((bias.size, slots), values.dtype), ffi.result((bias.size,), jnp.int32)),
         window=window,
     )
 
 
-def _vjp_forward(window, keys, values, out_keys, kernel_keys, weights, bias):
-    outputs = _forward(window, keys, values, out_keys, kernel_keys, weights, bias)
-    return outputs, (keys, values, out_keys, kernel_keys, weights)
+def _vjp_forward(targets, window, *operands):
+    return _forward(targets, window, *operands), operands[:-1]
 
 
-def _vjp_backward(window, residuals, cotangents):
+def _vjp_backward(targets, window, residuals, cotangents):
     """That of `conv`, where the kept outputs are the given sites."""
-    keys, values, out_keys, kernel_keys, weights = residuals
+    keys, values, *given, kernel_keys, weights = residuals
     values_bar, weights_bar, bias_bar = ffi.dispatch(
-        _BACKWARD,
-        functools.partial(backward_reference, window),
-        (keys, values, out_keys, kernel_keys, weights, cotangents[0]),
-        (True, True, True, False, False, True),
+        targets[1],
+        _reference(_backward_reference, window, own=not given),
+        (keys, values, *given, kernel_keys, weights, cotangents[0]),
+        (True, True, *(True for _ in given), False, False, True),
         (ffi.result(values.shape[1:], values.dtype),),
         (ffi.result(weights.shape, jnp.float32), ffi.result(cotangents[0].shape[1:2], jnp.float32)),
         window=window,
     )
-    return None, values_bar, None, None, weights_bar[0], bias_bar[0]
+    return None, values_bar, *(None for _ in given), None, weights_bar[0], bias_bar[0]
 
 
-_conv_at.defvjp(_vjp_forward, _vjp_backward)
+_at_sites.defvjp(_vjp_forward, _vjp_backward)
 
 
 # --- The reference: one tap at a time, with a search for the sites that it reads ---------------------------
 
 
-def forward_reference(
+def _reference(
+    function: Callable[..., ffi.Outputs], window: Window, own: bool
+) -> Callable[..., ffi.Outputs]:
+    """A function of a target's operands: those at the input's own sites have no keys of the output."""
+    if own:
+        return lambda keys, values, *rest: function(window, keys, values, keys, *rest)
+    return functools.partial(function, window)
+
+
+def _forward_reference(
     window: Window,
     keys: Int32[Array, "b 1 k"],
     values: Float[Array, "b i k"],
@@ -113,7 +123,7 @@ def forward_reference(
     w = dense_weights(kernel_keys, weights, window.taps, x.shape[1], bias.size)
 
     def add_tap(total, tap):
-        seen = _at_sites(keys, x, window.input_keys(out_keys, tap))  # [B, Cin, Q]
+        seen = _values_at(keys, x, window.input_keys(out_keys, tap))  # [B, Cin, Q]
         return total + sum_products(seen[:, None], w[:, :, tap, None], axis=2), None
 
     total = jnp.zeros((x.shape[0], bias.size, out_keys.shape[2]), jnp.float32)
@@ -125,7 +135,7 @@ def forward_reference(
     return features, responses
 
 
-def backward_reference(
+def _backward_reference(
     window: Window,
     keys: Int32[Array, "b 1 k"],
     values: Float[Array, "b i k"],
@@ -139,7 +149,7 @@ def backward_reference(
     w = dense_weights(kernel_keys, weights, window.taps, x.shape[1], g.shape[1])
 
     def add_tap(x_bar, tap):
-        seen = _at_sites(out_keys, g, window.output_keys(keys, tap))  # [B, Cout, K]
+        seen = _values_at(out_keys, g, window.output_keys(keys, tap))  # [B, Cout, K]
         x_bar += sum_products(seen[:, None], w[:, :, tap].T[..., None], axis=2)
         return x_bar, sum_products(x[:, :, None], seen[:, None], axis=(0, 3))
 
@@ -156,7 +166,7 @@ def _stored(
     return jnp.where((keys >= 0) & (keys < sites), values.astype(jnp.float32), 0)
 
 
-def _at_sites(
+def _values_at(
     keys: Int32[Array, "b 1 k"], values: Float[Array, "b c k"], sites: Int32[Array, "b 1 q"]
 ) -> Float[Array, "b c q"]:
     """The values at the slots whose keys equal `sites`, else 0."""
