@@ -150,6 +150,7 @@ def cases() -> list[Case]:
     return [
         *_conv_cases(),
         *_conv_at_cases(),
+        *_conv_by_site_cases(),
         *_submanifold_cases(),
         *_selection_cases(),
         *_pool_cases(),
@@ -217,6 +218,20 @@ def _onto(
     operation: Callable[..., Any], support: SparseTensor, x: SparseTensor, kernel: SparseKernel
 ) -> Any:
     return operation(x, kernel, strides=2, support=support)
+
+
+def _conv_by_site_cases() -> Iterator[Case]:
+    grid, some = (21, 20, 19), {"capacity": 300}
+    up: dict[str, Any] = {"capacity": 900, "select": "magnitude"}
+    for what, operation, reads, (cin, cout), dtype, options in (
+        ("cut", conv, grid, (2, 3), jnp.float32, some),
+        ("strided, wide", conv, grid, (9, 34), jnp.bfloat16, some | {"strides": 2}),
+        ("all kept", conv, (90, 80), (3, 5), jnp.float16, {"capacity": 7200}),
+        ("transposed", conv_transpose, (11, 10, 10), (5, 9), jnp.float32, up | {"strides": 2}),
+    ):
+        x = _tensor(3, cin, reads, sites(reads) // 16, dtype, shared=True)
+        function: Any = functools.partial(operation, select_by="site", **options)
+        yield Case("conv_by_site", what, function, (x, _kernel((3,) * len(reads), cin, cout, 0.7)))
 
 
 def _submanifold_cases() -> Iterator[Case]:

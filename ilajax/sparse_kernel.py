@@ -122,9 +122,13 @@ class SparseKernel:
         """Where a weight is live, bool [*window, Cin, Cout]."""
         return self._scattered(jnp.ones(self.keys.shape, bool))
 
-    def refill(self) -> Self:
-        """The full filter again: removed weights come back, at 0 and live, for transfer learning."""
-        return type(self).from_dense(self.to_dense())
+    def refill(self, feature_group_count: int = 1) -> Self:
+        """The full filter again: removed weights come back, at 0 and live, for transfer learning.
+
+        With groups of channels, those within a group; see `keys_of_groups`.
+        """
+        keys = keys_of_groups(self.shape, feature_group_count)
+        return type(self)(keys, self._flat(self.values)[keys], self.shape)
 
     def validate(self) -> Self:
         """Checks the keys' order on concrete arrays and returns the kernel.
@@ -139,10 +143,13 @@ class SparseKernel:
 
     def _scattered(self, values: jax.Array) -> jax.Array:
         """Values at the keys as a dense array [*window, Cin, Cout], 0 elsewhere."""
-        flat = jnp.zeros(self.size, values.dtype)
-        flat = flat.at[not_negative(self.keys, self.size)].set(values, mode="drop")
-        by_channel = flat.reshape(self.out_channels, self.in_channels, self.taps)
+        by_channel = self._flat(values).reshape(self.out_channels, self.in_channels, self.taps)
         return jnp.moveaxis(by_channel, (0, 1, 2), (2, 1, 0)).reshape(self.shape)
+
+    def _flat(self, values: jax.Array) -> jax.Array:
+        """Values at the keys as a vector of the full filter, 0 elsewhere."""
+        flat = jnp.zeros(self.size, values.dtype)
+        return flat.at[not_negative(self.keys, self.size)].set(values, mode="drop")
 
     def __repr__(self) -> str:
         if not hasattr(self.values, "dtype"):
@@ -162,6 +169,15 @@ def check_kernel_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     if sites(checked) > MAX_SITES:
         raise ValueError(f"a kernel must have fewer than 2**31 weights, got shape {checked}.")
     return checked
+
+
+def keys_of_groups(shape: tuple[int, ...], feature_group_count: int) -> jax.Array:
+    """The keys of a filter [*window, Cin, Cout] whose channels convolve in groups, all that there are."""
+    taps, (cin, cout) = sites(shape[:-2]), shape[-2:]
+    group, out = cin // feature_group_count, jnp.arange(cout, dtype=jnp.int32)[:, None]
+    channel = out // (cout // feature_group_count) * group + jnp.arange(group, dtype=jnp.int32)
+    pair = out * cin + channel
+    return (pair[..., None] * taps + jnp.arange(taps, dtype=jnp.int32)).reshape(-1)
 
 
 def check_kernel_keys(argument: str, keys: Any, shape: tuple[int, ...]) -> None:

@@ -205,6 +205,34 @@ def k_select_backward(x, kept_keys, cotangent):
     return gradient
 
 
+def passed(values, mode):
+    """What a selection of sites lets pass of values."""
+    return np.where(values <= 0, 0, values) if mode == "positive" else values
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def select_sites(sites, p, capacity):
+    """The `capacity` best sites of vectors p[C, sites]: lists of (key, value) [C], and how many candidates.
+
+    Squares are summed in float32, and all that are smaller than its normal numbers rank alike.
+    """
+    found = [int(s) for s in sites if (p[:, s] != 0).any()]
+    scores = {s: np.square(p[:, s].astype(np.float32)).sum(dtype=np.float32) for s in found}
+    scores = {s: max(score, np.finfo(np.float32).tiny, key=float) for s, score in scores.items()}
+    best, _ = select(found, [float(scores[s]) for s in found], capacity, "value")
+    return [[(found[i], row[found[i]]) for i in best] for row in p], len(found)
+
+
+def conv_by_site(x, kernel, bias, geometry, capacity, mode):
+    """keys [B, 1, capacity], values [B, Cout, capacity] of the strongest sites, candidates [B, 1]."""
+    every_site = np.arange(geometry.sites)
+    keys = np.broadcast_to(every_site, (x.values.shape[0], 1, geometry.sites))
+    p = passed(read(conv_at(x, kernel, bias, geometry, keys)[0]), mode)
+    kept, counts = zip(*(select_sites(every_site, each, capacity) for each in p), strict=True)
+    keys, values = pack(kept, capacity, geometry.sites, x.values.dtype)
+    return keys[:, :1], values, np.array(counts, np.int32)[:, None]
+
+
 # --- Algorithm 1 and algorithm 2 -----------------------------------------------------------------
 
 

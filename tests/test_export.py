@@ -31,6 +31,9 @@ OPERATIONS = {
     "conv_at": lambda x, s, k: (
         ilajax.conv_transpose(ilajax.max_pool(s, 2), k, BIAS, strides=2, support=s).features
     ),
+    "conv_by_site": lambda x, s, k: (
+        ilajax.conv(s, k, BIAS, capacity=7, strides=2, select_by="site").features
+    ),
     "max_pool": lambda x, s, k: ilajax.max_pool(x, 2),
     "avg_pool": lambda x, s, k: ilajax.avg_pool(s, (1, 2), capacity=3),
     "global": lambda x, s, k: ilajax.global_max_pool(x) + ilajax.global_avg_pool(s),

@@ -29,13 +29,19 @@ def up_onto(x, kernel):
     return ilajax.conv_transpose(down, kernel, jnp.ones(3), strides=2, support=x).features
 
 
+def by_site(x, kernel):
+    return ilajax.conv(x, kernel, jnp.ones(3), capacity=7, strides=2, select_by="site").features
+
+
 # Each takes (x, kernel), and uses the kernel where it has a use for one. x has a shared support in the
 # operations that need it, and its own supports in the others.
 OPERATIONS = {
     "conv": lambda x, k: ilajax.conv(x, k, jnp.ones(3), capacity=7, select="value").features.values,
     "submanifold": lambda x, k: ilajax.conv(x, k, jnp.ones(3), support="input").features.values,
     "conv_at": lambda x, k: up_onto(x, k).values,
+    "conv_by_site": lambda x, k: by_site(x, k).values,
     "k_select": lambda x, k: ilajax.k_select(x, 5).values,
+    "k_select-site": lambda x, k: ilajax.k_select(x, 5, select_by="site").values,
     "relu": lambda x, k: ilajax.relu(x).values,
     "max_pool": lambda x, k: ilajax.max_pool(x, 2, capacity=4).values,
     "avg_pool": lambda x, k: ilajax.avg_pool(x, 2).values,
@@ -43,7 +49,7 @@ OPERATIONS = {
     "from_dense": lambda x, k: ilajax.from_dense(ilajax.to_dense(x) + 1, 9).values,
     "global_pools": lambda x, k: ilajax.global_max_pool(x) + ilajax.global_avg_pool(x),
 }
-AT_SITES = ("conv_at", "submanifold")
+AT_SITES = ("conv_at", "conv_by_site", "submanifold")
 CONVOLUTIONS = ("conv", *AT_SITES)
 
 

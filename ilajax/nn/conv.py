@@ -20,8 +20,8 @@ from ilajax.geometry import (
 )
 from ilajax.ops.conv import ConvResult, check_no_selection, check_support, conv
 from ilajax.ops.conv_transpose import conv_transpose
-from ilajax.ops.k_select import check_select
-from ilajax.sparse_kernel import SparseKernel, check_kernel_keys
+from ilajax.ops.k_select import check_select, check_select_by
+from ilajax.sparse_kernel import SparseKernel, check_kernel_keys, keys_of_groups
 from ilajax.sparse_tensor import VALUE_DTYPES, SparseTensor, check_sparse
 
 Initializer = Callable[..., jax.Array]
@@ -66,8 +66,8 @@ class Conv(nnx.Module):
       in_features: channels of the input, Cin.
       out_features: channels of the output, Cout.
       kernel_size: the window; an integer means a one-dimensional one, as in Flax.
-      density_bound: the largest share of output sites that each channel may store, in (0, 1]; required with
-        support="dilate", not accepted with the others.
+      density_bound: the largest share of output sites that each channel, or under select_by="site" all
+        together, may store, in (0, 1]; required with support="dilate", not accepted with the others.
       strides: steps between output sites; one integer or one for each axis.
       padding: "SAME", "VALID", or a (low, high) pair for each axis.
       kernel_dilation: steps between taps; one integer or one for each axis.
@@ -75,10 +75,15 @@ class Conv(nnx.Module):
       select: which responses are kept, "positive" (the default), "value" or "magnitude"; see `ilajax.conv`.
         Not accepted with the other supports, where all are kept and an activation is `x.map(nnx.relu)`. The
         density regulariser works through the ReLU, so it needs "positive".
+      select_by: "channel", the paper's attention, for each output channel by itself; or "site", the strongest
+        sites, which gives a shared support (with select "positive" or "magnitude"); see `ilajax.conv`. The
+        density is then that of the sites.
       support: "dilate", the paper's convolution; "input", a submanifold convolution on a shared support; or
         "given", responses at the sites of a tensor that the call brings.
+      feature_group_count: groups of channels, as in `flax.nnx.Conv`; it divides the channels of input and
+        output. Weights between groups do not exist. With as many groups as channels it is depthwise.
       kernel_density: share of the weights that exist at the start, in (0, 1]. Below 1 these are a random
-        subset of max(1, round(kernel_density * size)) weights, and the list has that length.
+        subset of max(1, round(kernel_density * weights)) of them, and the list has that length.
       kernel_init: initialiser of the full filter, of shape `kernel_shape`.
       bias_init: initialiser of the bias.
       dtype: dtype of the computation: the input is cast to it, weights and bias are rounded to it, and the
@@ -124,7 +129,9 @@ class Conv(nnx.Module):
         kernel_dilation: int | Sequence[int] = 1,
         use_bias: bool = True,
         select: str | None = None,
+        select_by: str = "channel",
         support: str = "dilate",
+        feature_group_count: int = 1,
         kernel_density: float = 1.0,
         kernel_init: Initializer = nnx.initializers.lecun_normal(),
         bias_init: Initializer = nnx.initializers.zeros_init(),
@@ -145,8 +152,11 @@ class Conv(nnx.Module):
         advice = " It is not read off the first input: weights exist from the start."
         channels = (positive(*f, ", a number of channels", advice) for f in features.items())
         self.kernel_shape = (*window, *channels)
-        self.density_bound, self.select = _output_rule(support, density_bound, select, len(window))
-        self.support = support
+        self.feature_group_count = _check_groups(feature_group_count, self.kernel_shape)
+        self.density_bound, self.select = _output_rule(
+            support, density_bound, select, select_by, len(window)
+        )
+        self.select_by, self.support = select_by, support
         self.strides = per_axis("strides", strides, len(window))
         self.padding = check_padding(padding, len(window))
         self.kernel_dilation = per_axis("kernel_dilation", kernel_dilation, len(window))
@@ -157,7 +167,10 @@ class Conv(nnx.Module):
 
         # Drawn in Flax's order, so that a dense twin starts from the same weights.
         kernel_key = rngs.params()
-        kernel = SparseKernel.from_dense(kernel_init(kernel_key, self.kernel_shape, param_dtype))
+        in_group = self.in_features // self.feature_group_count
+        drawn = kernel_init(kernel_key, (*window, in_group, self.out_features), param_dtype)
+        keys = keys_of_groups(self.kernel_shape, self.feature_group_count)
+        kernel = SparseKernel(keys, SparseKernel.from_dense(drawn).values, self.kernel_shape)
         kernel = _random_subset(kernel, kernel_density, jax.random.fold_in(kernel_key, 1))
         self.kernel = nnx.Param(kernel.values)
         self.kernel_keys = KernelKeys(kernel.keys)
@@ -230,6 +243,7 @@ class Conv(nnx.Module):
             padding=self.padding,
             kernel_dilation=self.kernel_dilation,
             select=self.select,
+            select_by=self.select_by,
             support=self.support if support is None else support,
             **options,
         )
@@ -270,6 +284,7 @@ class Conv(nnx.Module):
 
     def _measure(self, responses: jax.Array, output_sites: int) -> None:
         density = jnp.mean(responses.astype(jnp.float32), axis=0) / output_sites
+        density = jnp.broadcast_to(density, self.density.shape)  # by site, one for all channels
         if self.axis_name is not None:
             density = jax.lax.pmean(density, self.axis_name)
         # A plain jax.jit or jax.grad may close over the layer: for inference, or gradients of the input.
@@ -362,13 +377,13 @@ def _(dtype, primals, tangents):
 
 
 def _output_rule(
-    support: str, density_bound: float | None, select: str | None, rank: int
+    support: str, density_bound: float | None, select: str | None, select_by: str, rank: int
 ) -> tuple[float | None, str | None]:
     """The checked density bound and selection, both None where nothing is selected."""
     check_support(support, ("dilate", "input", "given"))
     if support != "dilate":
-        given = {"density_bound": density_bound, "select": select}
-        check_no_selection(f'support="{support}"', given)
+        where = f'support="{support}"'
+        check_no_selection(where, density_bound, select, select_by, "density_bound")
         return None, None
     if density_bound is None:
         raise ValueError(
@@ -376,9 +391,21 @@ def _output_rule(
             "sites that each channel may store, in (0, 1]."
         )
     geometry.capacity(density_bound, (1,) * rank)
+    check_select_by(select_by, select)
     select = "positive" if select is None else select
     check_select(select)
     return float(density_bound), select
+
+
+def _check_groups(feature_group_count: int, kernel_shape: tuple[int, ...]) -> int:
+    groups = positive("feature_group_count", feature_group_count)
+    for name, channels in zip(("in_features", "out_features"), kernel_shape[-2:], strict=True):
+        if channels % groups:
+            raise ValueError(
+                f"feature_group_count must divide in_features and out_features, got {groups} for {name} = "
+                f"{channels}."
+            )
+    return groups
 
 
 def _value_dtype(argument: str, dtype: Any) -> Any:
@@ -388,14 +415,14 @@ def _value_dtype(argument: str, dtype: Any) -> Any:
 
 
 def _random_subset(kernel: SparseKernel, density: float, key: jax.Array) -> SparseKernel:
-    """max(1, round(density * size)) weights of a full filter, all subsets equally likely."""
+    """max(1, round(density * weights)) of a filter's weights, all subsets equally likely."""
     if not 0.0 < float(density) <= 1.0:
         raise ValueError(
             f"kernel_density must lie in (0, 1], got {density!r}. It is the share of the weights that exist "
             f"at the start."
         )
-    count = max(1, round(float(density) * kernel.size))
-    if count == kernel.size:
+    count = max(1, round(float(density) * kernel.keys.size))
+    if count == kernel.keys.size:
         return kernel
-    chosen = jnp.sort(jax.random.permutation(key, kernel.size)[:count])
+    chosen = jnp.sort(jax.random.permutation(key, kernel.keys.size)[:count])
     return SparseKernel(kernel.keys[chosen], kernel.values[chosen], kernel.shape)

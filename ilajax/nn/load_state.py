@@ -54,7 +54,7 @@ def load_state(node: Any, stored: Any) -> None:
     filters = _stored_filters(node, variables, arrays)
     shapes |= {path: [shape] for path, shape in filters.items()}
     shapes |= _slots_of(filters, node, variables)
-    _raise_if(
+    raise_if(
         "do not fit, so that they were saved from another model or optimizer",
         [
             f"{dotted(path)} (stored as {_signature(arrays[path])}, expected "
@@ -95,9 +95,9 @@ def _matched(variables: Variables, stored: dict[Name, Any]) -> dict[Path, Any]:
         else:
             arrays[path] = stored.pop(found)
     whole = "save nnx.state(...) whole: weights mean nothing without their kernel_keys"
-    _raise_if(f"are missing ({whole})", missing)
+    raise_if(f"are missing ({whole})", missing)
     unknown = "are of no use to this model or optimizer, which has none of that name"
-    _raise_if(unknown, map(dotted, stored))
+    raise_if(unknown, map(dotted, stored))
     return arrays
 
 
@@ -146,7 +146,7 @@ def _is_within(parameter: Path, path: Path) -> bool:
     return any(parameter[: len(path) - start] == path[start:] for start in range(len(path)))
 
 
-def _raise_if(problem: str, names: Iterable[str]) -> None:
+def raise_if(problem: str, names: Iterable[str]) -> None:
     names = list(names)
     if names:
         shown = ", ".join(names[:8]) + (f", and {len(names) - 8} more" if len(names) > 8 else "")

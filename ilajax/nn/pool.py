@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
+import jax
 from flax import nnx
 
 from ilajax import geometry
 from ilajax.geometry import pool_window
-from ilajax.ops.pool import avg_pool, max_pool
+from ilajax.ops.pool import avg_pool, check_over, global_avg_pool, global_max_pool, max_pool
 from ilajax.sparse_tensor import SparseTensor, check_sparse
 
 
@@ -78,3 +79,33 @@ class AvgPool(_Pool):
     """
 
     _pool = staticmethod(avg_pool)
+
+
+class GlobalPool(nnx.Module):
+    """Mean or maximum over the whole grid: the way from sparse layers to dense ones.
+
+    Args:
+      mode: "avg", `ilajax.global_avg_pool`, or "max", `ilajax.global_max_pool`.
+      over: of "avg", what the sum is divided by: "stored" entries (the default here, as in other sparse
+        libraries), or all "sites".
+
+    Call:
+      x: SparseTensor [B, *S, C]. Returns an array [B, C].
+
+    Raises:
+      TypeError, ValueError: if an argument has a wrong type or value.
+
+    Example:
+      >>> x = ilajax.from_dense(jnp.eye(8)[None, ..., None], capacity=8)
+      >>> ilajax.nn.GlobalPool()(x)
+      Array([[1.]], dtype=float32)
+    """
+
+    def __init__(self, mode: str = "avg", *, over: str = "stored"):
+        if mode not in ("avg", "max"):
+            raise ValueError(f"mode must be 'avg' or 'max', got {mode!r}.")
+        check_over(over)
+        self.mode, self.over = mode, over
+
+    def __call__(self, x: SparseTensor) -> jax.Array:
+        return global_max_pool(x) if self.mode == "max" else global_avg_pool(x, over=self.over)

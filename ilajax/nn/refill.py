@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from ilajax.nn.conv import iter_convs
+from ilajax.nn.conv import Conv, iter_convs
 from ilajax.nn.slots import dotted
 from ilajax.sparse_kernel import SparseKernel, check_kernel_keys
 
@@ -37,8 +37,8 @@ def refill(model: Any) -> None:
             name = dotted((*path, "kernel_keys"))
             check_kernel_keys(name, conv.kernel_keys[...], conv.kernel_shape)
 
-        def full(keys: jax.Array, values: jax.Array, shape: Any = conv.kernel_shape) -> Any:
-            kernel = SparseKernel(keys, values, shape).refill()
+        def full(keys: jax.Array, values: jax.Array, conv: Conv = conv) -> Any:
+            kernel = SparseKernel(keys, values, conv.kernel_shape).refill(conv.feature_group_count)
             return kernel.keys, kernel.values
 
         # Layers that nnx.vmap stacked, say for nnx.scan, have leading axes.

@@ -103,7 +103,9 @@ def over_one_support(x: SparseTensor) -> SparseTensor:
 def shared_union(x: SparseTensor) -> tuple[jax.Array, Moves]:
     """The union of all channels' supports, int32[B, 1, U], and where each channel's entries stand in it."""
     slots = min(x.channels * x.capacity, x.sites)
-    keys, slot_of = _union_of(x.keys.reshape(x.batch_size, 1, -1), x.sites, slots)
+    keys, slot_of = _union_of(
+        x.keys.reshape(x.batch_size, 1, x.channels * x.capacity), x.sites, slots
+    )
     slot_of = slot_of.reshape(x.keys.shape)
     return keys, Moves(slot_of, _entries_in(slot_of, slots))
 
@@ -111,6 +113,12 @@ def shared_union(x: SparseTensor) -> tuple[jax.Array, Moves]:
 def at_slots(values: jax.Array, moves: Moves) -> jax.Array:
     """Values over a union, [B, C, U], at the entries' slots: [B, C, K]."""
     return jax.vmap(jax.vmap(_moved))(values, moves.entry_in, moves.slot_of)
+
+
+def at_entries(values: jax.Array, kept: jax.Array) -> jax.Array:
+    """Values [B, C, K] at some of the entries, int32[B, 1, Q]; 0 one past the last entry."""
+    slot_of = _entries_in(kept, values.shape[2])
+    return jax.vmap(jax.vmap(_moved, (0, None, None)))(values, slot_of[:, 0], kept[:, 0])
 
 
 @jax.jit  # By itself, a constant does not find the mesh of arrays whose types name one.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,9 +10,16 @@ import jax.numpy as jnp
 
 from ilajax import ffi
 from ilajax.geometry import Padding, Window, conv_window, spread_apart
+from ilajax.ops._responses import on_grid, responses_on_grid
 from ilajax.ops._shapes import Array, Float, Float32, Int32
 from ilajax.ops.conv_at import conv_at
-from ilajax.ops.k_select import check_capacity, check_select, select_reference
+from ilajax.ops.conv_by_site import conv_by_site
+from ilajax.ops.k_select import (
+    check_capacity,
+    check_select,
+    check_select_by,
+    select_reference,
+)
 from ilajax.ops.submanifold import submanifold_conv
 from ilajax.ops.weights import BATCHED, at_live_weights, dense_weights, sum_products
 from ilajax.sparse_kernel import SparseKernel
@@ -26,8 +33,8 @@ class ConvResult(NamedTuple):
 
     Attributes:
       features: the output feature map.
-      responses: int32[B, Cout], the candidates before the selection: where it exceeds the capacity, the
-        selection cut.
+      responses: int32[B, Cout], under select_by="site" int32[B, 1], the candidates before the selection:
+        where it exceeds the capacity, the selection cut.
     """
 
     features: SparseTensor
@@ -44,6 +51,7 @@ def conv(
     padding: Padding = "SAME",
     kernel_dilation: int | Sequence[int] = 1,
     select: str | None = None,
+    select_by: str = "channel",
     support: str | SparseTensor = "dilate",
 ) -> ConvResult:
     """Convolves stored entries with live weights and keeps the strongest responses.
@@ -74,13 +82,19 @@ def conv(
         "positive" (the default): those above 0 after the bias, by value: version i with the ReLU fused in.
         "magnitude": all non-zero responses, by absolute value (version ii).
         NaN is a candidate in every mode and ranks first, so that a diverging network shows it.
+      select_by: who selects.
+        "channel": each output channel by itself; each has keys of its own.
+        "site": all channels together, and the output has a shared support, so that networks of shared
+        supports can stride and dilate under a hard bound. `select` is "positive" or "magnitude", and says
+        what passes: under "positive" 0 for a response not above 0. Sites rank by the sum of squares, over
+        the channels, of what passes; where nothing does there is no candidate. See `ilajax.k_select`.
       support: where responses are.
         "dilate": wherever a window finds a stored entry, the paper's convolution.
         "input": at the input's own sites, zeros too, with the input's keys: a submanifold convolution. It
         needs a shared support, stride 1 and padding "SAME".
         A SparseTensor on the output grid: at exactly its sites, zeros too, with its keys, shared or one list
         for each output channel; its values do not matter. So two layers write onto one support.
-        The last two take neither capacity nor select.
+        The last two take neither capacity nor select and select_by.
 
     Returns:
       ConvResult(features, responses).
@@ -106,11 +120,11 @@ def conv(
         dilation=kernel_dilation,
     )
     if isinstance(support, str) and support == "input":
-        check_no_selection('support="input"', {"capacity": capacity, "select": select})
+        check_no_selection('support="input"', capacity, select, select_by)
         _check_submanifold(x, window, padding)
         values, responses = submanifold_conv(window, x.keys, x.values, *_weights(kernel, bias))
         return ConvResult(x.with_values(values), responses)
-    return convolve(window, x, kernel, bias, capacity, select, support)
+    return convolve(window, x, kernel, bias, capacity, select, select_by, support)
 
 
 def convolve(
@@ -120,12 +134,13 @@ def convolve(
     bias: jax.Array | None,
     capacity: int | None,
     select: str | None,
+    select_by: str,
     support: str | SparseTensor,
 ) -> ConvResult:
     """What `conv` and `conv_transpose` do once they have a window: select, or respond at given sites."""
     weights = _weights(kernel, bias)
     if isinstance(support, SparseTensor):
-        check_no_selection("a given support", {"capacity": capacity, "select": select})
+        check_no_selection("a given support", capacity, select, select_by)
         _check_given(support, x, window, kernel)
         return ConvResult(*conv_at(window, x, support, *weights))
     check_support(support)
@@ -134,10 +149,14 @@ def convolve(
             'capacity is required under support="dilate", got None. For a share of the output sites use '
             "ilajax.capacity(density_bound, output_shape)."
         )
+    check_select_by(select_by, select)
     select = "positive" if select is None else select
     check_select(select)
+    capacity = check_capacity(capacity)
+    if select_by == "site":
+        return ConvResult(*conv_by_site(window, capacity, select, x, *weights))
     keys, window = spread_apart(x.keys, window)
-    config = _Config(window, check_capacity(capacity), select)
+    config = _Config(window, capacity, select)
     operands = ffi.place((keys, x.values, *weights), BATCHED)
     keys, values, responses = _conv(config, *operands)
     return ConvResult(SparseTensor(keys, values, window.output_shape), responses)
@@ -158,12 +177,20 @@ def check_operands(x: SparseTensor, kernel: SparseKernel, bias: jax.Array | None
         _check_bias(bias, kernel)
 
 
-def check_no_selection(support: str, given: Mapping[str, object]) -> None:
+def check_no_selection(
+    support: str, bound: float | None, select: str | None, select_by: str, name: str = "capacity"
+) -> None:
     """Raises ValueError if an argument of the selection is given where nothing is selected."""
-    for name, value in given.items():
+    check_select_by(select_by, None)
+    given = {
+        name: bound,
+        "select": select,
+        "select_by": None if select_by == "channel" else select_by,
+    }
+    for argument, value in given.items():
         if value is not None:
             raise ValueError(
-                f"{name} does not apply under {support}, where all responses at its sites are kept; got "
+                f"{argument} does not apply under {support}, where all responses at its sites are kept; got "
                 f"{value!r}. Leave it out."
             )
 
@@ -224,8 +251,9 @@ def _check_submanifold(x: SparseTensor, window: Window, padding: Padding) -> Non
     if not x.shared:
         raise ValueError(
             'x must have a shared support under support="input", got keys that differ by channel: a layer '
-            "with a density bound selects for each channel by itself, as k_select and from_dense do. Put "
-            "submanifold layers in front of it, on the shared support that ilajax.from_points gives."
+            "with a density bound selects for each channel by itself, as k_select and from_dense do, unless "
+            'it is told to select_by="site". Or put submanifold layers in front of it, on the shared support '
+            "that ilajax.from_points gives."
         )
     if set(window.strides) != {1} or not (isinstance(padding, str) and padding.upper() == "SAME"):
         raise ValueError(
@@ -324,23 +352,12 @@ def _forward_reference(
     bias: Float32[Array, " o"],
 ) -> tuple[Int32[Array, "b o q"], Float[Array, "b o q"], Int32[Array, "b o"]]:
     window = config.window
-    x = _on_grid(keys, values.astype(jnp.float32), window.input_sites)
-    x = jnp.pad(x, [(0, 0), (0, 0), (0, 1)])  # what a tap reads outside the grid
-    w = dense_weights(kernel_keys, weights, window.taps, x.shape[1], bias.size)
-
-    every_site = jnp.arange(window.output_sites, dtype=jnp.int32)
-
-    def add_tap(total, tap):
-        seen = x[:, :, window.input_keys(every_site, tap)]  # [B, Cin, output_sites]
-        return total + sum_products(seen[:, None], w[:, :, tap, None], axis=2), None
-
-    total = jnp.zeros((x.shape[0], bias.size, window.output_sites), jnp.float32)
-    total = ffi.vary_together(total, x, w)[0]
-    response, _ = jax.lax.scan(add_tap, total, jnp.arange(window.taps))
+    response = responses_on_grid(window, keys, values, kernel_keys, weights, bias.size)
     rounded = (response + bias[:, None]).astype(values.dtype)
     candidate = response != 0
     if config.select == "positive":
         candidate &= (rounded > 0) | jnp.isnan(rounded)
+    every_site = jnp.arange(window.output_sites, dtype=jnp.int32)
     sites = jnp.broadcast_to(every_site, rounded.shape)
     selected = select_reference(
         sites, rounded, candidate, window.output_sites, config.capacity, config.select
@@ -362,7 +379,7 @@ def _backward_reference(
     keys = jnp.broadcast_to(keys, x.shape)
     out_channels = cotangent.shape[1]
     w = dense_weights(kernel_keys, weights, window.taps, x.shape[1], out_channels)
-    g = _on_grid(output_keys, cotangent.astype(jnp.float32), window.output_sites)
+    g = on_grid(output_keys, cotangent.astype(jnp.float32), window.output_sites)
     bias = jnp.sum(g, axis=(0, 2))
     g = jnp.pad(g, [(0, 0), (0, 0), (0, 1)])  # what an entry sends outside the grid
     stored = (keys >= 0) & (keys < window.input_sites)
@@ -378,12 +395,3 @@ def _backward_reference(
     x_bar, w_bar = jax.lax.scan(add_tap, start, jnp.arange(window.taps))  # w_bar [taps, Cin, Cout]
     x_bar = jnp.where(stored, x_bar, 0).astype(values.dtype)
     return x_bar, at_live_weights(kernel_keys, w_bar)[None], bias[None]
-
-
-def _on_grid(
-    keys: Int32[Array, "b ck k"], values: Float[Array, "b c k"], sites: int
-) -> Float[Array, "b c {sites}"]:
-    """Stored values on the grid; keys outside it are dropped."""
-    keys = jnp.broadcast_to(jnp.where(keys < 0, sites, keys), values.shape)
-    scatter = jax.vmap(jax.vmap(lambda k, v: jnp.zeros(sites, v.dtype).at[k].set(v, mode="drop")))
-    return scatter(keys, values)

@@ -83,16 +83,33 @@ def _vjp_forward(targets, window, *operands):
 def _vjp_backward(targets, window, residuals, cotangents):
     """That of `conv`, where the kept outputs are the given sites."""
     keys, values, *given, kernel_keys, weights = residuals
+    operands = (keys, values, *given, kernel_keys, weights, cotangents[0])
+    values_bar, weights_bar, bias_bar = _gradients(targets, window, *operands)
+    return None, values_bar, *(None for _ in given), None, weights_bar, bias_bar
+
+
+def gradients_at(window: Window, *operands: jax.Array) -> ffi.Outputs:
+    """The gradients of values, weights and bias, from cotangents at given sites.
+
+    Args:
+      window: the geometry.
+      operands: shared keys, values, the output's shared keys, kernel keys, weights and the cotangents.
+    """
+    return _gradients(_TARGETS, window, *operands)
+
+
+def _gradients(targets, window, keys, values, *rest):
+    *given, kernel_keys, weights, cotangent = rest
     values_bar, weights_bar, bias_bar = ffi.dispatch(
         targets[1],
         _reference(_backward_reference, window, own=not given),
-        (keys, values, *given, kernel_keys, weights, cotangents[0]),
+        (keys, values, *given, kernel_keys, weights, cotangent),
         (True, True, *(True for _ in given), False, False, True),
         (ffi.result(values.shape[1:], values.dtype),),
-        (ffi.result(weights.shape, jnp.float32), ffi.result(cotangents[0].shape[1:2], jnp.float32)),
+        (ffi.result(weights.shape, jnp.float32), ffi.result(cotangent.shape[1:2], jnp.float32)),
         window=window,
     )
-    return None, values_bar, *(None for _ in given), None, weights_bar[0], bias_bar[0]
+    return values_bar, weights_bar[0], bias_bar[0]
 
 
 _at_sites.defvjp(_vjp_forward, _vjp_backward)

@@ -21,6 +21,7 @@ def conv_transpose(
     kernel_dilation: int | Sequence[int] = 1,
     output_shape: Sequence[int] | None = None,
     select: str | None = None,
+    select_by: str = "channel",
     support: str | SparseTensor = "dilate",
 ) -> ConvResult:
     """Convolves stored entries, spread `strides` sites apart, with live weights: the way to a finer grid.
@@ -44,7 +45,7 @@ def conv_transpose(
       output_shape: the output grid; by default that of `jax.lax.conv_transpose`, with a given support that
         one's. Any grid that a convolution with these strides and padding maps to x's grid: with "SAME" and
         stride 2, a grid of 9 sites comes from one of 17 or 18.
-      select: what is a candidate, and how it ranks; see `ilajax.conv`.
+      select, select_by: what is a candidate, and how it ranks; see `ilajax.conv`.
       support: "dilate", or a SparseTensor on the output grid, at whose sites responses are; see
         `ilajax.conv`.
 
@@ -79,4 +80,4 @@ def conv_transpose(
         raise ValueError(
             'support must be "dilate" or a SparseTensor, got "input": the output has a grid of its own.'
         )
-    return convolve(window, x, kernel, bias, capacity, select, support)
+    return convolve(window, x, kernel, bias, capacity, select, select_by, support)

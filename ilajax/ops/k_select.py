@@ -8,29 +8,40 @@ import jax.numpy as jnp
 
 from ilajax import ffi
 from ilajax.geometry import positive
-from ilajax.ops._shapes import Array, Bool, Float, Int32
-from ilajax.ops._supports import place_alike
+from ilajax.ops._shapes import Array, Bool, Float, Float32, Int32
+from ilajax.ops._supports import at_entries, over_one_support, place_alike
 from ilajax.sparse_tensor import SparseTensor, check_sparse
 
 SELECTS = ("value", "positive", "magnitude")
+SELECT_BY = ("channel", "site")
 
 _FORWARD, _BACKWARD = ffi.declare("k_select")
 
 
-def k_select(x: SparseTensor, capacity: int, *, select: str = "value") -> SparseTensor:
-    """Keeps the `capacity` strongest stored entries of each sample and channel.
+def k_select(
+    x: SparseTensor, capacity: int, *, select: str | None = None, select_by: str = "channel"
+) -> SparseTensor:
+    """Keeps the `capacity` strongest stored entries of each sample and channel, or the strongest sites.
 
-    The gradient flows to the kept entries only. A shared support stays shared where nothing can be cut:
-    `select` is not "positive" and `capacity` is at least x's; else each channel gets keys of its own.
+    The gradient flows to the kept entries only. By channel, a shared support stays shared where nothing can
+    be cut: `select` is not "positive" and `capacity` is at least x's; else each channel gets its own keys.
+
+    By site, one support is selected for all channels. Let p be what the selection lets pass of a value: all
+    of it under "magnitude", and under "positive" 0 for what is not above 0. Candidates are the sites where
+    any channel's p is not 0, and their rank is
+
+      score[b, s] = sum over channels c of p[b, c, s]^2.
 
     Args:
-      x: the tensor; every stored entry is a candidate, stored zeros too.
+      x: the tensor; by channel, every stored entry is a candidate, stored zeros too.
       capacity: slots of the result; above x's capacity the rest is padding.
-      select: "value", the largest; "positive", the largest of those above 0; "magnitude", the largest
-        absolute values. NaN ranks first in every mode. Of equal ranks the lower key is kept.
+      select: "value", the largest (the default by channel); "positive", the largest of those above 0;
+        "magnitude", the largest absolute values (the default by site, where "value" has no meaning). NaN
+        ranks first in every mode. Of equal ranks the lower key is kept.
+      select_by: "channel", each by itself, or "site".
 
     Returns:
-      A SparseTensor with exactly `capacity` slots.
+      A SparseTensor with exactly `capacity` slots; by site with a shared support, and the values p.
 
     Raises:
       TypeError, ValueError: if an argument has a wrong type or value.
@@ -40,16 +51,61 @@ def k_select(x: SparseTensor, capacity: int, *, select: str = "value") -> Sparse
       >>> ilajax.k_select(x, 2, select="magnitude").keys
       Array([[[0, 1]]], dtype=int32)
 
-    Source: Hackel et al., "Preserving sparsity with attention".
+    Source: Hackel et al., "Preserving sparsity with attention". The paper selects by channel; whole sites are
+    ranked as its version ii would, by the magnitude of their vectors.
     """
     check_sparse("x", x)
     capacity = check_capacity(capacity)
+    check_select_by(select_by, select)
+    if select is None:
+        select = "value" if select_by == "channel" else "magnitude"
     check_select(select)
     (x,) = place_alike([x])
+    if select_by == "site":
+        return _select_sites(over_one_support(x), capacity, select)
     if x.shared and select != "positive" and capacity >= x.capacity:
         return pad_slots(x, capacity)
     keys, values = _k_select(Selection(x.sites, capacity, select), x.unshare().keys, x.values)
     return SparseTensor(keys, values, x.spatial_shape)
+
+
+def _select_sites(x: SparseTensor, capacity: int, select: str) -> SparseTensor:
+    """The strongest sites of a shared support: slots are selected as if they were keys."""
+    p = passed(jnp.where(x.keys < x.sites, x.values, 0), select)
+    slots = jnp.broadcast_to(jnp.arange(x.capacity, dtype=jnp.int32), x.keys.shape)
+    scores = jax.lax.stop_gradient(site_scores(p))
+    kept, _ = _k_select(Selection(x.capacity, capacity, "positive"), slots, scores)
+    padded = jnp.pad(x.keys, [(0, 0), (0, 0), (0, 1)], constant_values=x.sites)
+    keys = jax.vmap(jax.vmap(lambda keys, at: keys.at[at].get(mode="promise_in_bounds")))(
+        padded, kept
+    )
+    return SparseTensor(keys, at_entries(p, kept), x.spatial_shape)
+
+
+def passed(values: Float[Array, "b c k"], select: str) -> Float[Array, "b c k"]:
+    """What a selection of sites lets pass: under "positive" 0 for what is not above 0, NaN apart."""
+    return jnp.where(values <= 0, 0, values) if select == "positive" else values
+
+
+def site_scores(p: Float[Array, "b c k"]) -> Float32[Array, "b 1 k"]:
+    """The sum of p^2 over the channels; above 0 wherever a p is not 0, however small."""
+    score = jnp.sum(jnp.square(p.astype(jnp.float32)), axis=1, keepdims=True)
+    any_passed = jnp.any(p != 0, axis=1, keepdims=True)
+    return jnp.where(any_passed, jnp.maximum(score, jnp.finfo(jnp.float32).tiny), 0)
+
+
+def check_select_by(select_by: object, select: str | None) -> None:
+    """Raises ValueError unless `select_by` is known, and goes with `select`."""
+    if not isinstance(select_by, str) or select_by not in SELECT_BY:
+        raise ValueError(
+            f"select_by must be one of {SELECT_BY}, got {select_by!r}. Each channel selects by itself under "
+            f'"channel"; all together, onto one support, under "site".'
+        )
+    if select_by == "site" and select == "value":
+        raise ValueError(
+            'select must be "positive" or "magnitude" under select_by="site", got "value": the vectors of '
+            "several channels have no largest value."
+        )
 
 
 def check_capacity(capacity: int) -> int:
@@ -113,6 +169,18 @@ def select_reference(
     chosen_values = jnp.where(chosen, jnp.take_along_axis(values, best, axis=-1), 0)
     pad = [(0, 0)] * (keys.ndim - 1) + [(0, capacity - best.shape[-1])]
     return Selected(jnp.pad(chosen_keys, pad, constant_values=sites), jnp.pad(chosen_values, pad))
+
+
+def select_sites_reference(
+    keys: Int32[Array, "b 1 k"], p: Float[Array, "b c k"], sites: int, capacity: int
+) -> Selected:
+    """The `capacity` sites of the highest scores, ascending in key, and what passed there."""
+    scores = site_scores(p)
+    slots = jnp.broadcast_to(jnp.arange(keys.shape[2], dtype=jnp.int32), keys.shape)
+    kept, _ = select_reference(slots, scores, scores != 0, keys.shape[2], capacity, "positive")
+    keys = jnp.pad(keys, [(0, 0), (0, 0), (0, 1)], constant_values=sites)
+    p = jnp.pad(p, [(0, 0), (0, 0), (0, 1)])
+    return Selected(jnp.take_along_axis(keys, kept, axis=2), jnp.take_along_axis(p, kept, axis=2))
 
 
 def lookup_reference(

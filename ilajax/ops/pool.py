@@ -127,15 +127,20 @@ def global_avg_pool(x: SparseTensor, *, over: str = "sites") -> jax.Array:
       Array([[1.]], dtype=float32)
     """
     check_sparse("x", x)
+    check_over(over)
+    stored = x.keys < x.sites
+    total = jnp.sum(jnp.where(stored, x.values, 0), axis=2, dtype=jnp.float32)
+    number = x.sites if over == "sites" else jnp.maximum(jnp.sum(stored, axis=2), 1)
+    return (total / number).astype(x.dtype)
+
+
+def check_over(over: str) -> None:
+    """Raises ValueError unless a mean can be over that."""
     if over not in ("sites", "stored"):
         raise ValueError(
             f"over must be 'sites' (the mean of the dense map) or 'stored' (the mean over stored entries), "
             f"got {over!r}."
         )
-    stored = x.keys < x.sites
-    total = jnp.sum(jnp.where(stored, x.values, 0), axis=2, dtype=jnp.float32)
-    number = x.sites if over == "sites" else jnp.maximum(jnp.sum(stored, axis=2), 1)
-    return (total / number).astype(x.dtype)
 
 
 def _pool_checked(

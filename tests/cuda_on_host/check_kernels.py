@@ -19,6 +19,7 @@ from ilajax.geometry import conv_window
 from ops import (
     test_conv,
     test_conv_at,
+    test_conv_by_site,
     test_convert,
     test_k_select,
     test_memory_safety,
@@ -35,11 +36,11 @@ SELECTS = dict(zip(samples.DTYPES, test_conv.SELECTS, strict=True))
 def workspace():
     """A function that sets the bytes of a workspace to which work is cut."""
     # A program that has been compiled under one plan keeps it.
-    for programs in (test_conv, test_pool, test_submanifold):
+    for programs in (test_conv, test_conv_by_site, test_pool, test_submanifold):
         programs.program.cache_clear()
     with contextlib.ExitStack() as tuned:
         yield lambda size: tuned.enter_context(plans.tuned("cuda", workspace=size))
-    for programs in (test_conv, test_pool, test_submanifold):
+    for programs in (test_conv, test_conv_by_site, test_pool, test_submanifold):
         programs.program.cache_clear()
 
 
@@ -111,6 +112,29 @@ def test_conv_at_given_sites(backend, transposed):
     for dtype in samples.DTYPES:
         case = test_conv_at.operands(5, geometry.grid, geometry.shape, (3, 2), dtype)
         test_conv_at.check(backend, *case, geometry, strides=(2, 1))
+
+
+@DTYPES
+@pytest.mark.parametrize("transposed", [False, True], ids=["conv", "transposed"])
+def test_the_strongest_sites(backend, transposed, dtype):
+    """Catches a site that is not marked, scored by some of its channels, or takes another one's key."""
+    geometry = oracles.Geometry((6, 5), (3, 2), (2, 1))
+    geometry = oracles.Transposed(geometry) if transposed else geometry
+    options = {"strides": (2, 1), "padding": "SAME"}
+    if transposed:
+        options["output_shape"] = geometry.shape
+    channels = 5 if transposed else 9  # in a narrow tile, and in a wide one
+    case = test_conv_by_site.operands(5, geometry.grid, (3, 2), dtype, cout=channels)
+    for capacity in (4, 40):
+        test_conv_by_site.check(backend, *case, geometry, capacity, **options)
+
+
+def test_the_strongest_sites_in_parts(backend, workspace):
+    """Catches a block of channels that is left out of the scores, and sites of a second span."""
+    workspace(1)
+    geometry = oracles.Geometry((70, 60), (3, 3))
+    case = test_conv_by_site.operands(4, geometry.grid, (3, 3), cout=34, density=0.02)
+    test_conv_by_site.check(backend, *case, geometry, 50, "magnitude")
 
 
 @DTYPES

@@ -217,6 +217,36 @@ def test_subsets_differ_between_layers_and_every_weight_has_its_turn():
     assert {key for subset in subsets for key in subset} == set(range(8))
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_groups_of_channels_are_flaxs(groups):
+    """Catches a weight between two groups, or another start than Flax's."""
+    x = sparse(shape=(2, 6, 5, 4))
+    options = {"feature_group_count": groups, "kernel_init": drawn.kernel_init}
+    grouped = Conv(4, 8, (3, 3), density_bound=1.0, select="magnitude", rngs=nnx.Rngs(0), **options)
+    twin = nnx.Conv(4, 8, (3, 3), rngs=nnx.Rngs(0), **options)
+    assert grouped.kernel.size == twin.kernel.size
+    np.testing.assert_allclose(ilajax.to_dense(grouped(x)), twin(ilajax.to_dense(x)), atol=1e-5)
+    # Filled up again, there is still nothing between the groups.
+    pruned = np.asarray(grouped.kernel_keys[...])[::3]
+    want = np.asarray(grouped.kernel[...]).copy()
+    grouped.kernel.set_value(grouped.kernel[::3])
+    grouped.kernel_keys.set_value(jnp.asarray(pruned))
+    ilajax.nn.refill(grouped)
+    want[np.arange(want.size) % 3 > 0] = 0
+    np.testing.assert_array_equal(grouped.kernel[...], want)
+
+
+def test_a_depthwise_layer_may_start_sparse():
+    layer = Conv(
+        6, 6, (3, 3), support="input", feature_group_count=6, kernel_density=0.5, rngs=nnx.Rngs(0)
+    )
+    assert layer.kernel.size == 27
+    _, ic, oc = np.unravel_index(
+        np.flatnonzero(layer.sparse_kernel.mask().reshape(9, 6, 6)), (9, 6, 6)
+    )
+    np.testing.assert_array_equal(ic, oc)
+
+
 # --- Inside Flax -----------------------------------------------------------------------------------------
 
 
@@ -292,6 +322,26 @@ def test_down_and_up_onto_the_same_sites():
     assert [path for path, _ in iter_convs(nnx.List([down, up]))] == [(0,), (1,)]
 
 
+@pytest.mark.parametrize("kind", [Conv, ConvTranspose])
+def test_by_site(kind):
+    """Catches a layer that selects by channel all the same, and a density that is no longer one a channel."""
+    x = samples.tensor(5, shared=True)
+    made = kind(2, 3, (3, 3), strides=2, density_bound=0.3, select_by="site", rngs=nnx.Rngs(0))
+    operation = ilajax.conv if kind is Conv else ilajax.conv_transpose
+    y = made(x)
+    want = operation(
+        x, made.sparse_kernel, made.bias[...], strides=2, capacity=y.capacity, select_by="site"
+    )
+    jax.tree.map(np.testing.assert_array_equal, y, want.features)
+    assert y.shared
+    assert y.capacity == ilajax.capacity(0.3, y.spatial_shape)
+    np.testing.assert_allclose(
+        made.density[...], np.full(3, want.responses.mean() / y.sites), rtol=1e-6
+    )
+    excess = ilajax.optim.excess_density(made)
+    assert max(e.size for e in jax.tree.leaves(excess)) > 1, "one for each channel"
+
+
 @pytest.mark.parametrize(
     ("kind", "made", "given"),
     [("Conv", "dilate", True), ("Conv", "given", False), ("ConvTranspose", "given", False)],
@@ -331,6 +381,13 @@ def test_a_transposed_layer_has_no_submanifold_form():
             "density_bound must be one number",
         ),
         ({"select": "largest"}, ValueError, "select"),
+        ({"select_by": "row"}, ValueError, "select_by must be one of .*got 'row'"),
+        ({"select_by": "site", "select": "value"}, ValueError, 'got "value": the vectors'),
+        (
+            {"support": "input", "density_bound": None, "select_by": "site"},
+            ValueError,
+            "select_by does not apply",
+        ),
         (
             {"support": "submanifold"},
             ValueError,
@@ -344,6 +401,12 @@ def test_a_transposed_layer_has_no_submanifold_form():
         ),
         ({"kernel_density": 0.0}, ValueError, r"kernel_density must lie in \(0, 1\], got 0.0"),
         ({"kernel_density": 2}, ValueError, r"kernel_density must lie in \(0, 1\], got 2"),
+        ({"feature_group_count": 0}, ValueError, "feature_group_count must be at least 1"),
+        (
+            {"feature_group_count": 2},
+            ValueError,
+            "feature_group_count must divide in_features and out_features, got 2 for out_features = 3",
+        ),
         ({"strides": 0}, ValueError, "strides must be at least 1"),
         ({"kernel_dilation": (1, 1, 1)}, ValueError, "kernel_dilation must have one entry"),
         ({"padding": 1}, TypeError, r"padding must be 'SAME'.*got 1\. .*\(\(1, 1\), \(1, 1\)\)"),
@@ -382,7 +445,7 @@ def test_rngs_that_are_none_raise(rngs):
 def test_a_submanifold_layer_behind_a_bounded_one_names_the_cause():
     """Catches an error that asks for a shared support, and not where it was lost."""
     behind = Conv(3, 3, (3, 3), support="input", rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"shared support.*layer with a density bound.*in front"):
+    with pytest.raises(ValueError, match=r"shared support.*density bound.*select_by.*in front"):
         behind(layer()(sparse()))
 
 

@@ -68,6 +68,18 @@ CASES = {
         ValueError,
         "select.*value.*positive.*magnitude.*largest",
     ),
+    "conv-select_by": (
+        conv(select_by="sites"),
+        ValueError,
+        r"select_by.*channel.*site.*got 'sites'",
+    ),
+    "conv-site-value": (
+        conv(select_by="site", select="value"),
+        ValueError,
+        'select must be "positive" or "magnitude" under select_by="site", got "value"',
+    ),
+    "conv-site-capacity": (conv(select_by="site", capacity=0), ValueError, "capacity.*at least 1"),
+    "transpose-select_by": (transpose(select_by=1), ValueError, "select_by.*got 1"),
     "conv-support": (conv(support="same"), ValueError, "support.*dilate.*input.*same"),
     "conv-submanifold": (
         conv(support="submanifold"),
@@ -110,12 +122,22 @@ CASES = {
     ),
     "input-capacity": (submanifold(capacity=5), ValueError, "capacity.*5"),
     "input-select": (submanifold(select="value"), ValueError, "select.*value"),
+    "input-select_by": (
+        submanifold(select_by="site"),
+        ValueError,
+        "select_by does not apply.*site",
+    ),
     "input-strides": (submanifold(strides=2), ValueError, r"strides.*2"),
     "input-valid": (submanifold(padding="VALID"), ValueError, "padding.*VALID"),
     "input-explicit": (submanifold(padding=((1, 1), (1, 1))), ValueError, r"padding.*\(1, 1\)"),
     # a given support
     "given-capacity": (onto(SHARED, capacity=5), ValueError, "capacity.*given support.*5"),
     "given-select": (onto(SHARED, select="value"), ValueError, "select.*given support.*value"),
+    "given-select_by": (
+        onto(SHARED, select_by="site"),
+        ValueError,
+        "select_by does not apply.*site",
+    ),
     "given-grid": (
         onto(SHARED, strides=2),
         ValueError,
@@ -170,7 +192,17 @@ CASES = {
     "k_select-dense": (lambda: ilajax.k_select(DENSE, 3), TypeError, "x must be.*SparseTensor"),
     "k_select-capacity": (lambda: ilajax.k_select(X, 0), ValueError, "capacity.*at least 1.*0"),
     "k_select-float": (lambda: ilajax.k_select(X, 2.0), TypeError, "capacity.*2.0"),
-    "k_select-select": (lambda: ilajax.k_select(X, 2, select=None), ValueError, "select.*None"),
+    "k_select-select": (lambda: ilajax.k_select(X, 2, select="abs"), ValueError, "select.*abs"),
+    "k_select-select_by": (
+        lambda: ilajax.k_select(X, 2, select_by=""),
+        ValueError,
+        "select_by.*''",
+    ),
+    "k_select-site-value": (
+        lambda: ilajax.k_select(X, 2, select="value", select_by="site"),
+        ValueError,
+        'select must be "positive" or "magnitude"',
+    ),
     "relu-dense": (lambda: ilajax.relu(DENSE), TypeError, "x must be.*SparseTensor"),
     # pooling
     "max_pool-dense": (lambda: ilajax.max_pool(DENSE, 2), TypeError, "x must be.*SparseTensor"),

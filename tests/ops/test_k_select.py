@@ -170,3 +170,72 @@ def test_long_segments(backend, select, capacity):
     check(backend, x, capacity, select)
     real = samples.tensor(5, 2, 3, (80, 90), capacity=5000, density=0.6, exact=False)
     check(backend, real, capacity, select)
+
+
+# --- By site ---------------------------------------------------------------------------------------
+
+
+@functools.cache
+def by_site(backend, capacity, select):
+    """jit of k_select by site and its gradient."""
+
+    @jax.jit
+    def run(x, g):
+        def values(values):
+            selected = ilajax.k_select(
+                x.with_values(values), capacity, select=select, select_by="site"
+            )
+            return selected.values, selected
+
+        _, pull, selected = jax.vjp(values, x.values, has_aux=True)
+        return selected, pull(g)[0]
+
+    return run
+
+
+def check_by_site(backend, x, capacity, select):
+    """Compares with NumPy, exactly."""
+    g = samples.integers(0, (x.batch_size, x.channels, capacity), str(x.dtype))
+    selected, gradient = by_site(backend, capacity, select)(x, g)
+    dense = np.moveaxis(oracles.dense(x), -1, 1).reshape(x.batch_size, x.channels, -1)
+    p = oracles.passed(dense, select)
+    kept = [oracles.select_sites(range(x.sites), each, capacity)[0] for each in p]
+    keys, values = oracles.pack(kept, capacity, x.sites, x.dtype)
+    oracles.assert_tensor(selected, keys, values)
+    assert selected.shared
+    assert selected.dtype == x.dtype
+    g = np.where(values == 0, 0, g) if select == "positive" else g
+    oracles.assert_close(gradient, oracles.k_select_backward(x, keys, g))
+    return selected
+
+
+@pytest.mark.crossed(3)
+@pytest.mark.parametrize("shared", [False, True], ids=["own-keys", "shared"])
+@pytest.mark.parametrize("capacity", [1, 4, 40])
+@pytest.mark.parametrize("select", ["positive", "magnitude"])
+def test_by_site(backend, select, capacity, shared):
+    """Catches a wrong set of sites, order, padding or gradient, with ties, at any capacity."""
+    for seed, dtype in enumerate(samples.DTYPES):
+        x = samples.tensor(seed, channels=3, shared=shared, zeros=True, dtype=dtype)
+        check_by_site(backend, x, capacity, select)
+
+
+@pytest.mark.nans
+@pytest.mark.parametrize("select", ["positive", "magnitude"])
+@pytest.mark.parametrize("contents", CONTENTS)
+def test_contents_by_site(backend, contents, select):
+    """Catches mistakes at the extremes; NaN in one channel is enough."""
+    first = CONTENTS[contents]
+    second = {29 - k: v for k, v in first.items()}
+    x = samples.from_entries(GRID, [[first, second], [second, first | {7: NAN}]], 30)
+    selected = check_by_site(backend, x, 5, select)
+    assert 7 in np.asarray(selected.keys[1, 0]).tolist()
+
+
+def test_sites_of_one_channel_are_its_entries(backend):
+    """Catches a selection by site that means something else where both can be said."""
+    x = samples.tensor(3, channels=1, exact=False)
+    for select in ("positive", "magnitude"):
+        want = ilajax.k_select(x, 5, select=select)
+        got = ilajax.k_select(x, 5, select=select, select_by="site")
+        jax.tree.map(np.testing.assert_array_equal, got, want)

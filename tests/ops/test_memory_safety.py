@@ -120,6 +120,23 @@ PROGRAMS = {
     "conv_at-up": conv_at_program(
         19, (9, 10), (18, 20), (3, 3), 2, 3, ilajax.conv_transpose, padding="SAME"
     ),
+    "conv_by_site-2d": conv_program(21, (9, 70), (3, 4), 3, 9, 12, shared=True, select_by="site"),
+    "conv_by_site-fits": conv_program(
+        22, (6, 5, 7), (3, 3, 3), 9, 17, 300, shared=True, select_by="site", dtype="float16"
+    ),
+    "conv_by_site-parts": conv_program(
+        23,
+        (90, 100),
+        (3, 3),
+        2,
+        3,
+        900,
+        shared=True,
+        select_by="site",
+        strides=2,
+        slots=1200,
+        tuning={"workspace": 1},
+    ),
     "conv_at-gathered": conv_at_program(
         20, (9, 10), (5, 5), (3, 3), 9, 17, tuning={"workspace": 1}
     ),
@@ -218,7 +235,7 @@ def test_garbage_keys(program, garbage):
         jax.block_until_ready(call(*(operand(rng, aval, garbage) for aval in avals)))
 
 
-SELECTING = ("conv-2d", "k_select", "max_pool-3d", "from_dense")
+SELECTING = ("conv-2d", "conv_by_site-2d", "k_select", "max_pool-3d", "from_dense")
 
 
 @pytest.mark.parametrize("program", [name for name in SELECTING if name in NATIVE])

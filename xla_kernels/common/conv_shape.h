@@ -23,6 +23,19 @@ struct ConvShape {
     ILAJAX_RETURN_IF_ERROR(w.CheckUndilated(op));
     return CheckSizes(op);
   }
+  // Where the input may be dilated: the products' bitmaps, forward and backward, are those of grids
+  // that are spread apart.
+  ffi::Error CheckSpread(const char* op) {
+    int64_t input_sites = 1, output_sites = 1;
+    for (int a = 0; a < w.rank; ++a) {
+      input_sites *= (w.input_shape[a] - 1) * w.input_dilation[a] + 1;
+      output_sites *= (w.output_shape[a] - 1) * w.strides[a] + 1;
+      if (input_sites > 0x7fffffff || output_sites > 0x7fffffff) {
+        return InvalidArgument(op, ": a grid, spread by its stride, has 2^31 sites or more");
+      }
+    }
+    return CheckSizes(op);
+  }
   ffi::Error CheckSizes(const char* op) {
     if (groups == kUnread) groups = 1;
     ILAJAX_RETURN_IF_ERROR(CheckKeyChannels(op, key_channels, in_channels));

@@ -16,16 +16,7 @@ struct ConvAtShape : ConvShape {
     if (key_channels != 1 || out_key_channels != 1) {
       return InvalidArgument(op, ": keys must be those of all channels");
     }
-    // The products' bitmaps, forward and backward, are those of grids that are spread apart.
-    int64_t input_sites = 1, output_sites = 1;
-    for (int a = 0; a < w.rank; ++a) {
-      input_sites *= (w.input_shape[a] - 1) * w.input_dilation[a] + 1;
-      output_sites *= (w.output_shape[a] - 1) * w.strides[a] + 1;
-      if (input_sites > 0x7fffffff || output_sites > 0x7fffffff) {
-        return InvalidArgument(op, ": a grid, spread by its stride, has 2^31 sites or more");
-      }
-    }
-    return CheckSizes(op);
+    return CheckSpread(op);
   }
 };
 

@@ -106,9 +106,10 @@ struct AtSitesForward {
           Fill(stream, s, f, call.kernel_keys.typed_data(), call.weights.typed_data(),
                f.first == 0 ? s.batch * s.out_channels : 0, call.responses->typed_data()));
       ILAJAX_RETURN_IF_ERROR(ApplyFilter<T>(
-          stream, {s.w, f, kOwn<Call>, s.batch, s.slots, s.capacity, s.out_channels,
-                   call.keys.typed_data(), OutKeys(call), Data<T>(call.values),
-                   Data<T>(*call.features), call.bias.typed_data(), call.responses->typed_data()}));
+          stream,
+          {s.w, f, kOwn<Call>, s.batch, s.slots, s.capacity, s.out_channels, call.keys.typed_data(),
+           OutKeys(call), Data<T>(call.values), Data<T>(*call.features), call.bias.typed_data(),
+           call.responses->typed_data(), false}));
     }
     return ffi::Error::Success();
   }
@@ -164,7 +165,7 @@ struct AtSitesBackward {
           Fill(stream, s, f, kernel_keys, call.weights.typed_data(), 0, nullptr));
       ILAJAX_RETURN_IF_ERROR(ApplyFilter<T>(
           stream, {Reversed(s.w), f, kOwn<Call>, s.batch, s.capacity, s.slots, s.in_channels,
-                   out_keys, keys, cotangent, Data<T>(*call.values_bar), nullptr, nullptr}));
+                   out_keys, keys, cotangent, Data<T>(*call.values_bar), nullptr, nullptr, false}));
     }
     for (int64_t first = 0; first < s.out_channels; first += plan.out_block) {
       const WeightSums<T> a = {

@@ -83,12 +83,20 @@ struct Sites {
   int64_t slots;
 };
 
-// The slot of the site that a tap of the output site in slot i reads; -1 if there is none. `own`: the
-// output's sites are the input's.
-__device__ int64_t Neighbour(const Window& w, const Sites& in, const Sites& out, bool own,
-                             int64_t i, int64_t tap) {
-  if (i >= out.slots) return -1;
-  const int32_t site = out.keys[i];
+// An output site, and its slot where the output's sites are the input's, else -1.
+struct Place {
+  int32_t site;
+  int64_t own_slot;
+
+  // That of slot i; beyond the last a site outside the grid.
+  __device__ Place(const Sites& out, bool own, int64_t i)
+      : site(i < out.slots ? out.keys[i] : -1), own_slot(own ? i : -1) {}
+  __device__ explicit Place(int32_t key) : site(key), own_slot(-1) {}
+};
+
+// The slot of the site that a tap of an output site reads; -1 if there is none.
+__device__ int64_t Neighbour(const Window& w, const Sites& in, const Place& out, int64_t tap) {
+  const int32_t site = out.site;
   if (site < 0 || site >= w.output_sites) return -1;
   uint32_t place = static_cast<uint32_t>(site), rest = static_cast<uint32_t>(tap);
   uint32_t key = 0, scale = 1;  // sites of the input: fewer than 2^31
@@ -108,10 +116,10 @@ __device__ int64_t Neighbour(const Window& w, const Sites& in, const Sites& out,
     scale *= static_cast<uint32_t>(w.input_shape[a]);
   }
   int64_t first = 0, last = in.slots - 1;
-  if (own) {  // keys ascend, so the slots between two keys are no more than the keys
+  if (out.own_slot >= 0) {  // keys ascend, so the slots between two keys are no more than the keys
     const int64_t distance = int64_t{key} - site;
-    first = max(i + min(distance, int64_t{0}), int64_t{0});
-    last = min(i + max(distance, int64_t{0}), in.slots - 1);
+    first = max(out.own_slot + min(distance, int64_t{0}), int64_t{0});
+    last = min(out.own_slot + max(distance, int64_t{0}), in.slots - 1);
   }
   if (last < first) return -1;
   const int64_t slot = first + LowerBound(in.keys + first, last - first, key);
@@ -133,6 +141,26 @@ __device__ void AddProducts(float x, const float* weights, float (&sums)[kColumn
   }
 }
 
+// The sums of a tile of the filter's columns at an output site, over `in` T[summed channels, slots].
+template <typename T, int kColumns>
+__device__ void SumTile(const Window& w, const Filter& f, const Sites& in_sites, const T* in,
+                        const Place& out, int64_t tile, float (&sums)[kColumns]) {
+  const int64_t summed = f.summed_channels(), tiles = f.tiles();
+  for (int64_t tap = 0; tap < f.taps; ++tap) {
+    const uint8_t* live = f.live + f.Vector(tap, 0) * tiles + tile;
+    const float* weights = f.vectors + f.Vector(tap, 0) * f.block + tile * kColumns;
+    int64_t slot = -2;  // not looked for yet
+    for (int64_t c = 0; c < summed; ++c, live += tiles, weights += f.block) {
+      if (*live == 0) continue;
+      if (slot == -2) {
+        slot = Neighbour(w, in_sites, out, f.transposed ? f.taps - 1 - tap : tap);
+      }
+      if (slot < 0) break;
+      AddProducts(static_cast<float>(in[c * in_sites.slots + slot]), weights, sums);
+    }
+  }
+}
+
 // One direction of the convolution: from `in` T[items, summed channels, in_slots] at `in_keys` to a
 // block of the channels of `out` T[items, out_channels, slots] at `keys`. Backward the window is the
 // reversed one, and the filter transposed.
@@ -146,35 +174,23 @@ struct Apply {
   const T* in;
   T* out;
   const float* bias;   // forward only, else null
-  int32_t* responses;  // forward only: how many are not zero
+  int32_t* responses;  // how many are not zero; null: that is not asked for
+  bool positive;       // only what is above 0 passes, or NaN
 };
 
 template <typename T, int kColumns>
 __global__ void __launch_bounds__(kSites, 4) ApplyKernel(Apply<T> a) {
   const Filter& f = a.filter;
-  const int64_t summed = f.summed_channels(), tiles = f.tiles();
+  const int64_t tiles = f.tiles();
   const int64_t chunks = (a.slots + kSites - 1) / kSites;
   for (int64_t task = blockIdx.x; task < a.items * chunks * tiles; task += gridDim.x) {
     const int64_t tile = task % tiles, chunk = task / tiles % chunks, item = task / tiles / chunks;
     const int64_t i = chunk * kSites + threadIdx.x;
     const Sites in_sites = {a.in_keys + item * a.in_slots, a.in_slots};
     const Sites out_sites = {a.keys + item * a.slots, a.slots};
-    const T* in = a.in + item * summed * a.in_slots;
+    const T* in = a.in + item * f.summed_channels() * a.in_slots;
     float sums[kColumns] = {};
-    for (int64_t tap = 0; tap < f.taps; ++tap) {
-      const uint8_t* live = f.live + f.Vector(tap, 0) * tiles + tile;
-      const float* weights = f.vectors + f.Vector(tap, 0) * f.block + tile * kColumns;
-      int64_t slot = -2;  // not looked for yet
-      for (int64_t c = 0; c < summed; ++c, live += tiles, weights += f.block) {
-        if (*live == 0) continue;
-        if (slot == -2) {
-          const int64_t reads = f.transposed ? f.taps - 1 - tap : tap;
-          slot = Neighbour(a.w, in_sites, out_sites, a.own, i, reads);
-        }
-        if (slot < 0) break;
-        AddProducts(static_cast<float>(in[c * a.in_slots + slot]), weights, sums);
-      }
-    }
+    SumTile(a.w, f, in_sites, in, Place(out_sites, a.own, i), tile, sums);
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
       const int64_t column = tile * kColumns + j;
@@ -184,6 +200,9 @@ __global__ void __launch_bounds__(kSites, 4) ApplyKernel(Apply<T> a) {
       float value = sums[j];
       if (a.bias != nullptr) {
         value = responds ? value + a.bias[channel] : 0.0f;
+        if (a.positive && value <= 0.0f) value = 0.0f;
+      }
+      if (a.responses != nullptr) {
         const int32_t count = __popc(__ballot_sync(~0u, responds));
         if (threadIdx.x % 32 == 0 && count != 0) {
           atomicAdd(&a.responses[item * a.out_channels + channel], count);
@@ -227,7 +246,8 @@ __global__ void __launch_bounds__(kPairs* kPairs) WeightSumsKernel(WeightSums<T>
       const int64_t item = group * a.items + unit / chunks, i = unit % chunks * kStep + lane;
       if (threadIdx.x < kStep) {
         const Sites in = {a.in_keys + item * a.in_slots, a.in_slots};
-        neighbours[lane] = Neighbour(a.w, in, {a.keys + item * a.slots, a.slots}, a.own, i, tap);
+        const Sites out = {a.keys + item * a.slots, a.slots};
+        neighbours[lane] = Neighbour(a.w, in, Place(out, a.own, i), tap);
       }
       __syncthreads();
       const int64_t slot = neighbours[lane];

@@ -9,6 +9,29 @@
 
 namespace ilajax::products {
 
+// Sums the products at sites keys[begin, end) of a sample, which are keys of the grid, into
+// worker.sums.
+template <typename Loops, typename T>
+void SumProducts(const Layout& layout, const Sample& sample, const Values<T>& values,
+                 const int32_t* keys, int64_t begin, int64_t end, const Worker& worker) {
+  std::memset(worker.sums.data, 0, (end - begin) * worker.sums.step * sizeof(float));
+  ForEachTap<Loops>(
+      layout, sample, values, keys, begin, end, worker,
+      [&](int64_t tap, const Pair* pairs, int64_t count, const Stacks& from, bool finite) {
+        Loops::kMultiply(pairs, count, layout.matrices, tap, from,
+                         finite && *layout.matrices.finite, worker.sums);
+      });
+}
+
+// What all samples of a call share.
+inline void FillTables(const Layout& layout, const ConvShape& s, const int32_t* kernel_keys,
+                       const float* weights, const float* bias) {
+  layout.reach.Fill(layout.d.w);
+  layout.matrices.Fill(kernel_keys, weights, s.weights);
+  std::fill_n(layout.bias, StackStep(s.out_channels), 0.0f);
+  std::copy_n(bias, s.out_channels, layout.bias);
+}
+
 // The buffers of a call.
 template <typename T>
 struct ForwardBuffers {
@@ -31,15 +54,11 @@ class Forward {
 
   void Run(ffi::ThreadPool& pool) const {
     std::fill_n(a.responses, s.batch * s.out_channels, 0);
-    std::fill_n(layout.bias, StackStep(s.out_channels), 0.0f);
-    std::copy_n(a.bias, s.out_channels, layout.bias);
     const int64_t chunks = CeilDiv(s.capacity, plan.chunk);
     for (int64_t item = 0; item < s.batch; item += plan.samples) {
       const int64_t count = std::min(plan.samples, s.batch - item);
       LayOut<Loops>(pool, layout, plan, a.keys, a.values, s.w.input_sites, item, count, [&] {
-        if (item > 0) return;
-        layout.reach.Fill(layout.d.w);
-        layout.matrices.Fill(a.kernel_keys, a.weights, s.weights);
+        if (item == 0) FillTables(layout, s, a.kernel_keys, a.weights, a.bias);
       });
       ParallelFor(pool, count * chunks, plan.workers, [&](int64_t task, int64_t id) {
         const int64_t begin = task % chunks * plan.chunk;
@@ -58,13 +77,7 @@ class Forward {
     T* const features = a.features + item * s.out_channels * s.capacity;
     const int64_t last = std::clamp(Stored(keys, s.capacity, s.w.output_sites), begin, end);
     if (last > begin) {
-      std::memset(worker.sums.data, 0, (last - begin) * worker.sums.step * sizeof(float));
-      ForEachTap<Loops>(
-          layout, sample, values, keys, begin, last, worker,
-          [&](int64_t tap, const Pair* pairs, int64_t count, const Stacks& from, bool finite) {
-            Loops::kMultiply(pairs, count, layout.matrices, tap, from,
-                             finite && *layout.matrices.finite, worker.sums);
-          });
+      SumProducts<Loops>(layout, sample, values, keys, begin, last, worker);
       PutOut(item, begin, last, features, worker.sums);
     }
     for (int64_t j = 0; j < s.out_channels; ++j) {

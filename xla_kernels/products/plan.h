@@ -82,8 +82,10 @@ struct Layout {
         workers(carver, plan.workers, reach.lines, d, plan) {}
 };
 
-// A plan; where the stacks of a sample have no room, one without them.
-inline Plan MakePlan(const ConvShape& s, const Tuning& tuning, bool backward) {
+// A plan; where the stacks of a sample have no room, one without them. An op may want more bytes for
+// each sample, and for each worker.
+inline Plan MakePlan(const ConvShape& s, const Tuning& tuning, bool backward,
+                     int64_t more_of_sample = 0, int64_t more_of_worker = 0) {
   const Direction d(s, backward);
   const int64_t budget = tuning.CpuWorkspace(s.w.sites());
   Plan plan = {};
@@ -96,8 +98,8 @@ inline Plan MakePlan(const ConvShape& s, const Tuning& tuning, bool backward) {
     plan.parts = std::clamp<int64_t>(budget / 4 / filter, 1, tuning.tasks);
   }
   const int64_t tables = SizeOf<Layout>(s, plan);
-  const int64_t worker = SizeOf<Worker>(lines, d, plan);
-  const int64_t sample = SizeOf<Sample>(d, plan);
+  const int64_t worker = SizeOf<Worker>(lines, d, plan) + more_of_worker;
+  const int64_t sample = SizeOf<Sample>(d, plan) + more_of_sample;
   plan.workers = std::min<int64_t>(tuning.workers, backward ? plan.parts : tuning.workers);
   while (plan.workers > 2 && plan.workers * worker > budget / 4) --plan.workers;
   const int64_t left = budget - tables - plan.workers * worker;
