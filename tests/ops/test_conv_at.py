@@ -166,6 +166,15 @@ def test_without_room_and_in_parts(backend, tuning):
     program.cache_clear()
 
 
+def test_a_tap_that_reads_far_apart(backend):
+    """Catches stacks of a tap's sites that do not fit a worker's, so that it has to gather them."""
+    geometry = oracles.Geometry((3000,), (3,), 4)
+    x = samples.tensor(1, 1, 264, (3000,), capacity=1500, density=0.5, shared=True)
+    support = samples.tensor(2, 1, 1, geometry.shape, capacity=750, density=0.95, shared=True)
+    kernel = samples.kernel(1, (3,), 264, 1)
+    check(backend, x, kernel, jnp.ones(1), support, geometry, strides=4)
+
+
 def test_dense_convolution_at_the_sites(backend):
     """Catches a site that is missed, taken twice, or taken from another sample; values are real numbers."""
     geometry = oracles.Geometry((6, 7, 5), (3, 3, 3), 2)

@@ -212,9 +212,10 @@ class ProductsPlan(NamedTuple):
     """The numbers of xla_kernels/products/plan.h's, the first ones of a plan."""
 
     samples: int
-    stacked: int
     chunk: int
+    near: int
     parts: int
+    taps: int
     workers: int
 
 
@@ -236,7 +237,7 @@ def cut(monkeypatch):
         with plans.tuned("cpu", products=0, **numbers):
             results = program.__wrapped__("native")(*operands)
         both = (made[f"ilajax_submanifold_{direction}"] for direction in ("fwd", "bwd"))
-        return results, *(ProductsPlan(*plan.numbers[:5].tolist()) for plan in both)
+        return results, *(ProductsPlan(*plan.numbers[:6].tolist()) for plan in both)
 
     return run
 
@@ -246,15 +247,30 @@ def test_chunks_and_parts(cut):
     x = stored(7, 16, (40, 70), (2799, 0, 1300, 512))
     kernel, bias = samples.kernel(7, (3, 3), 16, 24), samples.integers(7, (24,))
     g = samples.integers(7, (4, 24, 2799))
-    for tasks, parts in ((1, 1), (3, 3), (8, 8)):
-        results, forward, backward = cut(x, kernel, bias, g, tasks=tasks)
-        assert forward[:4] == (4, 1, 512, 0)
-        assert backward[:4] == (4, 1, 512, parts)
+    for numbers, parts, taps in (
+        ({"tasks": 1}, 1, 0),
+        ({"tasks": 3}, 3, 0),
+        ({}, 8, 0),
+        ({"workspace": 100_000}, 1, 2),
+        ({"workspace": 1, "tasks": 3}, 1, 3),
+    ):
+        results, forward, backward = cut(x, kernel, bias, g, **numbers)
+        assert forward[1:5] == (512, 8192, 0, 0)
+        assert backward[1:5] == (512, 5461, parts, taps)
         check_products(lambda *_, r=results: r, x, kernel, bias, g)
     x, kernel = stored(7, 2, (200,), (190, 65)), samples.kernel(7, (3,), 2, 520)
     bias, g = jnp.ones(520), samples.integers(7, (2, 520, 190))
     results, forward, backward = cut(x, kernel, bias, g)
     assert (forward.chunk, backward.chunk) == (64, 512)
+    check_products(lambda *_: results, x, kernel, bias, g)
+
+
+def test_taps_that_read_far_from_each_other(cut):
+    """Catches stacks left over from the taps before, where a worker has no room for those of all."""
+    x, kernel = stored(10, 264, (60, 40), (2000, 700)), samples.kernel(10, (3, 3), 264, 2)
+    bias, g = jnp.ones(2), samples.integers(10, (2, 2, 2000))
+    results, forward, _ = cut(x, kernel, bias, g)
+    assert forward[1:3] == (512, 512)
     check_products(lambda *_: results, x, kernel, bias, g)
 
 
@@ -269,18 +285,9 @@ def test_waves_and_workers_do_not_show(cut):
         ({}, [5, 5]),
         ({"workers": 1}, [5, 5]),
         ({"workers": 2}, [5, 5]),
-        ({"workspace": 600_000}, [4, 2]),
-        ({"workspace": 500_000}, [3, 1]),
+        ({"workspace": 1_500_000, "workers": 2}, [5, 5]),
+        ({"workspace": 500_000}, [1, 1]),
     ):
         got, *plans_ = cut(*operands, **numbers)
         assert [plan.samples for plan in plans_] == waves
         jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
-def test_no_room_for_products(cut):
-    """Catches a call that has no room for its stacks, and does not go by lines."""
-    x, kernel = stored(9, 16, (6, 7), (20, 42)), samples.kernel(9, (3, 3), 16, 24)
-    operands = (x, kernel, jnp.ones(24), samples.integers(9, (2, 24, 42)))
-    results, *both = cut(*operands, workspace=1)
-    assert [plan.samples for plan in both] == [0, 0]
-    check_products(lambda *_: results, *operands)

@@ -45,6 +45,7 @@ namespace ilajax {
 
 constexpr int kLanes = 8;
 typedef float Floats __attribute__((vector_size(32)));
+typedef float WideFloats __attribute__((vector_size(64)));  // of AVX-512 alone
 typedef int32_t Ints __attribute__((vector_size(32)));
 typedef int64_t Longs __attribute__((vector_size(32)));
 

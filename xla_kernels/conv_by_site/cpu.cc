@@ -85,11 +85,10 @@ class BySite {
         responses(call.responses->typed_data()) {}
 
   void Run(ffi::ThreadPool& pool) const {
+    FillTables(pool);
     for (int64_t item = 0; item < s.batch; item += plan.samples) {
       const int64_t count = std::min(plan.samples, s.batch - item);
-      products::LayOut<Loops>(pool, layout, plan, keys, values, s.w.input_sites, item, count, [&] {
-        if (item == 0) FillTables();
-      });
+      products::LayOut(pool, layout, plan, keys, item, count);
       MarkAll(pool, count);
       ForParts(pool, count, CeilDiv(s.reached(), plan.chunk),
                [&](int64_t i, int64_t part, int64_t id) { Score(item + i, i, part, id); });
@@ -114,7 +113,7 @@ class BySite {
                 [&](int64_t task, int64_t id) { f(task / parts, task % parts, id); });
   }
 
-  products::Sample SampleAt(int64_t i) const { return layout.samples.At(i, layout.d, plan); }
+  products::SiteIndex SampleAt(int64_t i) const { return layout.samples.At(i, layout.d.w); }
   products::Worker WorkerAt(int64_t id) const {
     return layout.workers.At(id, layout.reach.lines, layout.d, plan);
   }
@@ -130,8 +129,9 @@ class BySite {
   // Whether all candidates' responses are in the output already.
   bool AllFit(int64_t i) const { return CandidatesAt(i).count() <= s.capacity; }
 
-  void FillTables() const {
-    products::FillTables(layout, s, kernel_keys, weights, bias);
+  void FillTables(ffi::ThreadPool& pool) const {
+    products::FillBias(layout, bias, s.out_channels);
+    products::FillTables(pool, layout, plan, s, kernel_keys, weights);
     const products::TapMatrices& m = layout.matrices;
     for (int64_t tap = 0; tap < m.taps; ++tap) {
       const int32_t* const live = m.live + tap * m.blocks;
@@ -144,10 +144,9 @@ class BySite {
     const int64_t lines = s.w.output_sites / layout.reach.lines.line.output_length;
     const Marker marker(layout.reach, own.live);
     ForParts(pool, count, CeilDiv(lines, kLines), [&](int64_t i, int64_t part, int64_t id) {
-      const products::Sample sample = SampleAt(i);
+      const products::SiteIndex index = SampleAt(i);
       for (int64_t line = part * kLines; line < std::min((part + 1) * kLines, lines); ++line) {
-        marker.Mark(line, sample.index, ScratchAt(id).rows, WorkerAt(id).lists.bases,
-                    CandidatesAt(i));
+        marker.Mark(line, index, ScratchAt(id).rows, WorkerAt(id).lists.bases, CandidatesAt(i));
       }
     });
     ParallelFor(pool, count, plan.workers, [&](int64_t i, int64_t) { CandidatesAt(i).Rank(); });

@@ -37,23 +37,34 @@ class Backward {
         filter(layout.d.w.taps * rows * StackStep(s.out_channels)) {}
 
   void Run(ffi::ThreadPool& pool) const {
-    const int64_t items = s.batch / s.groups;
+    const int64_t items = s.batch / s.groups, taps = layout.d.w.taps;
+    FillTables(pool, layout, plan, s, a.kernel_keys, a.weights);
     for (int64_t group = 0; group < s.groups; ++group) {
-      std::fill_n(layout.filter_bars, plan.parts * filter, 0.0f);
+      ParallelFor(pool, plan.parts * taps, plan.workers, [&](int64_t task, int64_t) {
+        std::fill_n(layout.filter_bars + task * (filter / taps), filter / taps, 0.0f);
+      });
       for (int64_t first = 0; first < items; first += plan.samples) {
         const int64_t item = group * items + first, count = std::min(plan.samples, items - first);
-        LayOut<Loops>(pool, layout, plan, a.out_keys, a.cotangent, s.w.output_sites, item, count,
-                      [&] {
-                        if (item > 0) return;
-                        layout.reach.Fill(layout.d.w);
-                        layout.matrices.Fill(a.kernel_keys, a.weights, s.weights);
-                      });
-        ParallelFor(pool, plan.parts, plan.workers, [&](int64_t part, int64_t id) {
-          const Worker worker = layout.workers.At(id, layout.reach.lines, layout.d, plan);
-          for (int64_t i = 0; i < count; ++i) {
-            RunPart(item + i, layout.samples.At(i, layout.d, plan), part, worker);
-          }
-        });
+        LayOut(pool, layout, plan, a.out_keys, item, count);
+        if (plan.taps == 0) {
+          ParallelFor(pool, plan.parts, plan.workers, [&](int64_t part, int64_t id) {
+            for (int64_t i = 0; i < count; ++i) {
+              RunPart(item + i, i, part, plan.parts, id, {kBoth, 0, taps});
+            }
+          });
+        } else {
+          // The values' gradients, by parts of the sites, and the filter's, some taps at a time.
+          ParallelFor(pool, count * kParts, plan.workers, [&](int64_t task, int64_t id) {
+            const int64_t i = task / kParts;
+            RunPart(item + i, i, task % kParts, kParts, id, {kValues, 0, taps});
+          });
+          ParallelFor(pool, CeilDiv(taps, plan.taps), plan.workers, [&](int64_t task, int64_t id) {
+            const int64_t begin = task * plan.taps, end = std::min(begin + plan.taps, taps);
+            for (int64_t i = 0; i < count; ++i) {
+              RunPart(item + i, i, 0, 1, id, {kFilter, begin, end});
+            }
+          });
+        }
       }
       SumFilterBars(pool, group);
     }
@@ -65,33 +76,57 @@ class Backward {
   }
 
  private:
+  static constexpr int64_t kParts =
+      8;  // of a sample's sites, where filters are too large for parts
+  enum Which { kBoth, kValues, kFilter };
+  // Which gradients to make, and of which taps.
+  struct Wanted {
+    Which which;
+    int64_t first_tap, last_tap;
+  };
+
   // A part of a sample's sites: their own gradients, and what they add to the filter's.
-  void RunPart(int64_t item, const Sample& sample, int64_t part, const Worker& worker) const {
+  void RunPart(int64_t item, int64_t i, int64_t part, int64_t parts, int64_t id,
+               const Wanted& wanted) const {
+    const SiteIndex index = layout.samples.At(i, layout.d.w);
+    const Worker worker = layout.workers.At(id, layout.reach.lines, layout.d, plan);
+    const bool of_values = wanted.which != kFilter, of_filter = wanted.which != kValues;
     const int32_t* const keys = a.keys + item * s.slots;
     const T* const values = a.values + item * s.in_channels * s.slots;
     const Values<T> cotangents = {a.cotangent + item * s.out_channels * s.capacity, s.capacity,
                                   s.out_channels};
     T* const values_bar = a.values_bar + item * s.in_channels * s.slots;
-    float* const filter_bar = layout.filter_bars + part * filter;
+    float* const filter_bar = layout.filter_bars + (plan.taps == 0 ? part : 0) * filter;
     const int64_t stored = Stored(keys, s.slots, s.w.input_sites);
-    const int64_t last = (part + 1) * stored / plan.parts;
-    for (int64_t begin = part * stored / plan.parts; begin < last; begin += plan.chunk) {
+    const int64_t last = (part + 1) * stored / parts;
+    for (int64_t begin = part * stored / parts; begin < last; begin += plan.chunk) {
       const int64_t end = std::min(begin + plan.chunk, last);
-      std::memset(worker.sums.data, 0, (end - begin) * worker.sums.step * sizeof(float));
-      const bool own_finite = Loops::template kToStacks<T>(values, s.slots, s.in_channels, begin,
-                                                           end, worker.own.data, worker.own.step);
+      bool own_finite = true;
+      if (of_values) {
+        std::memset(worker.sums.data, 0, (end - begin) * worker.sums.step * sizeof(float));
+      }
+      if (of_filter) {
+        own_finite = Loops::template kToStacks<T>(values, s.slots, s.in_channels, begin, end,
+                                                  worker.own.data, worker.own.step);
+      }
       ForEachTap<Loops>(
-          layout, sample, cotangents, keys, begin, end, worker,
+          layout, index, cotangents, keys, begin, end, worker, wanted.first_tap, wanted.last_tap,
           [&](int64_t tap, const Pair* pairs, int64_t count, const Stacks& from, bool finite) {
-            Loops::kMultiply(pairs, count, layout.matrices, tap, from,
-                             finite && *layout.matrices.finite, worker.sums);
-            Loops::kAddOuter(pairs, count, layout.matrices, tap, worker.own, rows, from,
-                             finite && own_finite, filter_bar + tap * rows * from.step);
+            if (of_values) {
+              Loops::kMultiply(pairs, count, layout.matrices, tap, from,
+                               finite && *layout.matrices.finite, worker.sums);
+            }
+            if (of_filter) {
+              Loops::kAddOuter(pairs, count, layout.matrices, tap, worker.own, rows, from,
+                               finite && own_finite, filter_bar + tap * rows * from.step);
+            }
           });
-      Loops::template kFromStacks<T>(worker.sums.data, worker.sums.step, nullptr, s.in_channels,
-                                     begin, end, values_bar, s.slots, nullptr);
+      if (of_values) {
+        Loops::template kFromStacks<T>(worker.sums.data, worker.sums.step, nullptr, s.in_channels,
+                                       begin, end, values_bar, s.slots, nullptr);
+      }
     }
-    if (part + 1 < plan.parts) return;
+    if (!of_values || part + 1 < parts) return;
     for (int64_t j = 0; j < s.in_channels; ++j) {
       std::fill(values_bar + j * s.slots + stored, values_bar + (j + 1) * s.slots, T(0.0f));
     }

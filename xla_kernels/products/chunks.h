@@ -1,10 +1,10 @@
-// Samples, laid out some at a time, and chunks of the sites that their products make.
+// What samples share, and chunks of the sites that their products make.
 
 #pragma once
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <limits>
 
 #include "xla_kernels/common/parallel.h"
 #include "xla_kernels/products/loops.h"
@@ -24,43 +24,46 @@ struct Values {
   int64_t slots, channels;
 };
 
-// Lays out `count` samples from `item`: their keys [item][slots], and their values
-// [item][channel][slot] as stacks. `more()` is a task beside them.
-template <typename Loops, typename T, typename More>
-void LayOut(ffi::ThreadPool& pool, const Layout& layout, const Plan& plan, const int32_t* keys,
-            const T* values, int64_t sites, int64_t item, int64_t count, More&& more) {
+// Fills the index of `count` samples from `item`, whose keys are [item][slots].
+inline void LayOut(ffi::ThreadPool& pool, const Layout& layout, const Plan& plan,
+                   const int32_t* keys, int64_t item, int64_t count) {
   const Direction& d = layout.d;
-  const auto sample = [&](int64_t i) { return layout.samples.At(i, d, plan); };
-  for (int64_t i = 0; i < count; ++i) *sample(i).finite = 1;
-  constexpr int64_t kSlots = 1024;  // of a task
-  const int64_t tasks = plan.stacked ? CeilDiv(d.from_slots, kSlots) + 1 : 1;
-  ParallelFor(pool, count * tasks + 1, plan.workers, [&](int64_t task, int64_t) {
-    if (task == 0) return more();
-    const int64_t i = (task - 1) / tasks, part = (task - 1) % tasks;
-    const Sample s = sample(i);
-    const int32_t* const own_keys = keys + (item + i) * d.from_slots;
-    if (part == 0) return s.index.Fill(d.w, own_keys, d.from_slots);
-    const auto to_stacks = [&](int64_t begin, int64_t end) {
-      return Loops::template kToStacks<T>(values + (item + i) * d.from * d.from_slots, d.from_slots,
-                                          d.from, begin, end, s.stacks.data + begin * s.stacks.step,
-                                          s.stacks.step);
-    };
-    const int64_t begin = (part - 1) * kSlots, end = std::min(begin + kSlots, d.from_slots);
-    const int64_t last = std::clamp(Stored(own_keys, d.from_slots, sites), begin, end);
-    if (!to_stacks(begin, last)) __atomic_store_n(s.finite, 0, __ATOMIC_RELAXED);
-    to_stacks(last, end);  // padding, whose values do not count
+  ParallelFor(pool, count, plan.workers, [&](int64_t i, int64_t) {
+    layout.samples.At(i, d.w).Fill(d.w, keys + (item + i) * d.from_slots, d.from_slots);
   });
+}
+
+// Fills the tables that all samples of a call share.
+inline void FillTables(ffi::ThreadPool& pool, const Layout& layout, const Plan& plan,
+                       const ConvShape& s, const int32_t* kernel_keys, const float* weights) {
+  const TapMatrices& matrices = layout.matrices;
+  *matrices.finite = true;
+  ParallelFor(pool, matrices.taps + 1, plan.workers, [&](int64_t task, int64_t) {
+    task == 0 ? layout.reach.Fill(layout.d.w) : matrices.Clear(task - 1);
+  });
+  // Keys ascend with the output channel.
+  const int64_t tasks = std::clamp<int64_t>(s.weights / 8192, 1, s.out_channels);
+  ParallelFor(pool, tasks, plan.workers, [&](int64_t task, int64_t) {
+    const int64_t out_begin = task * s.out_channels / tasks;
+    const int64_t out_end = (task + 1) * s.out_channels / tasks;
+    const int64_t of_channel = s.in_channels * matrices.taps;
+    const int32_t* const keys_end = kernel_keys + s.weights;
+    const int32_t* const begin = std::lower_bound(kernel_keys, keys_end, out_begin * of_channel);
+    const int32_t* const end = std::lower_bound(begin, keys_end, out_end * of_channel);
+    matrices.Put(begin, weights + (begin - kernel_keys), end - begin, out_begin, out_end);
+  });
+  ParallelFor(pool, matrices.taps, plan.workers,
+              [&](int64_t tap, int64_t) { matrices.Close(tap); });
 }
 
 // Gathers what a tap's pairs read, and makes them pairs to that. Returns whether all is finite.
 template <typename T>
 bool Gather(const Values<T>& values, const Pair* pairs, int64_t count, const Worker& worker) {
-  const int64_t step = worker.gathered.step;
   bool finite = true;
   for (int64_t i = 0; i < CeilDiv(count, kSites) * kSites; ++i) {
     worker.pairs[i] = {static_cast<int32_t>(i), pairs[i].to};
-    float* const stack = worker.gathered.data + i * step;
-    std::fill_n(stack, step, 0.0f);
+    float* const stack = worker.near.At(i);
+    std::fill_n(stack, worker.near.step, 0.0f);
     for (int64_t c = 0; c < values.channels && i < count; ++c) {
       stack[c] = static_cast<float>(values.data[c * values.slots + pairs[i].from]);
       finite &= std::isfinite(stack[c]);
@@ -70,22 +73,42 @@ bool Gather(const Values<T>& values, const Pair* pairs, int64_t count, const Wor
 }
 
 // Finds the pairs of sites keys[begin, end), and calls f(tap, pairs, count, stacks, finite) with
-// those of each tap that has some and the stacks that they read, of the sample whose values are given.
+// those of each tap in [first_tap, last_tap) that has some and the stacks that they read, of the
+// sample whose values are given.
+//
+// Neighbouring taps read sites that lie near each other: as many taps at a time as have room for
+// the stacks of all sites from the first to the last. A tap that has none by itself gathers.
 template <typename Loops, typename T, typename F>
-void ForEachTap(const Layout& layout, const Sample& sample, const Values<T>& values,
-                const int32_t* keys, int64_t begin, int64_t end, const Worker& worker, F&& f) {
+void ForEachTap(const Layout& layout, const SiteIndex& index, const Values<T>& values,
+                const int32_t* keys, int64_t begin, int64_t end, const Worker& worker,
+                int64_t first_tap, int64_t last_tap, F&& f) {
   const PairLists& lists = worker.lists;
   lists.Clear();
-  Loops::kFindPairs(layout.reach, sample.index, keys, begin, end, lists);
+  Loops::kFindPairs(layout.reach, index, keys, begin, end, lists);
   lists.Pad(static_cast<int32_t>(end - begin));
-  for (int64_t tap = 0; tap < lists.taps; ++tap) {
-    const int64_t count = lists.counts[tap];
-    if (count == 0) continue;
-    if (sample.stacked) {
-      f(tap, lists.At(tap), count, sample.stacks, *sample.finite != 0);
-    } else {
-      const bool finite = Gather(values, lists.At(tap), count, worker);
-      f(tap, worker.pairs, count, worker.gathered, finite);
+  const int64_t room = worker.near_room;
+  for (int64_t tap = first_tap, behind; tap < last_tap; tap = behind) {
+    int32_t low = std::numeric_limits<int32_t>::max(), high = -1;
+    for (behind = tap; behind < last_tap; ++behind) {
+      int32_t new_low = low, new_high = high;
+      Loops::kWidenBy(lists.At(behind), lists.counts[behind], new_low, new_high);
+      if (high >= 0 && new_high - new_low >= room) break;
+      low = new_low, high = new_high;
+    }
+    if (high < 0) return;
+    const bool gathers = high - low >= room;  // one tap
+    Stacks near = worker.near;
+    bool finite = true;
+    if (!gathers) {
+      near.first = low;
+      finite = Loops::template kToStacks<T>(values.data, values.slots, values.channels, low,
+                                            int64_t{high} + 1, near.data, near.step);
+    }
+    for (; tap < behind; ++tap) {
+      const int64_t count = lists.counts[tap];
+      if (count == 0) continue;
+      if (gathers) finite = Gather(values, lists.At(tap), count, worker);
+      f(tap, gathers ? worker.pairs : lists.At(tap), count, near, finite);
     }
   }
 }

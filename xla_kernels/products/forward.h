@@ -12,24 +12,21 @@ namespace ilajax::products {
 // Sums the products at sites keys[begin, end) of a sample, which are keys of the grid, into
 // worker.sums.
 template <typename Loops, typename T>
-void SumProducts(const Layout& layout, const Sample& sample, const Values<T>& values,
+void SumProducts(const Layout& layout, const SiteIndex& index, const Values<T>& values,
                  const int32_t* keys, int64_t begin, int64_t end, const Worker& worker) {
   std::memset(worker.sums.data, 0, (end - begin) * worker.sums.step * sizeof(float));
   ForEachTap<Loops>(
-      layout, sample, values, keys, begin, end, worker,
+      layout, index, values, keys, begin, end, worker, 0, worker.lists.taps,
       [&](int64_t tap, const Pair* pairs, int64_t count, const Stacks& from, bool finite) {
         Loops::kMultiply(pairs, count, layout.matrices, tap, from,
                          finite && *layout.matrices.finite, worker.sums);
       });
 }
 
-// What all samples of a call share.
-inline void FillTables(const Layout& layout, const ConvShape& s, const int32_t* kernel_keys,
-                       const float* weights, const float* bias) {
-  layout.reach.Fill(layout.d.w);
-  layout.matrices.Fill(kernel_keys, weights, s.weights);
-  std::fill_n(layout.bias, StackStep(s.out_channels), 0.0f);
-  std::copy_n(bias, s.out_channels, layout.bias);
+// The bias, with zeros behind the last channel.
+inline void FillBias(const Layout& layout, const float* bias, int64_t channels) {
+  std::fill_n(layout.bias, StackStep(channels), 0.0f);
+  std::copy_n(bias, channels, layout.bias);
 }
 
 // The buffers of a call.
@@ -54,15 +51,15 @@ class Forward {
 
   void Run(ffi::ThreadPool& pool) const {
     std::fill_n(a.responses, s.batch * s.out_channels, 0);
+    FillBias(layout, a.bias, s.out_channels);
+    FillTables(pool, layout, plan, s, a.kernel_keys, a.weights);
     const int64_t chunks = CeilDiv(s.capacity, plan.chunk);
     for (int64_t item = 0; item < s.batch; item += plan.samples) {
       const int64_t count = std::min(plan.samples, s.batch - item);
-      LayOut<Loops>(pool, layout, plan, a.keys, a.values, s.w.input_sites, item, count, [&] {
-        if (item == 0) FillTables(layout, s, a.kernel_keys, a.weights, a.bias);
-      });
+      LayOut(pool, layout, plan, a.keys, item, count);
       ParallelFor(pool, count * chunks, plan.workers, [&](int64_t task, int64_t id) {
         const int64_t begin = task % chunks * plan.chunk;
-        RunChunk(item + task / chunks, layout.samples.At(task / chunks, layout.d, plan), begin,
+        RunChunk(item + task / chunks, layout.samples.At(task / chunks, layout.d.w), begin,
                  std::min(begin + plan.chunk, s.capacity),
                  layout.workers.At(id, layout.reach.lines, layout.d, plan));
       });
@@ -70,14 +67,14 @@ class Forward {
   }
 
  private:
-  void RunChunk(int64_t item, const Sample& sample, int64_t begin, int64_t end,
+  void RunChunk(int64_t item, const SiteIndex& index, int64_t begin, int64_t end,
                 const Worker& worker) const {
     const int32_t* const keys = a.out_keys + item * s.capacity;
     const Values<T> values = {a.values + item * s.in_channels * s.slots, s.slots, s.in_channels};
     T* const features = a.features + item * s.out_channels * s.capacity;
     const int64_t last = std::clamp(Stored(keys, s.capacity, s.w.output_sites), begin, end);
     if (last > begin) {
-      SumProducts<Loops>(layout, sample, values, keys, begin, last, worker);
+      SumProducts<Loops>(layout, index, values, keys, begin, last, worker);
       PutOut(item, begin, last, features, worker.sums);
     }
     for (int64_t j = 0; j < s.out_channels; ++j) {

@@ -18,7 +18,7 @@
 
 namespace ilajax::products {
 
-constexpr int kSites = 6;  // pairs that Multiply takes at once: as many as there are registers for
+constexpr int kSites = 12;      // pairs that Multiply takes at once, at most
 constexpr int64_t kBlock = 16;  // output channels that it takes at once, at most
 
 // Stacks that are taken at once, counted from the first of a sample or of a chunk.
@@ -26,10 +26,14 @@ struct Pair {
   int32_t from, to;
 };
 
-// Values [site][step].
+// Values [site][step], of sites from `first` on.
 struct Stacks {
   float* data;
   int64_t step;
+  int64_t first = 0;
+
+  float* At(int64_t site) const { return data + (site - first) * step; }
+  Stacks From(int64_t channel) const { return {data + channel, step, first}; }
 };
 inline int64_t StackStep(int64_t channels) { return CeilDiv(channels, kLanes) * kLanes; }
 
@@ -174,7 +178,8 @@ struct PairLists {
   // Fills lists up to whole steps of Multiply with pairs to a stack that nobody reads.
   void Pad(int32_t to) const {
     for (int64_t tap = 0; tap < taps; ++tap) {
-      std::fill_n(At(tap) + counts[tap], kSites - 1, Pair{0, to});
+      Pair* const end = At(tap) + counts[tap];
+      if (counts[tap] > 0) std::fill_n(end, kSites - 1, Pair{end[-1].from, to});
     }
   }
 };
@@ -230,25 +235,39 @@ struct TapMatrices {
     return false;
   }
 
-  void Fill(const int32_t* keys, const float* values, int64_t count) const;
+  // Fill, in steps: parts of the weights, which touch different rows, then each tap's blocks.
+  void Clear(int64_t tap) const;
+  void Put(const int32_t* keys, const float* values, int64_t count, int64_t out_begin,
+           int64_t out_end) const;
+  void Close(int64_t tap) const;
 };
 
-inline void TapMatrices::Fill(const int32_t* keys, const float* values, int64_t count) const {
-  std::memset(weights, 0, taps * blocks * from * kBlock * sizeof(float));
-  std::fill_n(channels, taps * blocks * from, -1);
-  *finite = true;
+inline void TapMatrices::Clear(int64_t tap) const {
+  std::memset(weights + tap * blocks * from * kBlock, 0, blocks * from * kBlock * sizeof(float));
+  std::fill_n(channels + tap * blocks * from, blocks * from, -1);
+}
+
+// Of the weights, those of output channels [out_begin, out_end): other threads put the others.
+inline void TapMatrices::Put(const int32_t* keys, const float* values, int64_t count,
+                             int64_t out_begin, int64_t out_end) const {
   WeightPlace place(in_channels, out_channels, taps);
+  bool all_finite = true;
   for (int64_t n = 0; n < count; ++n) {
-    if (!place.MoveTo(keys[n])) continue;
+    if (!place.MoveTo(keys[n]) || place.out < out_begin || place.out >= out_end) continue;
     const int64_t tap = transposed ? taps - 1 - place.tap : place.tap;
     const int64_t source = transposed ? place.out : place.in;
     const int64_t target = transposed ? place.in : place.out;
     const int64_t row = (tap * blocks + target / kBlock) * from + source;
     weights[row * kBlock + target % kBlock] = values[n];
-    channels[row] = static_cast<int32_t>(source);
-    *finite &= std::isfinite(values[n]);
+    __atomic_store_n(channels + row, static_cast<int32_t>(source), __ATOMIC_RELAXED);
+    all_finite &= std::isfinite(values[n]);
   }
-  for (int64_t i = 0; i < taps * blocks; ++i) {
+  if (!all_finite) __atomic_store_n(finite, false, __ATOMIC_RELAXED);
+}
+
+// Moves the channels that have a live weight to the front.
+inline void TapMatrices::Close(int64_t tap) const {
+  for (int64_t i = tap * blocks; i < (tap + 1) * blocks; ++i) {
     int32_t* channel = channels + i * from;
     float* row = weights + i * from * kBlock;
     int32_t kept = 0;

@@ -1,7 +1,6 @@
 // Submanifold convolution on the CPU, and its gradient.
 //
-// Layers of several channels are matrix products over pairs of sites (products/pairs.h). Narrow ones,
-// and what has no room for its stacks, go line by line, forward (submanifold/lines.h) and backward as
+// Layers of several channels are matrix products over pairs of sites (products/pairs.h). Narrow ones go line by line, forward (submanifold/lines.h) and backward as
 // a convolution that has kept these sites (lines/gradient.h).
 
 #include <optional>
@@ -36,12 +35,11 @@ struct EitherLayout {
   }
 };
 
-// Products, where a layer is wide enough and has room for its stacks.
+// Products, where a layer is wide enough.
 products::Plan ProductsPlan(const ConvShape& s, const Tuning& tuning, bool backward) {
   // The gradient by lines costs more than its products where most sites are stored.
   if (s.in_channels * s.out_channels < tuning.products / (backward ? 2 : 1)) return {};
-  const products::Plan plan = products::MakePlan(s, tuning, backward);
-  return plan.stacked ? plan : products::Plan{};
+  return products::MakePlan(s, tuning, backward);
 }
 bool ProductsFit(const products::Plan& plan, bool backward) {
   return plan.samples == 0 || products::Fits(plan, backward);
