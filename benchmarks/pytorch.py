@@ -97,6 +97,35 @@ def gather(layer: Layer) -> list[Peer]:
     return [Peer(_call(forward, given, g), read)]
 
 
+def by_gathers(
+    rows: np.ndarray,
+    weights: np.ndarray,
+    maps: list[tuple[np.ndarray, np.ndarray]],
+    slots: int,
+    backward: bool,
+) -> Candidate:
+    """Products over pairs of sites: gather, matrix product and scatter for each tap, without a bias.
+
+    Args:
+      rows: values of the stored sites, [K, Cin].
+      weights: [taps, Cin, Cout].
+      maps: for each tap the rows that it reads, and the rows of the result that it adds them to.
+      slots: rows of the result.
+      backward: whether the gradients of rows and weights are computed too, for cotangents of 1.
+    """
+    torch = library()
+    pairs = [tuple(map(torch.from_numpy, pair)) for pair in maps]
+    given = [torch.from_numpy(a.copy()) for a in (rows, weights)]
+
+    def forward(x, w):
+        y = x.new_zeros(slots, w.shape[2])
+        for (read, added), tap in zip(pairs, w, strict=True):
+            y.index_add_(0, added, x.index_select(0, read) @ tap)
+        return y
+
+    return _call(forward, given, torch.ones(slots, weights.shape[2]) if backward else None)
+
+
 def _call(
     forward: Callable[..., Any], operands: list[Any], g: Any, first: bool = False
 ) -> Candidate:

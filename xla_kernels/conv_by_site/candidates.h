@@ -25,9 +25,10 @@ struct Candidates {
   int64_t count() const { return ranks[words]; }
 
   void Clear() const { std::memset(bits, 0, words * sizeof(uint64_t)); }
+  template <typename Loops>
   void Rank() const {
-    ranks[0] = 0;
-    for (int64_t i = 0; i < words; ++i) ranks[i + 1] = ranks[i] + __builtin_popcountll(bits[i]);
+    Loops::kRankWords(bits, words, 0, ranks);
+    ranks[words] = ranks[words - 1] + __builtin_popcountll(bits[words - 1]);
   }
 
   // Calls f(rank, key) for those of ranks [begin, end), in order.

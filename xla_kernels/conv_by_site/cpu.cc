@@ -88,7 +88,7 @@ class BySite {
     FillTables(pool);
     for (int64_t item = 0; item < s.batch; item += plan.samples) {
       const int64_t count = std::min(plan.samples, s.batch - item);
-      products::LayOut(pool, layout, plan, keys, item, count);
+      products::LayOut<Loops>(pool, layout, plan, keys, item, count);
       MarkAll(pool, count);
       ForParts(pool, count, CeilDiv(s.reached(), plan.chunk),
                [&](int64_t i, int64_t part, int64_t id) { Score(item + i, i, part, id); });
@@ -149,7 +149,8 @@ class BySite {
         marker.Mark(line, index, ScratchAt(id).rows, WorkerAt(id).lists.bases, CandidatesAt(i));
       }
     });
-    ParallelFor(pool, count, plan.workers, [&](int64_t i, int64_t) { CandidatesAt(i).Rank(); });
+    ParallelFor(pool, count, plan.workers,
+                [&](int64_t i, int64_t) { CandidatesAt(i).template Rank<Loops>(); });
   }
 
   // Puts the responses at `count` sites to to[channel][step], as far as they pass.

@@ -45,7 +45,7 @@ class Backward {
       });
       for (int64_t first = 0; first < items; first += plan.samples) {
         const int64_t item = group * items + first, count = std::min(plan.samples, items - first);
-        LayOut(pool, layout, plan, a.out_keys, item, count);
+        LayOut<Loops>(pool, layout, plan, a.out_keys, item, count);
         if (plan.taps == 0) {
           ParallelFor(pool, plan.parts, plan.workers, [&](int64_t part, int64_t id) {
             for (int64_t i = 0; i < count; ++i) {

@@ -56,7 +56,7 @@ class Forward {
     const int64_t chunks = CeilDiv(s.capacity, plan.chunk);
     for (int64_t item = 0; item < s.batch; item += plan.samples) {
       const int64_t count = std::min(plan.samples, s.batch - item);
-      LayOut(pool, layout, plan, a.keys, item, count);
+      LayOut<Loops>(pool, layout, plan, a.keys, item, count);
       ParallelFor(pool, count * chunks, plan.workers, [&](int64_t task, int64_t id) {
         const int64_t begin = task % chunks * plan.chunk;
         RunChunk(item + task / chunks, layout.samples.At(task / chunks, layout.d.w), begin,

@@ -55,6 +55,8 @@ struct SiteIndex {
   uint64_t* bits;   // from bit 64 on, so that a window may reach out at both ends
   int32_t* ranks;   // [words]: sites before the word's
   uint64_t* lines;  // [line_words]: a bit for each line that has a site
+  int64_t slices;   // that the words are filled in
+  int32_t* counts;  // [slices]: sites of each
 
   // For a window that has been spread apart.
   SiteIndex(Carver& carver, const Window& w)
@@ -63,31 +65,59 @@ struct SiteIndex {
         line_words(CeilDiv(sites / w.input_shape[w.rank - 1], 64)),
         bits(carver.Take<uint64_t>(words)),
         ranks(carver.Take<int32_t>(words)),
-        lines(carver.Take<uint64_t>(line_words)) {}
+        lines(carver.Take<uint64_t>(line_words)),
+        slices(std::clamp<int64_t>(words / 8192, 1, 16)),
+        counts(carver.Take<int32_t>(slices)) {}
 
-  void Fill(const Window& w, const int32_t* keys, int64_t slots) const {
-    std::memset(bits, 0, words * sizeof(uint64_t));
-    std::memset(lines, 0, line_words * sizeof(uint64_t));
+  // Fill, in steps, each by `slices` tasks: of the words, or of the stored lines.
+  void Clear(int64_t slice) const {
+    const int64_t begin = WordsBefore(slice), end = WordsBefore(slice + 1);
+    std::memset(bits + begin, 0, (end - begin) * sizeof(uint64_t));
+    if (slice == 0) std::memset(lines, 0, line_words * sizeof(uint64_t));
+  }
+
+  // Keys that are not in the slice's lines are left out.
+  void Mark(const Window& w, const int32_t* keys, int64_t slots, int64_t slice) const {
     const int last = w.rank - 1;
     const int64_t step = w.input_dilation[last], length = (w.input_shape[last] - 1) / step + 1;
-    const int64_t stored_sites = StoredLines(w) * length;
-    int64_t line = -1, spread = 0;
-    for (int64_t i = 0; i < slots; ++i) {
-      if (keys[i] < 0 || keys[i] >= stored_sites) continue;
-      if (static_cast<uint64_t>(keys[i] - line * length) >= static_cast<uint64_t>(length)) {
-        line = keys[i] / length;
+    const int64_t stored_lines = StoredLines(w);
+    const int64_t first = slice * stored_lines / slices * length;
+    const int64_t behind = (slice + 1) * stored_lines / slices * length;
+    const int32_t* const end = std::lower_bound(keys, keys + slots, behind);
+    int64_t line = -1, spread = 0, at = 1;
+    uint64_t word = 0;  // of the bitmap, at `at`
+    for (const int32_t* key = std::lower_bound(keys, end, first); key != end; ++key) {
+      if (*key < first || *key >= behind) continue;
+      if (static_cast<uint64_t>(*key - line * length) >= static_cast<uint64_t>(length)) {
+        line = *key / length;
         spread = SpreadLine(w, line);
-        lines[spread >> 6] |= uint64_t{1} << (spread & 63);
+        __atomic_fetch_or(lines + (spread >> 6), uint64_t{1} << (spread & 63), __ATOMIC_RELAXED);
       }
-      const int64_t key = spread * w.input_shape[last] + (keys[i] - line * length) * step;
-      bits[(key >> 6) + 1] |= uint64_t{1} << (key & 63);
+      const int64_t site = spread * w.input_shape[last] + (*key - line * length) * step;
+      if ((site >> 6) + 1 != at) {
+        if (word != 0) __atomic_fetch_or(bits + at, word, __ATOMIC_RELAXED);
+        word = 0, at = (site >> 6) + 1;
+      }
+      word |= uint64_t{1} << (site & 63);
     }
-    int32_t rank = 0;
-    for (int64_t i = 0; i < words; ++i) {
-      ranks[i] = rank;
-      rank += __builtin_popcountll(bits[i]);
-    }
+    if (word != 0) __atomic_fetch_or(bits + at, word, __ATOMIC_RELAXED);
   }
+
+  template <typename Loops>
+  void Count(int64_t slice) const {
+    const int64_t begin = WordsBefore(slice);
+    counts[slice] = Loops::kCountBits(bits + begin, WordsBefore(slice + 1) - begin);
+  }
+
+  template <typename Loops>
+  void Rank(int64_t slice) const {
+    const int64_t begin = WordsBefore(slice);
+    int32_t rank = 0;
+    for (int64_t s = 0; s < slice; ++s) rank += counts[s];
+    Loops::kRankWords(bits + begin, WordsBefore(slice + 1) - begin, rank, ranks + begin);
+  }
+
+  int64_t WordsBefore(int64_t slice) const { return slice * words / slices; }
 
   bool HasLine(int64_t line) const { return lines[line >> 6] >> (line & 63) & 1; }
   bool Has(int64_t key) const { return bits[(key >> 6) + 1] >> (key & 63) & 1; }
