@@ -31,7 +31,7 @@ def finite(tree):
 def test_resnet(dilate):
     """Catches a layer that does not fit the next, a level above its bound, and gradients that are missing."""
     bounds = (0.25,) * dilate + (0.5, 0.6, 1, 1)
-    model = ResNet(18, 2, 7, density_bounds=bounds, dilate=dilate, **SMALL)
+    model = ResNet(10, 2, 7, density_bounds=bounds, dilate=dilate, **SMALL)
     x = cloud()
     loss = nnx.jit(nnx.value_and_grad(lambda model: (model(x) ** 2).sum()))
     value, gradients = loss(model)
@@ -56,7 +56,7 @@ def test_resnet(dilate):
 @pytest.mark.parametrize("dilate", [False, True], ids=["submanifold", "dilating"])
 def test_unet(dilate):
     """Catches a skip that is put beside the wrong level, and an output at other sites than the input's."""
-    model = UNet(18, 2, 7, density_bounds=(0.3, 0.6, 1, 1), dilate=dilate, rngs=nnx.Rngs(0), **DEEP)
+    model = UNet(14, 2, 7, density_bounds=(0.3, 0.6, 1, 1), dilate=dilate, rngs=nnx.Rngs(0), **DEEP)
     x = cloud()
     loss = nnx.jit(nnx.value_and_grad(lambda model: (model(x).values ** 2).sum()))
     value, gradients = loss(model)
@@ -72,7 +72,8 @@ def test_unet(dilate):
 
 def test_layers_of_the_published_networks():
     """Catches a block too many or too few: MinkUNet18A and ResNet18 have so many convolutions and weights."""
-    unet = UNet(18, 3, 20, density_bounds=(0.1, 0.2, 0.4, 0.8), rngs=nnx.Rngs(0))
+    bounds = (0.1, 0.2, 0.4, 0.8)
+    unet = nnx.eval_shape(lambda: UNet(18, 3, 20, density_bounds=bounds, rngs=nnx.Rngs(0)))
     convs = [conv for _, conv in ilajax.nn.iter_convs(unet)]
     # 1 + 4 down + 4 up + 1, two a block, and a shortcut wherever the channels change.
     assert len(convs) == 10 + 2 * 16 + 7
@@ -84,7 +85,7 @@ def test_layers_of_the_published_networks():
         blocks += step + 27 * (into * c + 3 * c * c) + (into * c if into != c else 0)
         before = c
     assert weights == 125 * 3 * 32 + blocks + 96 * 20
-    resnet = ResNet(34, 3, 40, density_bounds=(0.1, 0.2, 0.4, 0.8), rngs=nnx.Rngs(0))
+    resnet = nnx.eval_shape(lambda: ResNet(34, 3, 40, density_bounds=bounds, rngs=nnx.Rngs(0)))
     assert len([*ilajax.nn.iter_convs(resnet)]) == 1 + 2 * 16 + 4
 
 
