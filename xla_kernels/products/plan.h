@@ -76,7 +76,11 @@ inline Plan MakePlan(const ConvShape& s, const Tuning& tuning, bool backward,
   const int64_t budget = tuning.CpuWorkspace(s.w.sites());
   Plan plan = {};
   plan.chunk = std::clamp<int64_t>((int64_t{1} << 15) / StackStep(d.to), 64, 512);
-  plan.near = std::clamp<int64_t>((int64_t{1} << 17) / StackStep(d.from), plan.chunk, 8192);
+  plan.chunk = std::clamp<int64_t>(d.to_slots, 1, plan.chunk);
+  plan.near = std::clamp<int64_t>((int64_t{1} << 17) / StackStep(d.from), 512, 8192);
+  plan.near = std::clamp<int64_t>(d.from_slots, 1, plan.near);
+  const int64_t items = std::max<int64_t>(s.batch / std::max<int64_t>(s.groups, 1), 1);
+  int64_t tasks = items * CeilDiv(d.to_slots, plan.chunk);
   const Lines lines(d.w);
   if (backward) {
     const int64_t filter =
@@ -84,14 +88,15 @@ inline Plan MakePlan(const ConvShape& s, const Tuning& tuning, bool backward,
     plan.parts = std::clamp<int64_t>(budget / 4 / filter, 1, tuning.tasks);
     // Too few parts to keep workers busy: these take taps instead.
     if (2 * plan.parts < tuning.tasks) plan.parts = 1, plan.taps = CeilDiv(d.w.taps, tuning.tasks);
+    if (plan.taps == 0) tasks = plan.parts;
   }
   const int64_t tables = SizeOf<Layout>(s, plan);
   const int64_t worker = SizeOf<Worker>(lines, d, plan) + more_of_worker;
   const int64_t sample = SizeOf<SiteIndex>(d.w) + more_of_sample;
-  plan.workers = tuning.workers;
+  plan.workers = std::clamp<int64_t>(tasks, 1, tuning.workers);
   while (plan.workers > 2 && plan.workers * worker > budget / 2) --plan.workers;
   const int64_t left = budget - tables - plan.workers * worker;
-  plan.samples = std::clamp<int64_t>(left / sample, 1, std::max<int64_t>(s.batch / s.groups, 1));
+  plan.samples = std::clamp<int64_t>(left / sample, 1, items);
   return plan;
 }
 
