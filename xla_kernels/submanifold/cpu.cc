@@ -1,7 +1,8 @@
 // Submanifold convolution on the CPU, and its gradient.
 //
-// Layers of several channels are matrix products over pairs of sites (products/pairs.h). Narrow ones go line by line, forward (submanifold/lines.h) and backward as
-// a convolution that has kept these sites (lines/gradient.h).
+// Layers of several channels are matrix products over pairs of sites (products/pairs.h). Narrow ones
+// go line by line, forward (submanifold/lines.h) and backward as a convolution that has kept these
+// sites (lines/gradient.h).
 
 #include <optional>
 
