@@ -11,8 +11,9 @@ from ilajax.ops.convert import from_dense, to_dense
 from ilajax.ops.k_select import k_select
 from ilajax.ops.points import from_points
 from ilajax.ops.pointwise import relu
-from ilajax.ops.pool import avg_pool, global_avg_pool, global_max_pool, max_pool
+from ilajax.ops.pool import avg_pool, global_avg_pool, global_max_pool, max_pool, sum_pool
 from ilajax.ops.sample import sample
+from ilajax.ops.upsample import upsample
 from ilajax.plotting import plot
 from ilajax.sparse_kernel import SparseKernel
 from ilajax.sparse_tensor import SparseTensor
@@ -46,5 +47,7 @@ __all__ = [
     "plot",
     "relu",
     "sample",
+    "sum_pool",
     "to_dense",
+    "upsample",
 ]

@@ -31,7 +31,7 @@ from ilajax.ops.conv import conv
 from ilajax.ops.conv_transpose import conv_transpose
 from ilajax.ops.convert import from_dense, to_dense
 from ilajax.ops.k_select import k_select
-from ilajax.ops.pool import avg_pool, max_pool
+from ilajax.ops.pool import avg_pool, max_pool, sum_pool
 from ilajax.sparse_kernel import SparseKernel
 from ilajax.sparse_tensor import SparseTensor
 
@@ -262,16 +262,18 @@ def _selection_cases() -> Iterator[Case]:
 
 
 def _pool_cases() -> Iterator[Case]:
-    for pool, grid, capacity, dtype in (
-        (max_pool, (66, 66, 66), None, jnp.float32),
-        (max_pool, (66, 66, 66), 2000, jnp.bfloat16),
-        (avg_pool, (66, 66, 66), 2000, jnp.float32),
-        (avg_pool, (31, 33), None, jnp.float16),
+    for pool, grid, capacity, strides, dtype in (
+        (max_pool, (66, 66, 66), None, None, jnp.float32),
+        (max_pool, (66, 66, 66), 2000, None, jnp.bfloat16),
+        (avg_pool, (66, 66, 66), 2000, None, jnp.float32),
+        (avg_pool, (31, 33), None, None, jnp.float16),
+        (max_pool, (35, 36, 37), None, 1, jnp.float32),
+        (sum_pool, (310, 33), 900, 1, jnp.float32),
     ):
-        x = _tensor(2, 3, grid, sites(grid) // 16, dtype, shared=len(grid) == 2)
-        what = pool.__name__ + (", cut" if capacity else "")
-        function = _without_filter(pool, window=2, capacity=capacity)
-        yield Case("pool", what, function, (x, None), exact=pool is max_pool)
+        x = _tensor(2, 3, grid, sites(grid) // 16, dtype, shared=len(grid) == 2 and not capacity)
+        what = pool.__name__ + (", overlapping" if strides else "") + (", cut" if capacity else "")
+        function = _without_filter(pool, window=2, strides=strides, capacity=capacity)
+        yield Case("pool", what, function, (x, None), exact=pool is not avg_pool)
 
 
 def _dense_cases() -> Iterator[Case]:

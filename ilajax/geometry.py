@@ -331,12 +331,36 @@ def spread_apart(keys: jax.Array, window: Window) -> tuple[jax.Array, Window]:
     return jnp.where(inside, moved, spread.input_sites), spread
 
 
-def pool_window(input_shape: tuple[int, ...], window: int | Sequence[int]) -> Window:
-    """Non-overlapping cells that cover the grid; the last one along an axis may reach past its end."""
+def pool_window(
+    input_shape: tuple[int, ...],
+    window: int | Sequence[int],
+    strides: int | Sequence[int] | None = None,
+    padding: Padding | None = None,
+) -> Window:
+    """The windows of a pooling, an output site each.
+
+    Without strides and padding: cells side by side that cover the grid, the last one along an axis may reach
+    past its end. Else as `conv_window`, with the window's size as strides and "SAME" where one is left out.
+
+    Raises:
+      TypeError, ValueError: if an argument has the wrong form, or the padded grid is smaller than the window,
+        or has an axis of 2**31 sites or more.
+    """
     window_shape = per_axis("window", window, len(input_shape))
-    output_shape = tuple(-(-s // w) for s, w in zip(input_shape, window_shape, strict=True))
-    ones, zeros = (1,) * len(input_shape), (0,) * len(input_shape)
-    return Window(input_shape, window_shape, window_shape, ones, zeros, output_shape, ones)
+    if strides is None and padding is None:
+        output_shape = tuple(-(-s // w) for s, w in zip(input_shape, window_shape, strict=True))
+        ones, zeros = (1,) * len(input_shape), (0,) * len(input_shape)
+        return Window(input_shape, window_shape, window_shape, ones, zeros, output_shape, ones)
+    strides = window_shape if strides is None else strides
+    padding = "SAME" if padding is None else padding
+    windows = conv_window(input_shape, window_shape, strides=strides, padding=padding)
+    for a, (size, low) in enumerate(zip(input_shape, windows.low, strict=True)):
+        end = (windows.output_shape[a] - 1) * windows.strides[a] + window_shape[a]
+        if max(end, size) + abs(low) > MAX_SITES:
+            raise ValueError(
+                f"padding must leave fewer than 2**31 sites along spatial axis {a}, got {padding!r}."
+            )
+    return windows
 
 
 def not_negative(keys: jax.Array, padding: int) -> jax.Array:

@@ -385,30 +385,54 @@ def on_cpu(f, *arrays):
 # --- Pooling -------------------------------------------------------------------------------------
 
 
-def cells(x, window):
-    """Entries by cell: table [B][C] of {output key: [(slot, key, value), ...]}, and the output grid."""
-    grid = tuple(-(-s // w) for s, w in zip(x.spatial_shape, window, strict=True))
+def side_by_side(grid, window):
+    """The geometry of cells that cover a grid without overlap."""
+    past = [-s % w for s, w in zip(grid, window, strict=True)]
+    return Geometry(grid, window, window, [(0, p) for p in past])
+
+
+def windows_along(geometry, axis):
+    """For each position along an axis the windows that hold it, by trying all."""
+    low, stride = geometry.pads[axis][0], geometry.strides[axis]
+    windows = range(geometry.shape[axis])
+    return [
+        [o for o in windows if 0 <= p + low - o * stride < geometry.window[axis]]
+        for p in range(geometry.grid[axis])
+    ]
+
+
+def cells(x, geometry):
+    """Entries by window: table [B][C] of {output key: [(slot, key, value), ...]}."""
+    along = [windows_along(geometry, axis) for axis in range(len(geometry.grid))]
     table = []
     for sample in segments(x):
         table.append([])
         for entries in sample:
             found = {}
             for slot, key, value in entries:
-                position = np.unravel_index(key, x.spatial_shape)
-                cell = [int(p) // w for p, w in zip(position, window, strict=True)]
-                found.setdefault(int(np.ravel_multi_index(cell, grid)), []).append(
-                    (slot, key, value)
-                )
+                position = np.unravel_index(key, geometry.grid)
+                holding = [windows[int(p)] for windows, p in zip(along, position, strict=True)]
+                for window in itertools.product(*holding):
+                    cell = int(np.ravel_multi_index(window, geometry.shape))
+                    found.setdefault(cell, []).append((slot, key, value))
             table[-1].append(found)
-    return table, grid
+    return table
 
 
-def cell_size(cell, grid, spatial_shape, window):
-    """Grid positions of a cell inside the input."""
-    corner = np.unravel_index(cell, grid)
+def divisor(kind, cell, entries, geometry):
+    """What a sum over a window's entries is divided by: its positions inside the grid, or its entries."""
+    if kind == "sum":
+        return 1
+    if kind == "stored":
+        return len(entries)
+    corner = np.unravel_index(cell, geometry.shape)
+    starts = [
+        int(o) * s - low
+        for o, s, (low, _) in zip(corner, geometry.strides, geometry.pads, strict=True)
+    ]
     return math.prod(
-        min((int(p) + 1) * w, s) - int(p) * w
-        for p, w, s in zip(corner, window, spatial_shape, strict=True)
+        min(start + w, size) - max(start, 0)
+        for start, w, size in zip(starts, geometry.window, geometry.grid, strict=True)
     )
 
 
@@ -417,11 +441,10 @@ def largest(entries):
     return min(entries, key=lambda e: (0, 0.0, e[1]) if math.isnan(e[2]) else (1, -e[2], e[1]))
 
 
-def pool(x, window, capacity, kind):
-    """keys, values of max_pool or avg_pool, and the output grid."""
-    table, grid = cells(x, window)
+def pool(x, geometry, capacity, kind):
+    """keys and values of a pooling: "max", "sum", "avg" over sites, or over "stored" entries."""
     kept = []
-    for sample in table:
+    for sample in cells(x, geometry):
         kept.append([])
         for found in sample:
             keys = sorted(found)
@@ -430,29 +453,27 @@ def pool(x, window, capacity, kind):
                 if kind == "max":
                     value = largest(found[key])[2]
                 else:
-                    size = cell_size(key, grid, x.spatial_shape, window)
-                    value = sum(e[2] for e in found[key]) / size
+                    value = sum(e[2] for e in found[key]) / divisor(kind, key, found[key], geometry)
                 values.append(float(np.asarray(value, np.float32).astype(x.values.dtype)))
             chosen, _ = select(keys, values, capacity, "value")
             kept[-1].append([(keys[i], values[i]) for i in chosen])
-    return *pack(kept, capacity, math.prod(grid), x.values.dtype), grid
+    return pack(kept, capacity, geometry.sites, x.values.dtype)
 
 
-def pool_backward(x, window, kind, output_keys, cotangent):
-    """Cotangent of x.values: to the maximum, or evenly to the cell's entries."""
-    table, grid = cells(x, window)
+def pool_backward(x, geometry, kind, output_keys, cotangent):
+    """Cotangent of x.values: to each window's maximum, or evenly to its entries."""
     gradient = np.zeros(x.values.shape)
     output_keys = np.broadcast_to(read(output_keys), cotangent.shape)
-    for b, sample in enumerate(table):
+    for b, sample in enumerate(cells(x, geometry)):
         for c, found in enumerate(sample):
             for key, g in zip(output_keys[b, c], read(cotangent)[b, c], strict=True):
-                if key == math.prod(grid):
+                if key == geometry.sites:
                     continue
                 if kind == "max":
-                    gradient[b, c, largest(found[key])[0]] = g
+                    gradient[b, c, largest(found[key])[0]] += g
                 else:
                     for slot, _, _ in found[key]:
-                        gradient[b, c, slot] = g / cell_size(key, grid, x.spatial_shape, window)
+                        gradient[b, c, slot] += g / divisor(kind, key, found[key], geometry)
     return gradient
 
 

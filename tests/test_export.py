@@ -35,6 +35,7 @@ OPERATIONS = {
         ilajax.conv(s, k, BIAS, capacity=7, strides=2, select_by="site").features
     ),
     "max_pool": lambda x, s, k: ilajax.max_pool(x, 2),
+    "upsample": lambda x, s, k: ilajax.upsample(ilajax.max_pool(x, 3, strides=2), 2, support=s),
     "avg_pool": lambda x, s, k: ilajax.avg_pool(s, (1, 2), capacity=3),
     "global": lambda x, s, k: ilajax.global_max_pool(x) + ilajax.global_avg_pool(s),
     "add": lambda x, s, k: s + 2 * s.map(jnp.square) - x,

@@ -45,6 +45,8 @@ OPERATIONS = {
     "relu": lambda x, k: ilajax.relu(x).values,
     "max_pool": lambda x, k: ilajax.max_pool(x, 2, capacity=4).values,
     "avg_pool": lambda x, k: ilajax.avg_pool(x, 2).values,
+    "sum_pool": lambda x, k: ilajax.sum_pool(x, 3, strides=1).values,
+    "upsample": lambda x, k: ilajax.upsample(x, 2).values,
     "to_dense": lambda x, k: ilajax.to_dense(x),
     "from_dense": lambda x, k: ilajax.from_dense(ilajax.to_dense(x) + 1, 9).values,
     "global_pools": lambda x, k: ilajax.global_max_pool(x) + ilajax.global_avg_pool(x),

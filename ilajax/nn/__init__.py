@@ -5,7 +5,7 @@ from ilajax.nn.load_spconv import load_spconv
 from ilajax.nn.load_state import load_state
 from ilajax.nn.norm import BatchNorm, GroupNorm, LayerNorm
 from ilajax.nn.pointwise import Dropout, ReLU
-from ilajax.nn.pool import AvgPool, GlobalPool, MaxPool
+from ilajax.nn.pool import AvgPool, GlobalPool, MaxPool, SumPool
 from ilajax.nn.refill import refill
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "LayerNorm",
     "MaxPool",
     "ReLU",
+    "SumPool",
     "iter_convs",
     "load_spconv",
     "load_state",

@@ -155,12 +155,13 @@ def test_dense_arrays(backend, grid, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize("strides", [None, 1], ids=["cells", "overlapping"])
+@pytest.mark.parametrize("kind", test_pool.POOLS)
 @pytest.mark.parametrize("capacity", [None, 3], ids=["all", "cut"])
-def test_pooling(backend, capacity, kind, dtype):
+def test_pooling(backend, capacity, kind, strides, dtype):
     """Catches a wrong cell, value or gradient, with a selection of the cells and without."""
     x = samples.tensor(3, capacity=20, density=0.6, dtype=dtype, shared=capacity is None)
-    test_pool.check(backend, kind, x, 2, capacity)
+    test_pool.check(backend, kind, x, 2, capacity, strides)
 
 
 def test_pooling_in_parts(backend, workspace):

@@ -210,9 +210,54 @@ CASES = {
     "max_pool-rank": (lambda: ilajax.max_pool(X, (2,)), ValueError, r"window.*2.*\(2,\)"),
     "max_pool-float": (lambda: ilajax.max_pool(X, 2.5), TypeError, "window.*2.5"),
     "max_pool-capacity": (lambda: ilajax.max_pool(X, 2, capacity=0), ValueError, "capacity.*0"),
+    "max_pool-strides": (
+        lambda: ilajax.max_pool(X, 2, strides=0),
+        ValueError,
+        "strides.*at least 1.*0",
+    ),
+    "max_pool-padding": (
+        lambda: ilajax.max_pool(X, 2, padding="FULL"),
+        ValueError,
+        "padding must be.*'FULL'",
+    ),
+    "max_pool-huge-padding": (
+        lambda: ilajax.max_pool(X, 2, strides=2**30, padding=((2**31 - 9, 0), (0, 0))),
+        ValueError,
+        r"padding must leave fewer than 2\*\*31 sites along spatial axis 0",
+    ),
+    "sum_pool-window": (
+        lambda: ilajax.sum_pool(X, 9, padding="VALID"),
+        ValueError,
+        "window reaches over 9 sites.*only",
+    ),
+    "avg_pool-count": (
+        lambda: ilajax.avg_pool(X, 2, count="all"),
+        ValueError,
+        "count must be 'sites'.*'stored'.*got 'all'",
+    ),
     "avg_pool-dense": (lambda: ilajax.avg_pool(None, 2), TypeError, "x must be.*NoneType"),
     "avg_pool-window": (lambda: ilajax.avg_pool(X, -2), ValueError, "window.*-2"),
     "avg_pool-capacity": (lambda: ilajax.avg_pool(X, 2, capacity="2"), TypeError, "capacity.*'2'"),
+    # upsampling
+    "upsample-dense": (lambda: ilajax.upsample(DENSE, 2), TypeError, "x must be.*SparseTensor"),
+    "upsample-factor": (lambda: ilajax.upsample(X, 0), ValueError, "factor.*at least 1.*0"),
+    "upsample-huge": (lambda: ilajax.upsample(X, 2**16), ValueError, "allow at most 2..31 - 1"),
+    "upsample-support": (
+        lambda: ilajax.upsample(X, 2, support=X),
+        ValueError,
+        r"support must stand on a grid that cells of \(2, 2\) make",
+    ),
+    "upsample-support-dense": (
+        lambda: ilajax.upsample(X, 2, support=DENSE),
+        TypeError,
+        "support must be.*SparseTensor",
+    ),
+    "upsample-support-capacity": (
+        lambda: ilajax.upsample(X, 1, support=X, capacity=4),
+        ValueError,
+        "capacity does not apply with a support.*4",
+    ),
+    "upsample-capacity": (lambda: ilajax.upsample(X, 2, capacity=0), ValueError, "capacity.*0"),
     "global_max_pool-dense": (lambda: ilajax.global_max_pool(DENSE), TypeError, "x must be"),
     "global_avg_pool-dense": (lambda: ilajax.global_avg_pool(DENSE), TypeError, "x must be"),
     # conversions

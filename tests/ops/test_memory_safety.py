@@ -148,6 +148,13 @@ PROGRAMS = {
     "max_pool-3d": pointwise_program(
         lambda x: ilajax.max_pool(x, (2, 3, 1), capacity=5), 1, (5, 6, 7)
     ),
+    "max_pool-overlapping": pointwise_program(
+        lambda x: ilajax.max_pool(x, 3, strides=2), 2, (7, 9)
+    ),
+    "avg_pool-overlapping": pointwise_program(
+        lambda x: ilajax.avg_pool(x, (5, 2), strides=(1, 3), count="stored"), 2, (400, 90)
+    ),
+    "upsample": pointwise_program(lambda x: ilajax.upsample(x, 2), shared=True),
     "avg_pool": pointwise_program(lambda x: ilajax.avg_pool(x, 3, capacity=3), shared=True),
     "avg_pool-slabs": pointwise_program(lambda x: ilajax.avg_pool(x, 2), 2, (400, 900)),
     "to_dense": pointwise_program(ilajax.to_dense),

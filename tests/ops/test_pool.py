@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,10 +18,18 @@ import samples
 NAN, INF = np.nan, np.inf
 
 
+POOLS = {
+    "max": ilajax.max_pool,
+    "sum": ilajax.sum_pool,
+    "avg": ilajax.avg_pool,
+    "stored": functools.partial(ilajax.avg_pool, count="stored"),
+}
+
+
 @functools.cache
-def program(backend, kind, window, capacity):
+def program(backend, kind, window, capacity, strides=None, padding=None):
     """jit of a pooling and its gradient; the cotangent is a function of the output's shape."""
-    pool = {"max": ilajax.max_pool, "avg": ilajax.avg_pool}[kind]
+    pool = functools.partial(POOLS[kind], strides=strides, padding=padding)
 
     @jax.jit
     def run(x):
@@ -35,19 +44,26 @@ def program(backend, kind, window, capacity):
     return run
 
 
-def check(backend, kind, x, window, capacity=None):
+def check(backend, kind, x, window, capacity=None, strides=None, padding=None):
     """Compares with NumPy loops, exactly but for a division, which not every device rounds correctly."""
-    tolerance = 0.0 if kind == "max" else 2 * float(jnp.finfo(x.dtype).eps)
-    y, g, gradient = program(backend, kind, window, capacity)(x)
     sizes = (window,) * len(x.spatial_shape) if isinstance(window, int) else window
-    grid = [-(-s // w) for s, w in zip(x.spatial_shape, sizes, strict=True)]
-    slots = min(x.capacity, math.prod(grid)) if capacity is None else capacity
-    keys, values, grid = oracles.pool(x, sizes, slots, kind)
-    assert y.spatial_shape == grid
+    most = x.capacity
+    if strides is padding is None:
+        geometry = oracles.side_by_side(x.spatial_shape, sizes)
+    else:
+        steps = sizes if strides is None else strides
+        geometry = oracles.Geometry(x.spatial_shape, sizes, steps, padding or "SAME")
+        most *= math.prod(-(-w // s) for w, s in zip(sizes, geometry.strides, strict=True))
+    divides = kind in ("avg", "stored")
+    tolerance = 2 * float(jnp.finfo(x.dtype).eps) if divides else 0.0
+    y, g, gradient = program(backend, kind, window, capacity, strides, padding)(x)
+    slots = min(most, geometry.sites) if capacity is None else capacity
+    keys, values = oracles.pool(x, geometry, slots, kind)
+    assert y.spatial_shape == geometry.shape
     oracles.assert_tensor(y, keys, values, tolerance=tolerance)
     assert y.dtype == x.dtype
     assert (gradient.shape, gradient.dtype) == (x.values.shape, x.values.dtype)
-    want = oracles.pool_backward(x, sizes, kind, keys, g)
+    want = oracles.pool_backward(x, geometry, kind, keys, g)
     oracles.assert_close(gradient, want.astype(np.float32).astype(gradient.dtype), tolerance)
     return y
 
@@ -66,7 +82,7 @@ SHAPES = [
 
 
 @pytest.mark.crossed(3)
-@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize("kind", POOLS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_loops(backend, shape, kind):
     """Catches a wrong cell, size of a border cell, value or gradient, in any dimension."""
@@ -81,7 +97,7 @@ def test_loops(backend, shape, kind):
 
 @pytest.mark.crossed(5)
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize("kind", POOLS)
 @pytest.mark.parametrize("capacity", [1, 5, 12, 20])
 def test_capacity(backend, capacity, kind, shared):
     """Catches a selection not by value, ties to the higher key, and gradients to cells that were cut."""
@@ -90,7 +106,7 @@ def test_capacity(backend, capacity, kind, shared):
     assert y.shared == (shared and capacity >= 9), "shared where nothing can be cut, and only there"
 
 
-@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize("kind", POOLS)
 def test_the_default_capacity(backend, kind):
     """Catches a default that loses cells, or that stores more than it can need."""
     few = samples.tensor(1, capacity=4)
@@ -112,7 +128,7 @@ CONTENTS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize("kind", POOLS)
 @pytest.mark.parametrize("contents", CONTENTS)
 def test_contents(backend, contents, kind):
     """Catches a negative maximum clipped at 0, a tie that gets the gradient twice, a lost zero."""
@@ -123,7 +139,7 @@ def test_contents(backend, contents, kind):
 
 
 @pytest.mark.nans
-@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize("kind", POOLS)
 def test_nan_is_propagated(backend, kind):
     """Catches a maximum that drops NaN, or a selection that cuts it."""
     first = {0: 5.0, 1: NAN, 2: INF, 20: 1.0, 29: NAN}
@@ -136,7 +152,7 @@ def test_nan_is_propagated(backend, kind):
     np.testing.assert_array_equal(np.isnan(np.asarray(y.values)).sum(axis=2), [[2, 1], [1, 0]])
 
 
-@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize("kind", POOLS)
 def test_padding_changes_nothing(backend, kind):
     """Catches empty slots that count, or that receive a gradient."""
     x = samples.tensor(3)
@@ -149,10 +165,10 @@ def test_padding_changes_nothing(backend, kind):
 
 
 @pytest.mark.nans
-@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize("kind", POOLS)
 def test_cotangents_at_padding_are_ignored(backend, kind):
     """Catches a cotangent that leaks out of an empty slot."""
-    pool = {"max": ilajax.max_pool, "avg": ilajax.avg_pool}[kind]
+    pool = POOLS[kind]
     x = samples.tensor(4, density=0.15)
 
     @jax.jit
@@ -191,7 +207,7 @@ def test_half_precision_sums_are_float32(backend):
     assert jax.jit(ilajax.global_avg_pool)(x)[0, 0] == 1
 
 
-@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize("kind", POOLS)
 def test_any_data(backend, kind):
     """Catches output that breaks the contract or differs from NumPy's on some data."""
 
@@ -203,12 +219,88 @@ def test_any_data(backend, kind):
     holds()
 
 
-@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize("kind", POOLS)
 def test_a_larger_problem(backend, kind):
     """Catches what only many sites show: slabs of a grid, more than one word of a bitmap."""
     x = samples.tensor(6, 2, 3, (700, 503), capacity=1500, density=0.004)
     check(backend, kind, x, (2, 1), 700)
     check(backend, kind, x, (3, 40))
+
+
+# --- Windows that overlap, or leave sites out -------------------------------------------------------
+
+# grid, window, strides, padding
+WINDOWS = [
+    ((8,), 3, 2, None),
+    ((9,), 3, 1, "VALID"),
+    ((7,), 2, 3, "VALID"),  # sites between the windows, and behind them
+    ((6, 7), 3, 2, "SAME"),
+    ((6, 7), (2, 3), None, ((1, 0), (2, 3))),
+    ((5, 6), 3, 1, ((-1, 2), (0, -2))),  # sites cut off
+    ((4, 3), 1, 2, ((3, 3), (0, 1))),  # windows in the padding
+    ((4, 5), (5, 7), (2, 3), "SAME"),  # larger than the grid
+    ((5, 4, 6), 3, 2, "SAME"),
+    ((4, 5, 3), 2, 1, "SAME"),
+    ((3, 4, 3, 4), (2, 3, 1, 2), (1, 2, 1, 2), "SAME"),
+]
+
+
+@pytest.mark.crossed(4)
+@pytest.mark.parametrize("kind", POOLS)
+@pytest.mark.parametrize("shape", WINDOWS, ids=str)
+def test_overlapping_windows(backend, shape, kind):
+    """Catches an entry that a window lacks or has twice, and a gradient that is not the sum over windows."""
+    grid, window, strides, padding = shape
+    seed = sum(grid)
+    dtype = list(samples.DTYPES)[seed % 3]
+    options = {"dtype": dtype, "shared": seed % 2 == 0, "zeros": True}
+    x = samples.tensor(seed, 2, 3, grid, capacity=math.prod(grid), **options)
+    check(backend, kind, x, window, None, strides, padding)
+
+
+@pytest.mark.crossed(3)
+@pytest.mark.parametrize("kind", POOLS)
+@pytest.mark.parametrize("capacity", [1, 5, 12, 40])
+def test_capacity_of_overlapping_windows(backend, capacity, kind):
+    """Catches gradients to windows that were cut, or a selection that is not by value."""
+    x = samples.tensor(capacity, shared=capacity == 12, capacity=20, density=0.6)
+    y = check(backend, kind, x, 3, capacity, 2)
+    assert y.shared == (x.shared and capacity >= 9)
+
+
+@pytest.mark.nans  # infinities of both signs meet
+@pytest.mark.parametrize("kind", POOLS)
+@pytest.mark.parametrize("contents", CONTENTS)
+def test_contents_of_overlapping_windows(backend, contents, kind):
+    """Catches a maximum that several windows share, ties, and infinities that leak into other windows."""
+    first = CONTENTS[contents]
+    second = {29 - k: v for k, v in first.items()}
+    x = samples.from_entries((5, 6), [[first, second]], 30)
+    check(backend, kind, x, 3, 20, 1, "SAME")
+
+
+@pytest.mark.parametrize("kind", POOLS)
+def test_overlapping_windows_in_slabs(backend, kind):
+    """Catches entries at the edge of a slab that the next one's windows lack."""
+    x = samples.tensor(6, 1, 2, (700, 503), capacity=3000, density=0.008)
+    check(backend, kind, x, (3, 2), None, (2, 1), "SAME")
+    check(backend, kind, x, (9, 4), 500, (2, 5), "VALID")
+
+
+def test_overlapping_windows_are_dense_pooling(backend):
+    """Catches windows that lie elsewhere than those of Flax's pooling."""
+    x = samples.tensor(5, 2, 2, (6, 7), capacity=42, density=1.0, exact=False)
+    full = oracles.dense(x).astype(np.float32)
+    where = {"strides": (2, 1), "padding": "SAME"}
+    y, _, _ = program(backend, "max", 3, None, *where.values())(x)
+    np.testing.assert_array_equal(
+        oracles.dense(y), oracles.on_cpu(lambda a: nnx.max_pool(a, (3, 3), **where), full)
+    )
+    y, _, _ = program(backend, "avg", 3, None, *where.values())(x)
+    dense = oracles.on_cpu(
+        lambda a: nnx.avg_pool(a, (3, 3), **where, count_include_pad=False), full
+    )
+    np.testing.assert_allclose(oracles.dense(y), dense, rtol=1e-5, atol=1e-6)
 
 
 # --- Global pooling --------------------------------------------------------------------------------

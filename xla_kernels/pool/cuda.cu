@@ -1,13 +1,15 @@
-// Pooling over non-overlapping cells on the GPU, and its gradient.
+// Pooling over windows on the GPU, which are cells where they do not overlap, and its gradient.
 //
 // Forward: the cells of a segment are cut into slabs, each a block's. A slab's entries lie in a
-// contiguous range of keys, found by bisection, and mark their cells in a bitmap in shared memory.
+// contiguous range of keys, found by bisection, and mark their cells, one or several, in a bitmap
+// in shared memory.
 // One launch counts the cells in use; the next finds the bitmap again, ranks its bits, which are in
 // the order of the output, and one thread a cell gathers the cell's entries, in the order of their
 // keys. So sums are repeatable, without float atomics, and there is no grid-sized buffer. Where K'
 // cuts, the cells go to the workspace and k-selection (common/cuda_select.cuh) follows, for as many
-// segments at a time as fit. Backward: max: one thread a kept cell finds its largest entry again
-// and hands it the cotangent. avg: one thread an entry finds its cell among the kept ones.
+// segments at a time as fit. Backward: one thread an entry finds its cells among the kept ones and
+// adds up what they have for it, in the order of the cells. Of a maximum in plain cells, one thread
+// a kept cell finds its largest entry again and hands it the cotangent.
 //
 // Traffic: the keys are read about twice for a slab that is a run of planes, and once more with the
 // values by the gather, whose bisections stay in the caches.
@@ -27,7 +29,12 @@ constexpr int kSlabWords = kThreads * kWordsPerThread;
 constexpr int64_t kSlab = kSlabWords * 32;  // cells of a block
 
 struct Pool : PoolShape {
-  bool average = false;
+  PoolMode mode = PoolMode::kMax;
+  bool plain = true;
+  uint32_t windows = 1;  // that may hold a site
+
+  explicit Pool(const PoolShape& s)
+      : PoolShape(s), plain(s.Plain()), windows(static_cast<uint32_t>(s.reach())) {}
 };
 
 ILAJAX_HOST_DEVICE int64_t SlabsOf(const PoolShape& s) {
@@ -45,17 +52,37 @@ __device__ uint32_t CellOf(const Window& w, uint32_t key) {
   return cell;
 }
 
+// The cell of a key among those that may hold it, or -1 if this one does not.
+__device__ int64_t CellOf(const Pool& s, uint32_t key, uint32_t window) {
+  if (s.plain) return CellOf(s.w, key);
+  const Window& w = s.w;
+  int64_t cell = 0, step = 1;
+  for (int a = w.rank - 1; a >= 0; --a) {
+    const uint32_t size = static_cast<uint32_t>(w.input_shape[a]);
+    const uint32_t reach = static_cast<uint32_t>(s.Reach(a));
+    const int64_t place = key % size + w.low[a];
+    const int64_t at = place / w.strides[a] - window % reach;
+    key /= size;
+    window /= reach;
+    if (place < 0 || at < 0 || at >= w.output_shape[a]) return -1;
+    if (place - at * w.strides[a] >= w.window_shape[a]) return -1;
+    cell += at * step;
+    step *= w.output_shape[a];
+  }
+  return cell;
+}
+
 // The first key of run `r` of a cell, whose runs go along `axis`.
 __device__ __forceinline__ int64_t RunKey(const Window& w, uint32_t cell, int axis, uint32_t r) {
   int64_t key = 0, step = 1;
   for (int a = w.rank - 1; a >= 0; --a) {
     const uint32_t size = static_cast<uint32_t>(w.output_shape[a]);
-    int64_t p = int64_t{cell % size} * w.strides[a];
+    const Extent extent(w, a, cell % size);
+    int64_t p = extent.first;
     cell /= size;
     if (a < axis) {
-      const uint32_t extent = static_cast<uint32_t>(min(w.strides[a], w.input_shape[a] - p));
-      p += r % extent;
-      r /= extent;
+      p += r % static_cast<uint32_t>(extent.count);
+      r /= static_cast<uint32_t>(extent.count);
     }
     key += p * step;
     step *= w.input_shape[a];
@@ -70,14 +97,16 @@ __device__ void ForCell(const Window& w, uint32_t cell, const int32_t* keys, int
   // A run goes along `axis`, over the trailing axes which the cell spans whole.
   int axis = w.rank - 1;
   int64_t inner = 1;
-  while (axis > 0 && w.output_shape[axis] == 1) inner *= w.input_shape[axis--];
+  while (axis > 0 && w.output_shape[axis] == 1 && Extent(w, axis, 0).count == w.input_shape[axis]) {
+    inner *= w.input_shape[axis--];
+  }
   int64_t run = 0, runs = 1;
   uint32_t rest = cell;
   for (int a = w.rank - 1; a >= 0; --a) {
     const uint32_t size = static_cast<uint32_t>(w.output_shape[a]);
-    const int64_t p = rest % size;
+    const int64_t extent = Extent(w, a, rest % size).count;
     rest /= size;
-    const int64_t extent = min(w.strides[a], w.input_shape[a] - p * w.strides[a]);
+    if (extent <= 0) return;  // a window in the padding
     if (a == axis) run = extent * inner;
     if (a < axis) runs *= extent;
   }
@@ -106,6 +135,12 @@ __device__ int64_t LargestOf(const Window& w, uint32_t cell, const int32_t* keys
   return largest;
 }
 
+// What the sum over a cell's entries, so many, is divided by.
+__device__ __forceinline__ float Divisor(const Pool& s, uint32_t cell, int32_t stored) {
+  if (s.mode == PoolMode::kOverSites) return SitesOf(s.w, cell);
+  return s.mode == PoolMode::kOverStored ? static_cast<float>(stored) : 1.0f;
+}
+
 // The cells in use of one slab: a bit for each, and how many stand in front of each word.
 struct Bitmap {
   uint32_t words[kSlabWords];
@@ -115,21 +150,23 @@ struct Bitmap {
 };
 
 // Marks the cells of a slab; by all threads of a block.
-__device__ void MarkCells(const PoolShape& s, const int32_t* keys, int64_t first_cell,
-                          Bitmap& bitmap) {
+__device__ void MarkCells(const Pool& s, const int32_t* keys, int64_t first_cell, Bitmap& bitmap) {
   for (int i = threadIdx.x; i < kSlabWords; i += kThreads) bitmap.words[i] = 0;
   __syncthreads();
   const int64_t cells = min(kSlab, s.w.output_sites - first_cell);
   const int64_t first_plane = first_cell / s.w.output_plane();
   const int64_t last_plane = (first_cell + cells - 1) / s.w.output_plane() + 1;
-  const int64_t first_key = first_plane * s.w.strides[0] * s.w.input_plane();
-  const int64_t last_key = min(last_plane * s.w.strides[0], s.w.input_shape[0]) * s.w.input_plane();
+  const Extent first_extent(s.w, 0, first_plane), last_extent(s.w, 0, last_plane - 1);
+  const int64_t first_key = first_extent.first * s.w.input_plane();
+  const int64_t last_key = (last_extent.first + last_extent.count) * s.w.input_plane();
   for (int64_t i = LowerBound(keys, s.slots, first_key) + threadIdx.x; i < s.slots; i += kThreads) {
     const int32_t key = keys[i];
     if (key >= last_key) break;
     if (key < first_key) continue;
-    const int64_t cell = CellOf(s.w, static_cast<uint32_t>(key)) - first_cell;
-    if (cell >= 0 && cell < cells) atomicOr(&bitmap.words[cell / 32], 1u << cell % 32);
+    for (uint32_t window = 0; window < s.windows; ++window) {
+      const int64_t cell = CellOf(s, static_cast<uint32_t>(key), window) - first_cell;
+      if (cell >= 0 && cell < cells) atomicOr(&bitmap.words[cell / 32], 1u << cell % 32);
+    }
   }
   __syncthreads();
 }
@@ -171,7 +208,7 @@ __device__ int64_t CellAt(const Bitmap& bitmap, int32_t rank) {
 
 // counts[key segment][slab]: the cells in use, for `count` key segments from `first`.
 __global__ void __launch_bounds__(kThreads)
-    CountKernel(PoolShape s, int64_t first, int64_t count, const int32_t* keys, int32_t* counts) {
+    CountKernel(Pool s, int64_t first, int64_t count, const int32_t* keys, int32_t* counts) {
   __shared__ Bitmap bitmap;
   for (int64_t task = blockIdx.x; task < count * SlabsOf(s); task += gridDim.x) {
     const int64_t segment = first + task / SlabsOf(s), slab = task % SlabsOf(s);
@@ -211,14 +248,17 @@ __global__ void __launch_bounds__(kThreads, 3)
       const int64_t cell = slab * kSlab + CellAt(bitmap, rank), place = bitmap.earlier + rank;
       if (place >= capacity) break;
       T result = T(0.0f);
-      if (s.average) {
-        float sum = 0.0f;
-        ForCell(s.w, static_cast<uint32_t>(cell), key, s.slots,
-                [&](int64_t slot) { sum += static_cast<float>(value[slot]); });
-        result = T(sum / SitesOf(s.w, static_cast<uint32_t>(cell)));
-      } else {
+      if (s.mode == PoolMode::kMax) {
         const int64_t slot = LargestOf(s.w, static_cast<uint32_t>(cell), key, value, s.slots);
         if (slot >= 0) result = value[slot];
+      } else {
+        float sum = 0.0f;
+        int32_t stored = 0;
+        ForCell(s.w, static_cast<uint32_t>(cell), key, s.slots, [&](int64_t slot) {
+          sum += static_cast<float>(value[slot]);
+          ++stored;
+        });
+        result = T(sum / Divisor(s, static_cast<uint32_t>(cell), stored));
       }
       if (writes_keys) out_keys[place] = static_cast<int32_t>(cell);
       out[place] = result;
@@ -257,25 +297,43 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// What a cell with cotangent g has for the entry in a slot.
+template <typename T>
+__device__ float ShareOf(const Pool& s, uint32_t cell, const int32_t* keys, const T* values,
+                         int64_t slot, float g) {
+  if (s.mode == PoolMode::kMax) {
+    return LargestOf(s.w, cell, keys, values, s.slots) == slot ? g : 0.0f;
+  }
+  int32_t stored = 0;
+  if (s.mode == PoolMode::kOverStored) {
+    ForCell(s.w, cell, keys, s.slots, [&](int64_t) { ++stored; });
+  }
+  return g / Divisor(s, cell, stored);
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    AverageBackwardKernel(PoolShape s, const int32_t* keys, const int32_t* pooled_keys,
-                          const T* cotangent, T* values_bar) {
+    SpreadBackwardKernel(Pool s, const int32_t* keys, const T* values, const int32_t* pooled_keys,
+                         const T* cotangent, T* values_bar) {
   const int64_t entries = s.segments() * s.slots, stride = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < entries; i += stride) {
     const int64_t segment = i / s.slots, key_segment = s.KeySegment(segment);
-    const int32_t key = keys[key_segment * s.slots + i % s.slots];
-    T value = T(0.0f);
-    if (key >= 0 && key < s.w.input_sites) {
-      const uint32_t cell = CellOf(s.w, static_cast<uint32_t>(key));
-      const int32_t* pooled = pooled_keys + key_segment * s.capacity;
-      const int64_t j = LowerBound(pooled, s.capacity, cell);
-      if (j < s.capacity && pooled[j] == static_cast<int32_t>(cell)) {
+    const int32_t* key = keys + key_segment * s.slots;
+    const int32_t* pooled = pooled_keys + key_segment * s.capacity;
+    const int32_t own = key[i % s.slots];
+    float sum = 0.0f;
+    if (own >= 0 && own < s.w.input_sites) {
+      for (uint32_t window = 0; window < s.windows; ++window) {
+        const int64_t cell = CellOf(s, static_cast<uint32_t>(own), window);
+        if (cell < 0) continue;
+        const int64_t j = LowerBound(pooled, s.capacity, cell);
+        if (j >= s.capacity || pooled[j] != static_cast<int32_t>(cell)) continue;
         const float g = static_cast<float>(cotangent[segment * s.capacity + j]);
-        value = T(g / SitesOf(s.w, cell));
+        sum += ShareOf(s, static_cast<uint32_t>(cell), key, values + segment * s.slots, i % s.slots,
+                       g);
       }
     }
-    values_bar[i] = value;
+    values_bar[i] = T(sum);
   }
 }
 
@@ -321,8 +379,8 @@ struct PoolForward {
   template <typename T>
   static ffi::Error Run(cudaStream_t stream, PoolFwd call, const PoolShape& shape, const Plan& plan,
                         const Layout<T>& own) {
-    Pool s = {shape};
-    ILAJAX_RETURN_IF_ERROR(ReadMode(call.mode, s.average));
+    Pool s(shape);
+    ILAJAX_RETURN_IF_ERROR(ReadMode(call.mode, s.mode));
     const int32_t* key = call.keys.typed_data();
     const T* value = Data<T>(call.values);
     int32_t* const pooled_keys = call.pooled_keys->typed_data();
@@ -359,16 +417,17 @@ struct PoolBackward {
 
   template <typename T>
   static ffi::Error Run(cudaStream_t stream, PoolBwd call, const PoolShape& shape) {
-    Pool s = {shape};
-    ILAJAX_RETURN_IF_ERROR(ReadMode(call.mode, s.average));
+    Pool s(shape);
+    ILAJAX_RETURN_IF_ERROR(ReadMode(call.mode, s.mode));
     const int64_t entries = s.segments() * s.slots;
     const int32_t *keys = call.keys.typed_data(), *pooled_keys = call.pooled_keys.typed_data();
     const T* cotangent = Data<T>(call.cotangent);
     T* values_bar = Data<T>(*call.values_bar);
     const dim3 grid = GridFor(CeilDiv(entries, kThreads));
-    if (s.average) {
-      return Launch<AverageBackwardKernel<T>>(grid, kThreads, 0, stream, s, keys, pooled_keys,
-                                              cotangent, values_bar);
+    if (!s.plain || s.mode != PoolMode::kMax) {
+      return Launch<SpreadBackwardKernel<T>>(grid, kThreads, 0, stream, s, keys,
+                                             Data<T>(call.values), pooled_keys, cotangent,
+                                             values_bar);
     }
     ILAJAX_RETURN_IF_ERROR(Launch<ZeroKernel<T>>(grid, kThreads, 0, stream, entries, values_bar));
     return Launch<MaxBackwardKernel<T>>(GridFor(CeilDiv(s.segments() * s.capacity, kThreads)),
