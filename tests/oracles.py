@@ -391,28 +391,27 @@ def side_by_side(grid, window):
     return Geometry(grid, window, window, [(0, p) for p in past])
 
 
-def windows_along(geometry, axis):
-    """For each position along an axis the windows that hold it, by trying all."""
-    low, stride = geometry.pads[axis][0], geometry.strides[axis]
-    windows = range(geometry.shape[axis])
-    return [
-        [o for o in windows if 0 <= p + low - o * stride < geometry.window[axis]]
-        for p in range(geometry.grid[axis])
-    ]
+def windows_of(position, geometry):
+    """The windows that hold a position, by trying all that come near it."""
+    holding = []
+    for axis, p in enumerate(map(int, position)):
+        place, width = p + geometry.pads[axis][0], geometry.window[axis]
+        stride = geometry.strides[axis]
+        near = range((place - width) // stride, place // stride + 2)
+        windows = [o for o in near if 0 <= place - o * stride < width]
+        holding.append([o for o in windows if 0 <= o < geometry.shape[axis]])
+    return itertools.product(*holding)
 
 
 def cells(x, geometry):
     """Entries by window: table [B][C] of {output key: [(slot, key, value), ...]}."""
-    along = [windows_along(geometry, axis) for axis in range(len(geometry.grid))]
     table = []
     for sample in segments(x):
         table.append([])
         for entries in sample:
             found = {}
             for slot, key, value in entries:
-                position = np.unravel_index(key, geometry.grid)
-                holding = [windows[int(p)] for windows, p in zip(along, position, strict=True)]
-                for window in itertools.product(*holding):
+                for window in windows_of(np.unravel_index(key, geometry.grid), geometry):
                     cell = int(np.ravel_multi_index(window, geometry.shape))
                     found.setdefault(cell, []).append((slot, key, value))
             table[-1].append(found)

@@ -169,6 +169,24 @@ def check_sums_and_joins():
         close(no_gather(f, split(x), split(y)), jax.jit(f)(x, y))
 
 
+def check_windows_and_upsampling():
+    """Catches a batch that is gathered to go down by windows that overlap, and up again."""
+
+    def down_and_up(x):
+        y = ilajax.max_pool(x, 3, strides=2)
+        return ilajax.upsample(y, 2), ilajax.upsample(y, 2, support=x)
+
+    for shared in (False, True):
+        x = tensor(20, shared=shared)
+        close(no_gather(down_and_up, split(x)), jax.jit(down_and_up)(x))
+
+        def f(x):
+            values = lambda v: [y.values for y in down_and_up(x.with_values(v))]  # noqa: E731
+            return jax.grad(lambda v: sum((y**2).sum() for y in values(v)))(x.values)
+
+        close(no_gather(f, split(x)), jax.jit(f)(x))
+
+
 def check_keys_that_all_samples_have():
     """Catches values that are gathered, or an error, where the keys are a constant, or on every device."""
     y = tensor(23, shared=True)

@@ -24,6 +24,12 @@ def abstract(batch, channels, grid, capacity):
     )
 
 
+def shared(batch, channels, grid, capacity):
+    x = abstract(batch, channels, grid, capacity)
+    keys = jax.ShapeDtypeStruct((batch, 1, capacity), jnp.int32)
+    return ilajax.SparseTensor(keys, x.values, grid)
+
+
 def filters(window, cin, cout):
     return jax.eval_shape(
         ilajax.SparseKernel.from_dense, jax.ShapeDtypeStruct((*window, cin, cout), jnp.float32)
@@ -71,6 +77,52 @@ def test_memory_is_bounded(on_kernels, r):
     assert (
         temporaries(backward, x, kernel, g, g) <= bound + 8 * entries + 4 * batch * channels + 1024
     )
+
+
+BY_SITE = {"strides": 2, "select_by": "site", "select": "magnitude"}
+# Of a fine map x, a coarse one y, both with shared supports, and a filter.
+ON_SHARED_SUPPORTS = {
+    "submanifold": lambda x, y, k: ilajax.conv(x, k, support="input").features,
+    "strided": lambda x, y, k: ilajax.conv(x, k, strides=2, support=y).features,
+    "inverse": lambda x, y, k: ilajax.conv_transpose(y, k, strides=2, support=x).features,
+    "by_site": lambda x, y, k: ilajax.conv(x, k, capacity=y.capacity, **BY_SITE).features,
+    "up_by_site": lambda x, y, k: (
+        ilajax.conv_transpose(y, k, capacity=x.capacity, **BY_SITE).features
+    ),
+    "k_select": lambda x, y, k: ilajax.k_select(x, x.capacity // 2, select_by="site"),
+    "max_pool": lambda x, y, k: ilajax.max_pool(x, 3, strides=2, capacity=x.capacity),
+    "avg_pool": lambda x, y, k: ilajax.avg_pool(x, 3, strides=1, count="stored"),
+    "upsample": lambda x, y, k: ilajax.upsample(y, 2),
+    "upsample_given": lambda x, y, k: ilajax.upsample(y, 2, support=x),
+    "add": lambda x, y, k: ilajax.upsample(y, 2, support=x) + x,
+    "add_own": lambda x, y, k: x.unshare() + x.unshare().map(jnp.square),
+}
+
+
+@pytest.mark.parametrize("r", [64, 256])
+@pytest.mark.parametrize("operation", ON_SHARED_SUPPORTS)
+def test_memory_on_shared_supports_is_bounded(on_kernels, operation, r):
+    """Catches a workspace beyond the bound, next to what the forward pass hands on to the backward pass."""
+    batch, channels, capacity = 8, 16, 2 * r**2
+    x = shared(batch, channels, (r,) * 3, capacity)
+    y = shared(batch, channels, (r // 2,) * 3, capacity // 2)
+    kernel = filters((3, 3, 3), channels, channels)
+    bound = max(8 * r**3, 256 << 20 if on_kernels == "cuda" else 32 << 20)
+    run = ON_SHARED_SUPPORTS[operation]
+    z = jax.eval_shape(run, x, y, kernel)
+    outputs = 4 * (z.keys.size + z.values.size)
+    # A sum takes both maps over the union of their supports.
+    maps = 2 if operation.startswith("add") else 0
+    assert temporaries(run, x, y, kernel) <= bound + maps * outputs
+
+    def backward(x, y, kernel, g):
+        def values(v, u, w):
+            own = dataclasses.replace(kernel, values=w)
+            return run(x.with_values(v), y.with_values(u), own).values
+
+        return jax.vjp(values, x.values, y.values, kernel.values)[1](g)
+
+    assert temporaries(backward, x, y, kernel, z.values) <= bound + 2 * outputs
 
 
 def test_the_workspace_does_not_multiply_under_vmap(on_kernels):

@@ -190,7 +190,8 @@ def _fold(
                 return operand
             if not m:
                 operand = jnp.broadcast_to(operand, (axis_size, *operand.shape))
-            return operand.reshape(-1, *operand.shape[2:])
+            lead, batch, *rest = operand.shape
+            return operand.reshape(lead * batch, *rest)
 
         run = _fold(native, batched, sums, groups * axis_size)
         results = run(*map(into_batch, operands, batched, mapped))

@@ -68,7 +68,7 @@ def spread_over_union(tensors: Sequence[SparseTensor]) -> list[SparseTensor]:
     """The same tensors with the union of their supports, which they then share; 0 where one has no site.
 
     Args:
-      tensors: placed alike; all with shared supports, or all with as many channels and keys for each.
+      tensors: placed alike, with shared supports.
 
     Returns:
       As many tensors with one and the same keys array, of as many slots as all have together, or as the
@@ -131,11 +131,9 @@ def _union(tensors: Sequence[SparseTensor]) -> tuple[jax.Array, list[jax.Array]]
     result = []
     for x in tensors:
         slot_of, slot = slot[:, :, : x.capacity], slot[:, :, x.capacity :]
-        moves = Moves(slot_of, _entries_in(slot_of, slots))
-        # All channels of a shared support move alike.
-        axis = None if x.shared else 0
-        each = [m[:, 0] if x.shared else m for m in moves]
-        result.append(jax.vmap(jax.vmap(_moved, (0, axis, axis)))(x.values, *each))
+        moves = (slot_of[:, 0], _entries_in(slot_of, slots)[:, 0])
+        # All channels move alike.
+        result.append(jax.vmap(jax.vmap(_moved, (0, None, None)))(x.values, *moves))
     return keys, result
 
 

@@ -2,8 +2,11 @@
 
 import jax.numpy as jnp
 
+from ilajax.ops._reach import reached_keys
 from ilajax.ops._supports import check_alike, have_one_support, place_alike, spread_over_union
-from ilajax.ops.k_select import check_capacity, check_select, k_select
+from ilajax.ops.conv import conv
+from ilajax.ops.k_select import check_capacity, check_select, k_select, pad_slots
+from ilajax.ops.upsample import upsample
 from ilajax.sparse_tensor import SparseTensor
 
 
@@ -50,14 +53,25 @@ def add(
     one_support = have_one_support({"a": a, "b": b}, same_support)
     a, b = place_alike((a, b))
     if not one_support:
-        if a.shared != b.shared:
-            a, b = a.unshare(), b.unshare()
-        a, b = spread_over_union((a, b))
+        if a.shared and b.shared:
+            a, b = spread_over_union((a, b))
+        else:
+            a, b = _over_unions(a.unshare(), b.unshare())
     # The mask keeps what padding may hold, and cotangents at it, from going through.
     total = a.with_values(jnp.where(a.keys < a.sites, jnp.add(a.values, b.values), 0))
     if capacity is None or check_capacity(capacity) == total.capacity:
         return total
     return k_select(total, capacity, select=select)
+
+
+def _over_unions(a: SparseTensor, b: SparseTensor) -> tuple[SparseTensor, SparseTensor]:
+    """Both over the union of their supports, channel by channel; 0 where one has no site."""
+    slots = min(a.capacity + b.capacity, a.sites)
+    width = max(a.capacity, b.capacity)
+    lists = jnp.stack([pad_slots(x, width).keys for x in (a, b)], axis=2)
+    keys = reached_keys(conv, lists, a.spatial_shape, (1,) * len(a.spatial_shape), slots)
+    union = SparseTensor(keys, jnp.zeros(keys.shape), a.spatial_shape)
+    return upsample(a, 1, support=union), upsample(b, 1, support=union)
 
 
 # What `+` calls: the data type stands below its operations.

@@ -268,7 +268,8 @@ def _forward(
 
 def _vjp_forward(config, keys, values):
     pooled_keys, pooled_values = _forward(config, keys, values)
-    return (pooled_keys, pooled_values), (keys, values, pooled_keys)
+    compared = values if config.mode == "max" else values[..., :0]
+    return (pooled_keys, pooled_values), (keys, compared, pooled_keys)
 
 
 def _vjp_backward(config, residuals, cotangents):
@@ -294,7 +295,7 @@ def spread(
     """What the entries of a map have of numbers in its windows, [B, C, K]: the gradient of pooling.
 
     Args:
-      cells, mode, keys, values: as in `pool`; values count for "max" alone.
+      cells, mode, keys, values: as in `pool`; modes other than "max" need no values: float[B, C, 0].
       pooled_keys, cotangent: the windows that have a number, int32[B, C or 1, Q], and float[B, C, Q].
     """
     (result,) = ffi.dispatch(
@@ -302,7 +303,7 @@ def spread(
         functools.partial(_backward_reference, cells, mode),
         (keys, values, pooled_keys, cotangent),
         (True,) * 4,
-        (ffi.result(values.shape[1:], values.dtype),),
+        (ffi.result((values.shape[1], keys.shape[2]), values.dtype),),
         window=cells,
         mode=mode,
     )
@@ -333,10 +334,12 @@ def _backward_reference(
     cells: Window,
     mode: str,
     keys: Int32[Array, "b ck k"],
-    values: Float[Array, "b c k"],
+    values: Float[Array, "b c k_or_0"],
     pooled_keys: Int32[Array, "b ck q"],
     cotangent: Float[Array, "b c q"],
 ) -> tuple[Float[Array, "b c k"]]:
+    if mode != "max":
+        values = jnp.zeros((*values.shape[:2], keys.shape[2]), values.dtype)
     by_cell = _sorted_by_cell(cells, keys, values)
     pooled_keys = jnp.broadcast_to(pooled_keys, cotangent.shape)
     gradient = lookup_reference(by_cell.cell, pooled_keys, cotangent, cells.output_sites)
@@ -347,7 +350,7 @@ def _backward_reference(
         gradient /= _divisor(cells, mode, by_cell)
 
     def add_up(slots, gradient):
-        return jnp.zeros(values.shape[2], jnp.float32).at[slots].add(gradient)
+        return jnp.zeros(keys.shape[2], jnp.float32).at[slots].add(gradient)
 
     return (jax.vmap(jax.vmap(add_up))(by_cell.slots, gradient).astype(values.dtype),)
 

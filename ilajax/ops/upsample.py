@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from ilajax import ffi
 from ilajax.geometry import Window, check_spatial_shape, per_axis, pool_window
+from ilajax.ops._reach import reached_keys
 from ilajax.ops.conv_transpose import conv_transpose
 from ilajax.ops.k_select import check_capacity, k_select
 from ilajax.ops.pool import pool, spread
-from ilajax.sparse_kernel import SparseKernel
 from ilajax.sparse_tensor import SparseTensor, check_sparse
 
 
@@ -94,14 +94,10 @@ def _check_given(
 
 
 def _all_keys(x: SparseTensor, factor: tuple[int, ...], grid: tuple[int, ...]) -> jax.Array:
-    """The sites of all stored cells, int32[B, C or 1, K']: those that a transposed convolution reaches."""
-    segments = (x.batch_size * x.keys.shape[1], 1, x.capacity)
-    keys = x.keys.reshape(segments)
-    stored = SparseTensor(keys, (keys < x.sites).astype(jnp.float32), x.spatial_shape)
-    window = SparseKernel.from_dense(jnp.ones((*factor, 1, 1)))
+    """The sites of all stored cells, int32[B, C or 1, K']."""
     slots = min(x.capacity * math.prod(factor), math.prod(grid))
-    reached = conv_transpose(stored, window, capacity=slots, strides=factor, select="magnitude")
-    return reached.features.keys.reshape(*x.keys.shape[:2], slots)
+    spread_apart = functools.partial(conv_transpose, strides=factor)
+    return reached_keys(spread_apart, x.keys[:, :, None], x.spatial_shape, factor, slots)
 
 
 def _upsampled(cells: Window, x: SparseTensor, keys: jax.Array) -> jax.Array:
@@ -120,8 +116,7 @@ def _gathered(cells: Window, coarse: jax.Array, values: jax.Array, keys: jax.Arr
 
 
 def _gather(cells, coarse, values, keys):
-    unread = jnp.zeros((*values.shape[:2], keys.shape[2]), values.dtype)
-    return spread(cells, "sum", keys, unread, coarse, values)
+    return spread(cells, "sum", keys, values[..., :0], coarse, values)
 
 
 def _vjp_forward(cells, coarse, values, keys):
@@ -131,6 +126,8 @@ def _vjp_forward(cells, coarse, values, keys):
 def _vjp_backward(cells, residuals, cotangent):
     """x_bar[p] = sum over the stored o of cell p of y_bar[o]."""
     coarse, keys = residuals
+    if cells.taps == 1:
+        return None, _gather(cells, keys, cotangent, coarse), None
     slots = min(keys.shape[2], cells.output_sites)
     cell_keys, sums = pool(cells, slots, "sum", keys, cotangent)
     # Of the cells that x has: each site of its grid is one.

@@ -356,7 +356,7 @@ struct PoolForward : OfBoth<PoolFwd> {
   static ffi::Error Run(ffi::ThreadPool pool, PoolFwd call, const PoolShape& shape,
                         const Plan& plan, const Layout<T>& layout) {
     Pool s(shape, plan);
-    ILAJAX_RETURN_IF_ERROR(ReadMode(call.mode, s.mode));
+    ILAJAX_RETURN_IF_ERROR(ReadMode(call.mode, s, s.mode));
     const auto run = HasAvx2() ? avx2::Loops::kPool<T> : baseline::Loops::kPool<T>;
     ForSegments<T>(pool, s, plan, layout, [&](int64_t segment, int64_t keys, Cells& cells) {
       run(s, call.keys.typed_data() + keys * s.slots, Data<T>(call.values) + segment * s.slots,
@@ -372,10 +372,11 @@ struct PoolBackward : OfBoth<PoolBwd> {
   static ffi::Error Run(ffi::ThreadPool pool, PoolBwd call, const PoolShape& shape,
                         const Plan& plan, const Layout<T>& layout) {
     Pool s(shape, plan);
-    ILAJAX_RETURN_IF_ERROR(ReadMode(call.mode, s.mode));
+    ILAJAX_RETURN_IF_ERROR(ReadMode(call.mode, s, s.mode));
     const auto run = HasAvx2() ? avx2::Loops::kUnpool<T> : baseline::Loops::kUnpool<T>;
     ForSegments<T>(pool, s, plan, layout, [&](int64_t segment, int64_t keys, Cells& cells) {
-      run(s, call.keys.typed_data() + keys * s.slots, Data<T>(call.values) + segment * s.slots,
+      run(s, call.keys.typed_data() + keys * s.slots,
+          Data<T>(call.values) + segment * s.value_slots,
           call.pooled_keys.typed_data() + keys * s.capacity,
           Data<T>(call.cotangent) + segment * s.capacity,
           Data<T>(*call.values_bar) + segment * s.slots, cells);

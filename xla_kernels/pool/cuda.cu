@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(kThreads)
     const int32_t cell = pooled_keys[key_segment * s.capacity + i % s.capacity];
     if (cell < 0 || cell >= s.w.output_sites) continue;
     const int64_t slot = LargestOf(s.w, static_cast<uint32_t>(cell), keys + key_segment * s.slots,
-                                   values + segment * s.slots, s.slots);
+                                   values + segment * s.value_slots, s.slots);
     if (slot >= 0) values_bar[segment * s.slots + slot] = cotangent[i];
   }
 }
@@ -329,8 +329,8 @@ __global__ void __launch_bounds__(kThreads)
         const int64_t j = LowerBound(pooled, s.capacity, cell);
         if (j >= s.capacity || pooled[j] != static_cast<int32_t>(cell)) continue;
         const float g = static_cast<float>(cotangent[segment * s.capacity + j]);
-        sum += ShareOf(s, static_cast<uint32_t>(cell), key, values + segment * s.slots, i % s.slots,
-                       g);
+        sum += ShareOf(s, static_cast<uint32_t>(cell), key, values + segment * s.value_slots,
+                       i % s.slots, g);
       }
     }
     values_bar[i] = T(sum);
@@ -380,7 +380,7 @@ struct PoolForward {
   static ffi::Error Run(cudaStream_t stream, PoolFwd call, const PoolShape& shape, const Plan& plan,
                         const Layout<T>& own) {
     Pool s(shape);
-    ILAJAX_RETURN_IF_ERROR(ReadMode(call.mode, s.mode));
+    ILAJAX_RETURN_IF_ERROR(ReadMode(call.mode, s, s.mode));
     const int32_t* key = call.keys.typed_data();
     const T* value = Data<T>(call.values);
     int32_t* const pooled_keys = call.pooled_keys->typed_data();
@@ -418,7 +418,7 @@ struct PoolBackward {
   template <typename T>
   static ffi::Error Run(cudaStream_t stream, PoolBwd call, const PoolShape& shape) {
     Pool s(shape);
-    ILAJAX_RETURN_IF_ERROR(ReadMode(call.mode, s.mode));
+    ILAJAX_RETURN_IF_ERROR(ReadMode(call.mode, s, s.mode));
     const int64_t entries = s.segments() * s.slots;
     const int32_t *keys = call.keys.typed_data(), *pooled_keys = call.pooled_keys.typed_data();
     const T* cotangent = Data<T>(call.cotangent);

@@ -17,6 +17,7 @@ enum class PoolMode { kMax, kSum, kOverSites, kOverStored };
 struct PoolShape {
   int64_t batch = kUnread, channels = kUnread, slots = kUnread, capacity = kUnread;
   int64_t key_channels = kUnread;  // 1: one support for all channels
+  int64_t value_slots = kUnread;   // in the gradient: as many as slots, or none
   Window w;
 
   static constexpr int64_t kMost = 0x7fffffff;
@@ -56,6 +57,9 @@ struct PoolShape {
   ffi::Error Check(const char* op) const {
     ILAJAX_RETURN_IF_ERROR(w.CheckUndilated(op));
     ILAJAX_RETURN_IF_ERROR(CheckKeyChannels(op, key_channels, channels));
+    if (value_slots > 0 && value_slots != slots) {
+      return InvalidArgument(op, ": ", value_slots, " values of ", slots, " slots");
+    }
     if (!Plain()) {
       for (int a = 0; a < w.rank; ++a) {
         // Positions in the padded grid are numbers of 32 bits.
@@ -108,14 +112,15 @@ ILAJAX_HOST_DEVICE inline float SitesOf(const Window& w, uint32_t cell) {
 }
 
 // From the attribute `mode`.
-inline ffi::Error ReadMode(std::string_view name, PoolMode& mode) {
+inline ffi::Error ReadMode(std::string_view name, const PoolShape& s, PoolMode& mode) {
   constexpr std::string_view kNames[] = {"max", "sum", "over_sites", "over_stored"};
-  for (int i = 0; i < 4; ++i) {
-    if (name != kNames[i]) continue;
-    mode = static_cast<PoolMode>(i);
+  const auto* found = std::find(std::begin(kNames), std::end(kNames), name);
+  if (found == std::end(kNames)) return InvalidArgument("pool: mode is \"", name, "\"");
+  mode = static_cast<PoolMode>(found - kNames);
+  if (mode != PoolMode::kMax || s.value_slots == kUnread || s.value_slots == s.slots) {
     return ffi::Error::Success();
   }
-  return InvalidArgument("pool: mode is \"", name, "\"");
+  return InvalidArgument("pool: the gradient of a maximum needs values");
 }
 
 #define ILAJAX_POOL_FWD(ARG, RET, ATTR)                \
@@ -129,9 +134,10 @@ inline ffi::Error ReadMode(std::string_view name, PoolMode& mode) {
   ATTR(Span, plan)
 ILAJAX_CALL(PoolFwd, PoolForwardShape, "pool", ILAJAX_POOL_FWD)
 
+// The gradient of a maximum alone reads values: for the others there need be none.
 #define ILAJAX_POOL_BWD(ARG, RET, ATTR)                \
   ARG(S32, keys, batch, key_channels, slots)           \
-  ARG(Values, values, batch, channels, slots)          \
+  ARG(Values, values, batch, channels, value_slots)    \
   ARG(S32, pooled_keys, batch, key_channels, capacity) \
   ARG(Values, cotangent, batch, channels, capacity)    \
   RET(Values, values_bar, batch, channels, slots)      \
