@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,23 @@ from experiments.frame import Reporter, minutes, write_table
 # Turns a batch of images into what the net takes; hashable, as it is static under jit.
 ToInput = Callable[[jax.Array], Any]
 Row = dict[str, Any]
+# Turns logits and labels into the mean loss and the share that is told right; hashable, static under jit.
+Score = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 # Loss, accuracy, seconds, and voxels that did not fit (None where nothing can be cut), as JSON takes them.
 Step = list[Any]
+
+
+class Judge(NamedTuple):
+    """How a network is tested, in place of `evaluation_step` and `evaluate`."""
+
+    step: Callable[..., Any]  # jitted, takes the model, inputs and labels, and `to_input` by name
+    row: Callable[[Callable[..., Any], Any, np.ndarray, int], Row]  # of what `evaluate` takes
+
+
+def score_images(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The `Score` of one label for each sample, [B, C] and [B]."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.mean(), jnp.mean(jnp.argmax(logits, axis=1) == labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +57,8 @@ class Run:
     bounds: Mapping[str, float] = dataclasses.field(default_factory=dict)  # beside densities
     prunes: bool = False  # whether filters are to be compacted after each epoch
     options: Row | None = None  # what a checkpoint must fit, by option; None: no checkpoints
+    score: Score = score_images  # of a training step
+    judge: Judge | None = None  # None: by loss and accuracy, which its own row must have too
 
     @property
     def checkpoints(self) -> Path:
@@ -57,7 +74,9 @@ def checkpoint_directory(directory: Path, name: str) -> Path:
     return directory / "checkpoints" / name
 
 
-@functools.partial(nnx.jit, static_argnames="to_input", donate_argnames=("model", "optimizer"))
+@functools.partial(
+    nnx.jit, static_argnames=("to_input", "score"), donate_argnames=("model", "optimizer")
+)
 def train_step(
     model: nnx.Module,
     optimizer: nnx.Optimizer,
@@ -66,13 +85,12 @@ def train_step(
     epoch_end: jax.Array,
     *,
     to_input: ToInput,
+    score: Score = score_images,
 ) -> tuple[jax.Array, jax.Array]:
     """One step of gradient descent; returns the mean loss and the share of images told right."""
 
     def loss_of(model: nnx.Module) -> tuple[jax.Array, jax.Array]:
-        logits = model(to_input(images))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean(), jnp.mean(jnp.argmax(logits, axis=1) == labels)
+        return score(model(to_input(images)), labels)
 
     (loss, accuracy), gradients = nnx.value_and_grad(loss_of, has_aux=True)(model)
     # The forward pass has measured the densities that the regulariser works on, and pruning wants to
@@ -100,16 +118,25 @@ def evaluate(
 
     The inputs are an array or a pytree of arrays [N, ...].
     """
+    loss, right = totals(step, inputs, labels, batch)
+    return float(loss) / len(labels), float(right) / len(labels)
+
+
+def totals(
+    step: Callable[..., Any], inputs: Any, labels: np.ndarray, batch: int
+) -> list[np.ndarray]:
+    """What a step returns for some samples, summed over all of them, in float64; labels are [N, ...]."""
     batch = min(batch, len(labels))
-    loss = right = 0.0
+    parts = []
     for start in range(0, len(labels), batch):
         places = np.arange(start, start + batch)
         # The last batch is filled up with its last image, so that one compiled program serves all.
         chosen = places.clip(max=len(labels) - 1)
-        marked = np.where(places < len(labels), labels[chosen].astype(np.int32), -1)
-        losses, rights = step(jax.tree.map(operator.itemgetter(chosen), inputs), marked)
-        loss, right = loss + float(losses), right + int(rights)
-    return loss / len(labels), right / len(labels)
+        marked = labels[chosen].astype(np.int32)
+        marked[places >= len(labels)] = -1
+        found = step(jax.tree.map(operator.itemgetter(chosen), inputs), marked)
+        parts.append([np.asarray(each, np.float64) for each in found])
+    return [sum(each) for each in zip(*parts, strict=True)]
 
 
 def train(
@@ -179,7 +206,10 @@ def train(
             densities = run.densities(run.model)
             if run.prunes:
                 ilajax.optim.compact(run.model, run.optimizer)
-            row["test_loss"], row["test_accuracy"] = evaluate(test_step, *test, test_batch)
+            if run.judge:
+                row |= run.judge.row(test_step, *test, test_batch)
+            else:
+                row["test_loss"], row["test_accuracy"] = evaluate(test_step, *test, test_batch)
             row["live_weights"] = live_weights(run.model)
             row |= {f"density_{layer}": density for layer, density in densities.items()}
             # The first step of a process compiles; a median does not see it.
@@ -216,15 +246,16 @@ def _restored(
 def _bound_steps(run: Run) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """`train_step` with dropout and `evaluation_step` without, which have their model and optimizer.
 
-    Bound once, the modules need not be taken apart at every call: 2 ms of Python instead of 10. Their
-    variables are shared, so that the modules of the run see every step.
+    A run with a judge has its step in place of the latter. Bound once, the modules need not be taken apart at
+    every call: 2 ms of Python instead of 10. Their variables are shared, so that the modules of the run see
+    every step.
     """
     run.model.eval()
-    test_step = nnx.cached_partial(evaluation_step, run.model)
+    test_step = nnx.cached_partial(run.judge.step if run.judge else evaluation_step, run.model)
     run.model.train()
     step = nnx.cached_partial(train_step, run.model, run.optimizer)
     return (
-        functools.partial(step, to_input=run.to_input),
+        functools.partial(step, to_input=run.to_input, score=run.score),
         functools.partial(test_step, to_input=run.to_input),
     )
 
@@ -257,11 +288,13 @@ def _line(row: Row, epochs: int, left: float, bounds: Mapping[str, float]) -> st
         for name, value in row.items()
         if (layer := name.removeprefix("density_")) != name
     )
+    iou = f"  mean IoU {row['test_mean_iou']:.2%}" if "test_mean_iou" in row else ""
     cut = f"  {row['voxels_cut']:,} voxels cut" if row.get("voxels_cut") else ""
     return (
         f"{row['net']:>6} {row['epoch']}/{epochs}"
         f"  loss {row['train_loss']:.4f}  accuracy {row['train_accuracy']:.2%}"
         f"  test {row['test_accuracy']:.2%}"
+        f"{iou}"
         f"  densities {densities}"
         f"  live weights {row['live_weights']:,}"
         f"{cut}"
