@@ -323,6 +323,7 @@ BLOCK_4 = Dense(8, 32, 32, batch=8)
 SPHERE = Problem(256, 16, 16, sites="shell", subset=None, density=0.00643, support="input")
 SPHERE_32 = but(SPHERE, in_channels=32, out_channels=32)
 SPHERE_64 = but(SPHERE, in_channels=64, out_channels=64)
+SURFACE = Problem(64, 16, 16, batch=8, sites="shell", subset=None, support="input")
 
 MNIST = {
     "ilajax": lambda: mnist_step(False),
@@ -354,6 +355,7 @@ AGAINST_TORCH = [
     solids_row(64, 8, {TORCH: 4, "head": None}),
     solids_row(32, 8, {TORCH: 1.8, "head": None, "dense twin": None}),
     solids_row(16, 32, {TORCH: 2.5, "head": None, "dense twin": None}),
+    *both("r64 16->16 b8 shell, submanifold", SURFACE, {TORCH: 5}),
     *both("r256 16->16 sphere, submanifold", SPHERE, {GATHER: 3}),
     *both("r256 32->32 sphere, submanifold", SPHERE_32, {GATHER: 3}),
     *both("r256 64->64 sphere, submanifold", SPHERE_64, {GATHER: None}, (92e-3, 280e-3)),

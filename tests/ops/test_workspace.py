@@ -4,10 +4,63 @@ import contextlib
 import functools
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+import ilajax
+import samples
 from ilajax import check
 from ilajax.ffi import plans, routes
+
+GRID, COARSE = (9, 8), (5, 4)
+STRIDE = {"strides": 2}
+
+
+def cases():
+    """Two small calls of each operation with what they are called on, for a machine that runs them slowly."""
+    own, shared = (samples.tensor(n, 2, 2, GRID, capacity=20, shared=n == 1) for n in (0, 1))
+    wide = samples.tensor(2, 3, 9, GRID, capacity=30, shared=True, dtype="bfloat16")
+    coarse = samples.tensor(3, 3, 1, COARSE, capacity=12, shared=True)
+    narrow_filter, wide_filter = (samples.kernel(0, (3, 3), *c) for c in ((2, 3), (9, 17)))
+    by_site = {"capacity": 7, "select_by": "site"}
+    back = functools.partial(ilajax.conv_transpose, **STRIDE, output_shape=GRID)
+    dense = jnp.asarray(samples.integers(1, (2, *GRID, 3), "float32"))
+    calls = {
+        "conv": [
+            (lambda x, k: ilajax.conv(x, k, capacity=9), own, narrow_filter),
+            (lambda x, k: ilajax.conv(x, k, capacity=40, **STRIDE), wide, wide_filter),
+        ],
+        "conv_at": [
+            (lambda x, k: ilajax.conv(x, k, support=coarse, **STRIDE), wide, wide_filter),
+            (lambda x, k: ilajax.conv(x, k, support=shared), shared, narrow_filter),
+        ],
+        "conv_by_site": [
+            (lambda x, k: ilajax.conv(x, k, **by_site), shared, narrow_filter),
+            (lambda x, k: back(x, k, **by_site), coarse, samples.kernel(1, (3, 3), 1, 9)),
+        ],
+        "submanifold": [
+            (lambda x, k: ilajax.conv(x, k, support="input"), shared, narrow_filter),
+            (lambda x, k: ilajax.conv(x, k, support="input"), wide, wide_filter),
+        ],
+        "k_select": [
+            (lambda x, _: ilajax.k_select(x, 5), own, None),
+            (lambda x, _: ilajax.k_select(x, 50), wide, None),
+        ],
+        "from_dense": [
+            (lambda x, _: ilajax.from_dense(x, 6), dense, None),
+            (lambda x, _: ilajax.from_dense(x, 90), dense, None),
+        ],
+        "to_dense": [(lambda x, _: ilajax.to_dense(x), x, None) for x in (own, shared)],
+        "pool": [
+            (lambda x, _: ilajax.max_pool(x, 2, capacity=4), own, None),
+            (lambda x, _: ilajax.avg_pool(x, 3, **STRIDE), wide, None),
+        ],
+    }
+    return {
+        operation: [check.Case(operation, "", function, (x, k)) for function, x, k in two]
+        for operation, two in calls.items()
+    }
+
 
 # What is called, and how it is planned: narrow submanifold convolutions go by lines otherwise.
 CALLS = {operation: (operation, {}) for operation in routes.OPERATIONS} | {
@@ -23,20 +76,11 @@ def operation(request):
         yield name
 
 
-def elements(case):
-    return sum(a.size for a in jax.tree.leaves(case.operands))
-
-
-def smallest(operation, count=2):
-    """The smallest cases of `python -m ilajax check`."""
-    return sorted((c for c in check.cases() if c.operation == operation), key=elements)[:count]
-
-
 def test_what_is_allocated_is_what_is_carved(backend, operation, monkeypatch):
     """Catches a plan with bytes that no kernel uses, and a kernel that goes by other sizes than its plan."""
     if backend == "reference":
         pytest.skip("has no workspace")
-    for case in smallest(operation):
+    for case in cases()[operation]:
         allocated = {}
 
         def record(platform, target, *problem, short_of=None, make=plans.plan, allocated=allocated):
@@ -63,7 +107,7 @@ def test_a_plan_from_outside(backend, operation, monkeypatch):
     """Catches a crash where an exported program has other numbers in a plan than Python would pass."""
     if backend == "reference":
         pytest.skip("has no plan")
-    (case,) = smallest(operation, 1)
+    case = cases()[operation][0]
     sizes = {}
 
     def count(platform, target, *problem, make=plans.plan):
