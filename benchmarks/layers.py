@@ -163,17 +163,17 @@ class Layer(Timed):
 
 @dataclasses.dataclass(frozen=True)
 class Pooling(Timed):
-    """Max pooling by a window of 2; with `backward` the gradient of the input too."""
+    """Max pooling by a window of 2, or of 3 in steps of 2; with `backward` the gradient of the input too."""
 
     x: ilajax.SparseTensor
     backward: bool = False
+    overlapping: bool = False
 
     @property
     def function(self) -> Callable[..., Any]:
         """What is timed, of `operands`."""
 
-        def forward(x):
-            return ilajax.max_pool(x, 2)
+        forward = self._forward
 
         def step(x, g):
             values, pull = jax.vjp(lambda values: forward(x.with_values(values)).values, x.values)
@@ -181,9 +181,15 @@ class Pooling(Timed):
 
         return step if self.backward else forward
 
+    def _forward(self, x: ilajax.SparseTensor) -> ilajax.SparseTensor:
+        if self.overlapping:
+            rank = len(x.spatial_shape)
+            return ilajax.max_pool(x, 3, strides=2, padding=((1, 1),) * rank)
+        return ilajax.max_pool(x, 2)
+
     @functools.cached_property
     def output(self) -> ilajax.SparseTensor:
-        return jax.jit(ilajax.max_pool, static_argnums=1)(self.x, 2)
+        return jax.jit(self._forward)(self.x)
 
     @property
     def operands(self) -> tuple[Any, ...]:

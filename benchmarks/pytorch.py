@@ -34,7 +34,10 @@ def dense(layer: Timed) -> list[Peer]:
     x, *others = layer.dense()
     g = others.pop() if layer.backward else None
     if isinstance(layer, Pooling):
-        forward = functools.partial(torch.nn.functional.max_pool3d, kernel_size=2, ceil_mode=True)
+        windows: Any = {"kernel_size": 2, "ceil_mode": True}
+        if layer.overlapping:
+            windows = {"kernel_size": 3, "stride": 2, "padding": 1}
+        forward = functools.partial(torch.nn.functional.max_pool3d, **windows)
     elif x.ndim == 2:
 
         def forward(x, w, bias):

@@ -113,6 +113,13 @@ class Pool(Problem):
         return Pooling(self.features(0), self.backward)
 
 
+class OverlappingPool(Pool):
+    """The same by a window of 3 in steps of 2."""
+
+    def layer(self) -> Pooling:
+        return Pooling(self.features(0), self.backward, overlapping=True)
+
+
 class Dense(Problem):
     """A dense layer of a network; without a grid (resolution 0) a matrix product."""
 
@@ -316,6 +323,7 @@ BLOCK = Problem(64, 8, 8, batch=8, sites="near shell", density=0.05, bound=BLOCK
 BLOCK_2 = Problem(32, 16, 16, batch=8, sites="near shell", density=BLOCKS[1], bound=BLOCKS[1])
 BLOCK_3 = Problem(16, 24, 24, batch=8, sites="near shell", density=BLOCKS[2], bound=BLOCKS[2])
 POOL = Pool(64, 8, batch=8, sites="near shell", density=BLOCKS[0])
+POOL_3 = OverlappingPool(64, 8, batch=8, sites="near shell", density=BLOCKS[0])
 POOL_2 = Pool(32, 16, batch=8, sites="near shell", density=BLOCKS[1])
 FIRST = Problem(64, 1, batch=8, sites="shell", subset=None, bound=BLOCKS[0], first=True)
 BLOCK_4 = Dense(8, 32, 32, batch=8)
@@ -339,6 +347,7 @@ AGAINST_TORCH = [
     *both("r64 1->8 b8 shell", FIRST, {TORCH: 1, "XLA dense": None}),
     *both("r64 8->8 b8 shell 5%", BLOCK, {TORCH: 1}),
     *both("r64 max_pool 8 b8 shell 6%", POOL, {TORCH: 1}, (3e-3, 8e-3)),
+    *both("r64 max_pool 3/2 8 b8 shell 6%", POOL_3, {TORCH: 1}),
     *both("r32 8->16 b8 shell 14%", but(BLOCK_2, in_channels=8), {TORCH: 1, "XLA dense": None}),
     *both("r32 16->16 b8 shell 14%", BLOCK_2, {TORCH: 2, "XLA dense": None}),
     *both("r32 max_pool 16 b8 shell 14%", POOL_2, {TORCH: 1}),

@@ -10,12 +10,13 @@ import ilajax
 from benchmarks import peers, pytorch, rows, workloads
 from benchmarks.layers import Layer, Peer
 from benchmarks.peers import PEERS, checked_difference, comparison
-from benchmarks.rows import GATHER, TORCH, Dense, Pool, Problem, but
+from benchmarks.rows import GATHER, TORCH, Dense, OverlappingPool, Pool, Problem, but
 
 SMALL = Problem(8, 2)
 SHARED = Problem(12, 8, sites="shell", subset=None)
 BACKWARD = Problem(12, 8, batch=2, sites="shell", bound=0.1, kernel_density=0.5, backward=True)
 SUBMANIFOLD = but(SHARED, support="input", batch=2)
+POOL_3 = OverlappingPool(11, 3, batch=2, sites="near shell", density=0.2)
 POOL = Pool(11, 3, batch=2, sites="near shell", density=0.2)  # an odd grid
 DENSE = Dense(4, 3, 5, batch=2)
 HIDDEN = Dense(0, 12, 5, batch=2)
@@ -32,6 +33,7 @@ CONVOLUTIONS = {
 LAYERS = CONVOLUTIONS | {
     "pool": POOL.layer(),
     "pool, backward": but(POOL, backward=True).layer(),
+    "overlapping pool, backward": but(POOL_3, backward=True).layer(),
     "hidden": HIDDEN.layer(),
     "hidden, backward": but(HIDDEN, backward=True).layer(),
 }
