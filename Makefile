@@ -43,7 +43,7 @@ demo: $(VENV)/.experiments
 
 test: $(VENV)/.test
 	$(CHECK)
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(if $(wildcard $(VENV)/.test),$(VENV)/.test,$(VENV)/.experiments)
 	$(BIN)/python -m ilajax check

@@ -25,6 +25,13 @@ import pytest
 from ilajax import ops
 from ilajax.ffi import routes
 
+# Test files that take half a minute and more.
+LONGEST = (
+    *("test_cuda_on_host", "test_ffi", "test_mnist", "test_segmentation", "test_residual"),
+    *("test_data_parallel", "test_pool", "test_conv_by_site", "test_build", "test_benchmarks"),
+    *("test_demo", "test_loader", "test_fill_in", "test_kills", "test_classification"),
+)
+
 if not routes.native_platforms():
     # Where no kernel could be built, tests run on the reference, and it is no surprise.
     os.environ.setdefault("ILAJAX_BACKEND", "reference")
@@ -77,7 +84,8 @@ def pytest_collection_modifyitems(config, items):
             keep = seen[name] % marker.args[0] == 0
             seen[name] += 1
         (kept if keep else dropped).append(item)
-    items[:] = kept
+    # A file is one worker's (--dist loadfile): the longest must not begin last.
+    items[:] = sorted(kept, key=lambda item: item.path.stem not in LONGEST)
     config.hook.pytest_deselected(items=dropped)
 
 

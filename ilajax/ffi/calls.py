@@ -183,7 +183,7 @@ def _fold(
         return jax.lax.map(one, tuple(o for o, m in zip(operands, mapped, strict=True) if m))
 
     def folded(mapped, *operands):
-        axis_size = next(o.shape[0] for o, m in zip(operands, mapped, strict=True) if m)
+        axis_size, batch = next(o.shape[:2] for o, m in zip(operands, mapped, strict=True) if m)
 
         def into_batch(operand, leads, m):
             if not leads:
@@ -195,7 +195,10 @@ def _fold(
 
         run = _fold(native, batched, sums, groups * axis_size)
         results = run(*map(into_batch, operands, batched, mapped))
-        return tuple(r.reshape(axis_size, -1, *r.shape[1:]) for r in results)
+        leads = [batch] * (len(results) - sums) + [groups] * sums
+        return tuple(
+            r.reshape(axis_size, lead, *r.shape[1:]) for r, lead in zip(results, leads, strict=True)
+        )
 
     @function.def_vmap
     def rule(axis_size, mapped, *operands):

@@ -81,7 +81,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.crossed(3)
+@pytest.mark.crossed(5)
 @pytest.mark.parametrize("kind", POOLS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_loops(backend, shape, kind):
@@ -106,6 +106,7 @@ def test_capacity(backend, capacity, kind, shared):
     assert y.shared == (shared and capacity >= 9), "shared where nothing can be cut, and only there"
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("kind", POOLS)
 def test_the_default_capacity(backend, kind):
     """Catches a default that loses cells, or that stores more than it can need."""
@@ -128,6 +129,7 @@ CONTENTS = {
 }
 
 
+@pytest.mark.crossed(5)
 @pytest.mark.parametrize("kind", POOLS)
 @pytest.mark.parametrize("contents", CONTENTS)
 def test_contents(backend, contents, kind):
@@ -138,6 +140,7 @@ def test_contents(backend, contents, kind):
     check(backend, kind, x, 2, 5)
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.nans
 @pytest.mark.parametrize("kind", POOLS)
 def test_nan_is_propagated(backend, kind):
@@ -152,6 +155,7 @@ def test_nan_is_propagated(backend, kind):
     np.testing.assert_array_equal(np.isnan(np.asarray(y.values)).sum(axis=2), [[2, 1], [1, 0]])
 
 
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize("kind", POOLS)
 def test_padding_changes_nothing(backend, kind):
     """Catches empty slots that count, or that receive a gradient."""
@@ -164,6 +168,7 @@ def test_padding_changes_nothing(backend, kind):
     np.testing.assert_array_equal(wide_gradient[..., 12:], 0)
 
 
+@pytest.mark.crossed(4)
 @pytest.mark.nans
 @pytest.mark.parametrize("kind", POOLS)
 def test_cotangents_at_padding_are_ignored(backend, kind):
@@ -207,6 +212,7 @@ def test_half_precision_sums_are_float32(backend):
     assert jax.jit(ilajax.global_avg_pool)(x)[0, 0] == 1
 
 
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize("kind", POOLS)
 def test_any_data(backend, kind):
     """Catches output that breaks the contract or differs from NumPy's on some data."""
@@ -219,6 +225,7 @@ def test_any_data(backend, kind):
     holds()
 
 
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize("kind", POOLS)
 def test_a_larger_problem(backend, kind):
     """Catches what only many sites show: slabs of a grid, more than one word of a bitmap."""
@@ -245,7 +252,7 @@ WINDOWS = [
 ]
 
 
-@pytest.mark.crossed(4)
+@pytest.mark.crossed(7)
 @pytest.mark.parametrize("kind", POOLS)
 @pytest.mark.parametrize("shape", WINDOWS, ids=str)
 def test_overlapping_windows(backend, shape, kind):
@@ -268,6 +275,7 @@ def test_capacity_of_overlapping_windows(backend, capacity, kind):
     assert y.shared == (x.shared and capacity >= 9)
 
 
+@pytest.mark.crossed(7)
 @pytest.mark.nans  # infinities of both signs meet
 @pytest.mark.parametrize("kind", POOLS)
 @pytest.mark.parametrize("contents", CONTENTS)
@@ -279,6 +287,7 @@ def test_contents_of_overlapping_windows(backend, contents, kind):
     check(backend, kind, x, 3, 20, 1, "SAME")
 
 
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize("kind", POOLS)
 def test_overlapping_windows_in_slabs(backend, kind):
     """Catches entries at the edge of a slab that the next one's windows lack."""

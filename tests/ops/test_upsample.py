@@ -102,7 +102,7 @@ def test_all_sites_of_the_cells(backend, shape, shared):
     )
 
 
-@pytest.mark.crossed(3)
+@pytest.mark.crossed(5)
 @pytest.mark.parametrize("own", ["neither", "support", "map", "both"])
 @pytest.mark.parametrize("dtype", samples.DTYPES)
 def test_a_given_support(backend, dtype, own):
