@@ -311,8 +311,9 @@ __device__ float ShareOf(const Pool& s, uint32_t cell, const int32_t* keys, cons
   return g / Divisor(s, cell, stored);
 }
 
+// Registers as for PoolKernel.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     SpreadBackwardKernel(Pool s, const int32_t* keys, const T* values, const int32_t* pooled_keys,
                          const T* cotangent, T* values_bar) {
   const int64_t entries = s.segments() * s.slots, stride = int64_t{gridDim.x} * kThreads;
