@@ -43,10 +43,12 @@ def dense(layer: Timed) -> list[Peer]:
         def forward(x, w, bias):
             return torch.relu(torch.nn.functional.linear(x, w, bias))
     else:
+        submanifold = isinstance(layer, Layer) and layer.support == "input"
 
         def forward(x, w, bias):
             same = [size // 2 for size in w.shape[2:]]
-            return torch.relu(torch.nn.functional.conv3d(x, w, bias, padding=same))
+            y = torch.nn.functional.conv3d(x, w, bias, padding=same)
+            return y if submanifold else torch.relu(y)
 
     arrays = [_features(x)] + ([_filters(others[0]), np.array(others[1])] if others else [])
 

@@ -31,6 +31,8 @@ CONVOLUTIONS = {
     "dense, backward": but(DENSE, backward=True).layer(),
 }
 LAYERS = CONVOLUTIONS | {
+    "submanifold": SUBMANIFOLD.layer(),
+    "submanifold, backward": but(SUBMANIFOLD, backward=True).layer(),
     "pool": POOL.layer(),
     "pool, backward": but(POOL, backward=True).layer(),
     "overlapping pool, backward": but(POOL_3, backward=True).layer(),
