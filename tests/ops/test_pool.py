@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import ilajax
 import oracles
+import oracles_pooling
 import samples
 
 NAN, INF = np.nan, np.inf
@@ -49,7 +50,7 @@ def check(backend, kind, x, window, capacity=None, strides=None, padding=None):
     sizes = (window,) * len(x.spatial_shape) if isinstance(window, int) else window
     most = x.capacity
     if strides is padding is None:
-        geometry = oracles.side_by_side(x.spatial_shape, sizes)
+        geometry = oracles_pooling.side_by_side(x.spatial_shape, sizes)
     else:
         steps = sizes if strides is None else strides
         geometry = oracles.Geometry(x.spatial_shape, sizes, steps, padding or "SAME")
@@ -58,12 +59,12 @@ def check(backend, kind, x, window, capacity=None, strides=None, padding=None):
     tolerance = 2 * float(jnp.finfo(x.dtype).eps) if divides else 0.0
     y, g, gradient = program(backend, kind, window, capacity, strides, padding)(x)
     slots = min(most, geometry.sites) if capacity is None else capacity
-    keys, values = oracles.pool(x, geometry, slots, kind)
+    keys, values = oracles_pooling.pool(x, geometry, slots, kind)
     assert y.spatial_shape == geometry.shape
     oracles.assert_tensor(y, keys, values, tolerance=tolerance)
     assert y.dtype == x.dtype
     assert (gradient.shape, gradient.dtype) == (x.values.shape, x.values.dtype)
-    want = oracles.pool_backward(x, geometry, kind, keys, g)
+    want = oracles_pooling.pool_backward(x, geometry, kind, keys, g)
     oracles.assert_close(gradient, want.astype(np.float32).astype(gradient.dtype), tolerance)
     return y
 
