@@ -44,6 +44,28 @@ def test_a_call_beyond_the_budget_is_warmed_up_once_and_timed_twice():
     assert len(timings.seconds("a")) == 2
 
 
+def test_a_short_call_wakes_the_cores_before_it_counts():
+    calls = {"first": 0.01, "second": 0.001}
+    log = []
+
+    def sleepy():
+        """Slow after a pause, as a processor is."""
+        log.append(time.perf_counter())
+        idle = len(log) < 2 or log[-1] - log[-2] > 0.05
+        time.sleep(calls["first" if idle else "second"])
+
+    timings = side_by_side({"a": sleepy}, rounds=5, pause=0.06)
+    assert len(timings.seconds("a")) == 5
+    assert timings.median("a") < calls["first"]
+
+
+def test_a_long_call_is_made_once(monkeypatch):
+    monkeypatch.setattr(timing, "SHORT_SECONDS", 0.005)
+    log = []
+    side_by_side({"a": recorded(log, "a", 0.01)}, rounds=5, pause=0.001)
+    assert len(log) == 2 + 5
+
+
 def test_ratios_compare_within_a_stretch_of_the_run():
     """The machine slows down to half in the middle: medians of the whole run would say 1.5."""
     fast = {0: 1.0, 1: 1.0, 2: 9.0, 3: 2.0, 4: 2.0, 5: 2.0}
