@@ -6,7 +6,7 @@
 A product is a pair of an output site and a stored site that one of its taps reads, times the filter's matrix
 of that tap. On the voxels of a sphere, from C to C channels: submanifold; strided onto given sites, and onto
 the strongest that a stride reaches; inverse, from there back to the voxels; transposed, onto the strongest
-sites that are reached. Beside each stands PyTorch with its maps given: gather, matrix product, index_add for
+sites that are reached; and submanifold on a smaller sphere in a larger grid, which is nearly empty. Beside each stands PyTorch with its maps given: gather, matrix product, index_add for
 each tap. PyTorch is left out where it is not installed.
 """
 
@@ -46,6 +46,8 @@ def kinds(resolution: int, channels: int) -> list[Kind]:
     slots = ilajax.capacity(1.646 / resolution, (resolution,) * 3)  # 97,000 voxels in 256^3
     radius = workloads.fitting_radius(resolution, slots)
     fine = workloads.shell(resolution, channels, subset=None, radius=radius)
+    # 15,500 voxels in 448^3, as few for the grid as a LiDAR's.
+    far = workloads.shell(7 * resolution // 4, channels, subset=None, radius=radius / 2.5)
     kernel = workloads.kernel(channels, channels)
     stride: Options = {"strides": 2, "select_by": "site", "select": "magnitude"}
     reached = jax.jit(functools.partial(ilajax.conv, capacity=fine.capacity, **stride))(
@@ -67,6 +69,7 @@ def kinds(resolution: int, channels: int) -> list[Kind]:
         Kind("strided, half kept", fine, ilajax.conv, stride | {"capacity": sites // 2}),
         Kind("inverse", coarse, ilajax.conv_transpose, {"strides": 2, "support": fine}),
         Kind("transposed, all reached", coarse, back, stride | {"capacity": up}),
+        Kind("submanifold, nearly empty", far, ilajax.conv, {"support": "input"}),
     ]
 
 

@@ -11,7 +11,7 @@ KERNEL = workloads.kernel(3, 3)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("number", range(8))
 def test_both_compute_the_same(number, backward):
     """Catches maps that are not those of the layer, or a peer that is given less to do."""
     pytest.importorskip("torch")
@@ -40,7 +40,7 @@ def test_the_report(tmp_path):
     records = given_sites.main(
         ["--resolution", "12", "--channels", "2", "--budget", "0.01", "--report", str(tmp_path)]
     )
-    assert len(records) == 14
+    assert len(records) == 16
     written = json.loads((tmp_path / "given_sites.json").read_text())
     assert written["records"][0]["of_submanifold"] == 1
     assert "strided, half kept" in (tmp_path / "given_sites.md").read_text()

@@ -205,6 +205,36 @@ def test_vmap(form, mapped):
         check_products(program(form), x, kernel, bias, g)
 
 
+@pytest.mark.parametrize("lines", [64, 90], ids=["words", "parts-of-words"])
+def test_a_large_grid_that_is_nearly_empty(form, lines):
+    """Catches sites of an earlier call, of another line, or of another task in the index of the sites."""
+    few, grid = (7, 9, 30), (130, 130, lines)
+    small = stored(8, 9, few, (200,))
+    at = np.stack(np.unravel_index(np.asarray(small.keys[0, 0]), few))
+    # In both halves of the grid, which two tasks fill; in its first and last lines; a line apart.
+    places = [(0, 0, 0), (40, 60, 11), (40, 70, 34), (90, 2, 0), (123, 121, lines - 30)]
+    keys = np.concatenate(
+        [np.ravel_multi_index(at + np.array(place)[:, None], grid) for place in places]
+    )
+    order = np.argsort(keys)
+    repeat = lambda a: jnp.tile(a, (1, 1, len(places)))[..., order]  # noqa: E731
+    x = ilajax.SparseTensor(
+        jnp.asarray(keys[order], jnp.int32)[None, None], repeat(small.values), grid
+    )
+    kernel, bias = samples.kernel(8, (3, 3, 3), 9, 17, density=0.5), jnp.ones(17)
+    g = samples.integers(8, (1, 17, 200))
+    want, bars = oracles.submanifold_products(
+        small, kernel, oracles.Geometry(few, (3, 3, 3), 1, "SAME", 1), g
+    )
+    full = stored(9, 9, grid, (x.capacity,))
+    for _ in range(3):  # their workspace is what the next call finds
+        program(form)(full, kernel, bias, repeat(g))
+    features, _, gradients = program(form)(x, kernel, bias, repeat(g))
+    oracles.assert_close(features.values, repeat(np.where(want != 0, want + 1, 0)))
+    oracles.assert_close(gradients[0], repeat(bars[0]))
+    oracles.assert_close(gradients[1], len(places) * bars[1])
+
+
 # --- How products are cut --------------------------------------------------------------------------
 
 

@@ -27,8 +27,7 @@ struct Candidates {
   void Clear() const { std::memset(bits, 0, words * sizeof(uint64_t)); }
   template <typename Loops>
   void Rank() const {
-    Loops::kRankWords(bits, words, 0, ranks);
-    ranks[words] = ranks[words - 1] + __builtin_popcountll(bits[words - 1]);
+    ranks[words] = Loops::kRankWords(bits, words, 0, ranks);
   }
 
   // Calls f(rank, key) for those of ranks [begin, end), in order.
@@ -70,7 +69,7 @@ class Marker {
       std::fill_n(rows.read, CeilDiv(line_.input_length, 64), 0);
       for (int64_t t = 0; t < tap_lines; ++t) {
         if (bases[t] < 0 || !live_[t * line_.taps + tap]) continue;
-        AddLine(index.bits, bases[t] + 64, rows.read);
+        AddLine(index.bits, bases[t], rows.read);
       }
       Reach(rows.read, line_.low - tap * line_.dilation, rows.reached);
     }

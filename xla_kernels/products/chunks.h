@@ -30,26 +30,17 @@ void LayOut(ffi::ThreadPool& pool, const Layout& layout, const Plan& plan, const
             int64_t item, int64_t count) {
   const Direction& d = layout.d;
   const int64_t slices = layout.samples.At(0, d.w).slices;
-  const auto mark = [&](const SiteIndex& index, int64_t i, int64_t slice) {
-    index.Mark(d.w, keys + (item + i) * d.from_slots, d.from_slots, slice);
-  };
-  if (slices == 1) {
-    return ParallelFor(pool, count, plan.workers, [&](int64_t i, int64_t) {
-      const SiteIndex index = layout.samples.At(i, d.w);
-      index.Clear(0);
-      mark(index, i, 0);
-      index.Rank<Loops>(0);
-    });
-  }
   const auto each = [&](auto&& step) {
     ParallelFor(pool, count * slices, plan.workers, [&](int64_t task, int64_t) {
       step(layout.samples.At(task / slices, d.w), task / slices, task % slices);
     });
   };
-  each([](const SiteIndex& index, int64_t, int64_t slice) { index.Clear(slice); });
-  each(mark);
-  each([](const SiteIndex& index, int64_t, int64_t slice) { index.Count<Loops>(slice); });
-  each([](const SiteIndex& index, int64_t, int64_t slice) { index.Rank<Loops>(slice); });
+  each([&](const SiteIndex& index, int64_t i, int64_t slice) {
+    index.Mark(d.w, keys + (item + i) * d.from_slots, d.from_slots, slice);
+    if (slices == 1) index.Rank<Loops>(d.w, 0);
+  });
+  if (slices == 1) return;
+  each([&](const SiteIndex& index, int64_t, int64_t slice) { index.Rank<Loops>(d.w, slice); });
 }
 
 // Fills the tables that all samples of a call share.

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "xla_kernels/common/conv_shape.h"
 #include "xla_kernels/common/simd.h"
@@ -50,91 +51,92 @@ inline Window SpreadApart(const Window& w) {
 }
 
 // The stored sites of a sample, spread apart, as a bitmap, which tells a site's number among them.
+//
+// Only the words of lines that have a site are filled, and may be read: a large grid has few.
 struct SiteIndex {
   int64_t sites, words, line_words;
-  uint64_t* bits;   // from bit 64 on, so that a window may reach out at both ends
+  uint64_t* bits;   // a word more, so that a window may reach out at the end
   int32_t* ranks;   // [words]: sites before the word's
   uint64_t* lines;  // [line_words]: a bit for each line that has a site
-  int64_t slices;   // that the words are filled in
+  int64_t slices;   // of the lines, which are filled by a task each
   int32_t* counts;  // [slices]: sites of each
 
   // For a window that has been spread apart.
   SiteIndex(Carver& carver, const Window& w)
       : sites(w.input_sites),
-        words(CeilDiv(sites, 64) + 3),
+        words(CeilDiv(sites, 64) + 1),
         line_words(CeilDiv(sites / w.input_shape[w.rank - 1], 64)),
         bits(carver.Take<uint64_t>(words)),
         ranks(carver.Take<int32_t>(words)),
         lines(carver.Take<uint64_t>(line_words)),
-        slices(std::clamp<int64_t>(words / 8192, 1, 16)),
+        slices(std::clamp<int64_t>(words / 8192, 1, std::min<int64_t>(line_words, 16))),
         counts(carver.Take<int32_t>(slices)) {}
 
-  // Fill, in steps, each by `slices` tasks: of the words, or of the stored lines.
-  void Clear(int64_t slice) const {
-    const int64_t begin = WordsBefore(slice), end = WordsBefore(slice + 1);
-    std::memset(bits + begin, 0, (end - begin) * sizeof(uint64_t));
-    if (slice == 0) std::memset(lines, 0, line_words * sizeof(uint64_t));
-  }
+  // Fill, in two steps. A slice has whole words of `lines`, so that no other has bits in its words.
 
-  // Keys that are not in the slice's lines are left out.
+  // Keys that are out of order may be left out.
   void Mark(const Window& w, const int32_t* keys, int64_t slots, int64_t slice) const {
-    const int last = w.rank - 1;
-    const int64_t step = w.input_dilation[last], length = (w.input_shape[last] - 1) / step + 1;
-    const int64_t stored_lines = StoredLines(w);
-    const int64_t first = slice * stored_lines / slices * length;
-    const int64_t behind = (slice + 1) * stored_lines / slices * length;
-    const int32_t* const end = std::lower_bound(keys, keys + slots, behind);
-    int64_t line = -1, spread = 0, at = 1;
-    uint64_t word = 0;  // of the bitmap, at `at`
-    for (const int32_t* key = std::lower_bound(keys, end, first); key != end; ++key) {
-      if (*key < first || *key >= behind) continue;
-      if (static_cast<uint64_t>(*key - line * length) >= static_cast<uint64_t>(length)) {
-        line = *key / length;
-        spread = SpreadLine(w, line);
-        __atomic_fetch_or(lines + (spread >> 6), uint64_t{1} << (spread & 63), __ATOMIC_RELAXED);
+    const int64_t first_word = LineWordsBefore(slice), last_word = LineWordsBefore(slice + 1);
+    std::fill(lines + first_word, lines + last_word, 0);
+    const int64_t step = w.input_dilation[w.rank - 1], spread_length = w.input_shape[w.rank - 1];
+    const int64_t length = (spread_length - 1) / step + 1, stored = StoredLines(w) * length;
+    const int32_t* key = std::partition_point(keys, keys + slots, [&](int32_t k) {
+      return k < stored && SpreadLine(w, k / length) < 64 * first_word;
+    });
+    int64_t begin = 0, end = 0, base = 0;        // keys of a line, and where it goes
+    int64_t clear = first_word * spread_length;  // words before it are
+    counts[slice] = 0;
+    for (; key != keys + slots && *key < stored; ++key) {
+      if (*key >= end) {
+        const int64_t line = *key / length, spread = SpreadLine(w, line);
+        if (spread >= 64 * last_word) break;
+        if (spread < 64 * first_word) continue;
+        begin = line * length, end = begin + length, base = spread * spread_length;
+        lines[spread >> 6] |= uint64_t{1} << (spread & 63);
+        clear = std::max(clear, base >> 6);
+        const int64_t behind = CeilDiv(base + spread_length, 64);
+        for (; clear < behind; ++clear) bits[clear] = 0;
+      } else if (*key < begin) {
+        continue;
       }
-      const int64_t site = spread * w.input_shape[last] + (*key - line * length) * step;
-      if ((site >> 6) + 1 != at) {
-        if (word != 0) __atomic_fetch_or(bits + at, word, __ATOMIC_RELAXED);
-        word = 0, at = (site >> 6) + 1;
-      }
-      word |= uint64_t{1} << (site & 63);
+      const int64_t site = base + (*key - begin) * step;
+      bits[site >> 6] |= uint64_t{1} << (site & 63);
+      ++counts[slice];
     }
-    if (word != 0) __atomic_fetch_or(bits + at, word, __ATOMIC_RELAXED);
   }
 
   template <typename Loops>
-  void Count(int64_t slice) const {
-    const int64_t begin = WordsBefore(slice);
-    counts[slice] = Loops::kCountBits(bits + begin, WordsBefore(slice + 1) - begin);
+  void Rank(const Window& w, int64_t slice) const {
+    const int64_t length = w.input_shape[w.rank - 1];
+    int32_t rank = std::accumulate(counts, counts + slice, 0);
+    int64_t begin = LineWordsBefore(slice) * length;
+    for (int64_t at = LineWordsBefore(slice); at < LineWordsBefore(slice + 1); ++at) {
+      for (uint64_t left = lines[at]; left != 0; left &= left - 1) {
+        const int64_t base = (at * 64 + __builtin_ctzll(left)) * length;
+        const int64_t end = CeilDiv(base + length, 64);
+        begin = std::max(begin, base >> 6);
+        rank = Loops::kRankWords(bits + begin, end - begin, rank, ranks + begin);
+        begin = end;
+      }
+    }
   }
-
-  template <typename Loops>
-  void Rank(int64_t slice) const {
-    const int64_t begin = WordsBefore(slice);
-    int32_t rank = 0;
-    for (int64_t s = 0; s < slice; ++s) rank += counts[s];
-    Loops::kRankWords(bits + begin, WordsBefore(slice + 1) - begin, rank, ranks + begin);
-  }
-
-  int64_t WordsBefore(int64_t slice) const { return slice * words / slices; }
 
   bool HasLine(int64_t line) const { return lines[line >> 6] >> (line & 63) & 1; }
-  bool Has(int64_t key) const { return bits[(key >> 6) + 1] >> (key & 63) & 1; }
+  bool Has(int64_t key) const { return bits[key >> 6] >> (key & 63) & 1; }
   int64_t Rank(int64_t key) const {
     const uint64_t below = (uint64_t{1} << (key & 63)) - 1;
-    return ranks[(key >> 6) + 1] + __builtin_popcountll(bits[(key >> 6) + 1] & below);
+    return ranks[key >> 6] + __builtin_popcountll(bits[key >> 6] & below);
   }
   // The bits of three sites from `key`, and the first one's rank.
   uint64_t Three(int64_t key, int64_t& rank) const {
     rank = Rank(key);
     uint64_t found;
-    const int64_t bit = key + 64;
-    std::memcpy(&found, reinterpret_cast<const char*>(bits) + (bit >> 3), sizeof(found));
-    return found >> (bit & 7);
+    std::memcpy(&found, reinterpret_cast<const char*>(bits) + (key >> 3), sizeof(found));
+    return found >> (key & 7);
   }
 
  private:
+  int64_t LineWordsBefore(int64_t slice) const { return slice * line_words / slices; }
   // Lines before they are spread apart, and where one of them goes.
   static int64_t StoredLines(const Window& w) {
     int64_t count = 1;
