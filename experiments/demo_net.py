@@ -15,7 +15,7 @@ from experiments.activations import sparse_convs, sparse_densities
 from experiments.data.loader import Arrays
 from experiments.data.solids import CLASSES, Solids, SparseInput
 from experiments.demo_measure import sparse_weights
-from experiments.training import Row, Run, live_weights, train
+from experiments.training import Row, Run, compact, live_weights, train
 
 # Of the sparse blocks. A surface's density goes with 1 / resolution.
 BOUNDS = {16: (0.08, 0.24), 32: (0.04, 0.12, 0.28), 64: (0.02, 0.06, 0.14)}
@@ -95,7 +95,7 @@ def train_net(
         optimizer=optimizer,
         seed=seed,
         densities=sparse_densities,
-        prunes=not plain,
+        after_epoch=None if plain else compact,
     )
     weights = [row["live_weights"] - others for row in rows]
     return Trained(model, optimizer, rows, initial, weights)

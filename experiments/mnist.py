@@ -35,7 +35,7 @@ from experiments.data.loader import Arrays
 from experiments.data.mnist import CLASSES, Digits, load_mnist
 from experiments.frame import Cells, summary_table
 from experiments.mnist_picture import grid_picture
-from experiments.training import Row, Run, checkpoint_directory, train, train_step
+from experiments.training import Row, Run, checkpoint_directory, compact, train, train_step
 
 RESOLUTION = 24  # the paper's name of the network for 28 x 28 pixels
 PIXEL_THRESHOLD = 50
@@ -214,7 +214,7 @@ def _run(
         directory=options.out,
         seed=setting.seed,
         densities=functools.partial(dense_densities, sample) if dense else sparse_densities,
-        prunes=not dense and options.pruning_threshold > 0,
+        after_epoch=None if dense or not options.pruning_threshold else compact,
         options=fixed,
     )
 

@@ -33,7 +33,7 @@ from experiments.data.solids import CLASSES, make_solids
 from experiments.demo_net import BOUNDS, Data, density_bounds, make_net, structure, train_on_solids
 from experiments.demo_picture import INK, style_panel, title_panel
 from experiments.frame import Cells, summary_table
-from experiments.training import Row
+from experiments.training import Row, compact
 
 Numbers = dict[str, float]
 
@@ -155,7 +155,7 @@ def _train(
         optimizer=optimizer,
         seed=seed,
         densities=densities,
-        prunes=True,
+        after_epoch=compact,
     )
     return {
         "optimizer": optimizer_name,

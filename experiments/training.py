@@ -55,7 +55,8 @@ class Run:
     seed: int  # of the order of the training data
     densities: Callable[[nnx.Module], dict[str, float]] = lambda _: {}  # read off after a step
     bounds: Mapping[str, float] = dataclasses.field(default_factory=dict)  # beside densities
-    prunes: bool = False  # whether filters are to be compacted after each epoch
+    # Called after each epoch's steps with its number, the densities having been read: to prune, say.
+    after_epoch: Callable[[nnx.Module, nnx.Optimizer, int], None] | None = None
     options: Row | None = None  # what a checkpoint must fit, by option; None: no checkpoints
     score: Score = score_images  # of a training step
     judge: Judge | None = None  # None: by loss and accuracy, which its own row must have too
@@ -68,6 +69,12 @@ class Run:
 def as_it_is(x: Any) -> Any:
     """A `ToInput` for batches that are inputs already."""
     return x
+
+
+def compact(model: nnx.Module, optimizer: nnx.Optimizer, epoch: int) -> None:
+    """An `after_epoch` that takes pruned weights out of storage."""
+    del epoch
+    ilajax.optim.compact(model, optimizer)
 
 
 def checkpoint_directory(directory: Path, name: str) -> Path:
@@ -204,8 +211,8 @@ def train(
                     save()
             row = {"net": run.name, "epoch": epoch} | _summed(so_far)
             densities = run.densities(run.model)
-            if run.prunes:
-                ilajax.optim.compact(run.model, run.optimizer)
+            if run.after_epoch:
+                run.after_epoch(run.model, run.optimizer, epoch)
             if run.judge:
                 row |= run.judge.row(test_step, *test, test_batch)
             else:
