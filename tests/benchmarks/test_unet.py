@@ -23,7 +23,7 @@ def test_both_start_from_the_same_loss(resolution):
     other = unet.theirs(model, x, labels)
     losses = [(float(step), other()) for step in (unet.ours(model, x, labels)()[0],)]
     # The coarsest level has a few sites, which a normalisation makes much of.
-    np.testing.assert_allclose(*losses[0], rtol=1e-4)
+    np.testing.assert_allclose(*losses[0], rtol=3e-4)
 
 
 def test_the_report(tmp_path):
