@@ -334,7 +334,7 @@ def _write(path: Path, record: Mapping[str, Any], cells: list[Cells]) -> None:
         "channel has made of the kept squares, and C the number of channels. Silent channels make less "
         "than a tenth of 1 / C. Where every channel selects for itself, a factor for a channel changes no "
         "order, and there is nothing to boost; what brings a silent channel back there is the density-biased "
-        "regulariser, whose bias is positive below the bound.",
+        "regulariser, which pushes the weights of a channel below its bound up.",
         "![](revival.png)",
     )
 

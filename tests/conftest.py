@@ -8,12 +8,12 @@ import os
 import pkgutil
 
 # Tests compile small programs for most of their time: XLA's optimizer would take twice as long as it saves,
-# and its older emitters are quicker. Set before JAX is imported; the kernels are compiled by their own
-# compiler, and as they are shipped.
+# its older emitters are quicker, and small programs need not be split among threads. Set before JAX is
+# imported; the kernels are compiled by their own compiler, and as they are shipped.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
 )
 
 import beartype
