@@ -115,6 +115,10 @@ PROGRAMS = {
     "products-waves": submanifold_program(
         16, (9, 10), (3, 3), 16, 16, slots=1200, tuning=PRODUCTS | {"workspace": 400_000}
     ),
+    # The index of the sites is filled by two tasks.
+    "products-slices": submanifold_program(
+        24, (1300, 900), (3, 3), 9, 17, slots=1200, tuning=PRODUCTS
+    ),
     "conv_at-1d": conv_at_program(17, (95,), (48,), (67,), 3, 9, kernel_dilation=2),
     "conv_at-3d": conv_at_program(18, (6, 5, 7), (3, 3, 4), (3, 3, 3), 9, 17),
     "conv_at-up": conv_at_program(
@@ -205,6 +209,7 @@ GARBAGE = {
     ),
     "near-the-grid": lambda rng, shape: rng.integers(-5, 110, shape),
     "large": lambda rng, shape: rng.integers(0, 400_000, shape),
+    "larger": lambda rng, shape: rng.integers(0, 1_300_000, shape),
     "sorted-with-duplicates": lambda rng, shape: np.sort(rng.integers(0, 95, shape), axis=-1),
     "descending": lambda rng, shape: -np.sort(-rng.integers(0, 95, shape), axis=-1),
     "padding-in-front": lambda rng, shape: np.roll(np.sort(rng.integers(60, 120, shape)), 9, -1),
