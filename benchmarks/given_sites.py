@@ -6,8 +6,9 @@
 A product is a pair of an output site and a stored site that one of its taps reads, times the filter's matrix
 of that tap. On the voxels of a sphere, from C to C channels: submanifold; strided onto given sites, and onto
 the strongest that a stride reaches; inverse, from there back to the voxels; transposed, onto the strongest
-sites that are reached; and submanifold on a smaller sphere in a larger grid, which is nearly empty. Beside each stands PyTorch with its maps given: gather, matrix product, index_add for
-each tap. PyTorch is left out where it is not installed.
+sites that are reached; and submanifold on a smaller sphere in a larger grid, which is nearly empty. Beside
+each stands PyTorch with its maps given: gather, matrix product, index_add for each tap. PyTorch is left out
+where it is not installed.
 """
 
 import dataclasses
