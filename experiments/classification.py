@@ -35,12 +35,11 @@ from experiments import frame
 from experiments.checkpoints import check_options, remove_checkpoints
 from experiments.data.augment import INWARD, Pose
 from experiments.data.loader import Batch, Source
-from experiments.data.sets import Dataset, add_data, load_dataset, where
+from experiments.data.sets import Dataset, add_data, add_sizes, chosen_dataset
 from experiments.data.voxels import unit_grid
 from experiments.demo_picture import INK, style_panel, title_panel
 from experiments.frame import Cells, summary_table
 from experiments.training import Row, Run, as_it_is, checkpoint_directory, train, train_step
-from ilajax.models.octnet3 import TABLE_2
 
 # Highest rates of the one-cycle schedule.
 RATES = {"resnet": 3e-3, "octnet3": 1e-3}
@@ -125,19 +124,7 @@ def main(arguments: list[str] | None = None) -> list[Trained]:
     record = timing.provenance("experiments.classification", arguments)
     try:
         settings = _settings(options)
-        data = load_dataset(
-            options.data,
-            resolution=options.resolution,
-            capacity=options.capacity,
-            train_size=options.train_size,
-            test_size=options.test_size,
-            **where(options),
-        )
-        if len(data.training) < options.batch_size:
-            raise ValueError(
-                f"--batch-size {options.batch_size} is more than the {len(data.training)} samples to train "
-                "on."
-            )
+        data = chosen_dataset(options)
         fixed = {name: getattr(options, name) for name in FIXED}
         sources: tuple[Any, ...] = (data.training, data.test)
         fixed["data_dir"] = " ".join(source.sets.fingerprint() for source in sources)
@@ -432,10 +419,7 @@ def _parser() -> argparse.ArgumentParser:
     add, whole = parser.add_argument, frame.positive_int
     add("--nets", choices=NETS, nargs="+", default=list(NETS), help="which nets to train, in turn")
     add_data(parser)
-    add("--train-size", type=whole, default=800, metavar="N", help="made solids to train")
-    add("--test-size", type=whole, default=320, metavar="N", help="made solids to test")
-    grids = [r for r, architecture in TABLE_2.items() if len(architecture.input_shape) == 3]
-    add("--resolution", type=int, choices=grids, default=32, help="of each of the three axes")
+    add_sizes(parser, resolution=32)
     rates = ", ".join(f"{rate:g} for {net}" for net, rate in RATES.items())
     rate = f"AdamW's highest rate, in one cycle over all epochs; by default {rates}"
     add("--learning-rate", type=frame.positive, metavar="RATE", help=rate)

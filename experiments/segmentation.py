@@ -59,18 +59,17 @@ TURNS = 8  # that the nets take in training
 TIMING_S = 15.0  # for the steps of each net
 # What changes the bits of a run, and therefore must not change when it goes on.
 FIXED = (
-    "minutes",
-    "epochs",
-    "scenes",
-    "rays",
-    "resolution",
-    "capacity",
-    "density_bounds",
-    "features",
-    "learning_rate",
-    "weight_decay",
-    "batch_size",
-    "seed",
+    *(
+        "minutes",
+        "epochs",
+        "scenes",
+        "rays",
+        "resolution",
+        "capacity",
+        "density_bounds",
+        "features",
+    ),
+    *("learning_rate", "weight_decay", "batch_size", "seed"),
 )
 
 

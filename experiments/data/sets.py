@@ -11,6 +11,7 @@ from experiments.data.modelnet40 import listed, load_modelnet40
 from experiments.data.point_sets import load_point_sets, make_point_sets
 from experiments.data.solids import POINTS_PER_VOXEL
 from experiments.data.voxels import VoxelSource, check_grid
+from ilajax.models.octnet3 import TABLE_2
 
 # What lies in the folder of each set; None: it is made on the spot.
 FOLDERS: dict[str, str | None] = {
@@ -40,6 +41,33 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     add_directory(parser)
     capacity = "voxels of a sample that are kept; by default all of kicad's, else 6 r^2"
     add("--capacity", type=frame.positive_int, metavar="K", help=capacity)
+
+
+def add_sizes(parser: argparse.ArgumentParser, resolution: int) -> None:
+    """Adds --train-size, --test-size and --resolution, of grids that OctNet3 has an architecture for."""
+    add = parser.add_argument
+    size = {"type": frame.positive_int, "metavar": "N"}
+    add("--train-size", default=800, help="made solids to train", **size)
+    add("--test-size", default=320, help="made solids to test", **size)
+    grids = [r for r, architecture in TABLE_2.items() if len(architecture.input_shape) == 3]
+    add("--resolution", type=int, choices=grids, default=resolution, help="of each axis")
+
+
+def chosen_dataset(options: argparse.Namespace) -> Dataset:
+    """`load_dataset` of what `add_data` and `add_sizes` have added; it has a batch, or ValueError."""
+    data = load_dataset(
+        options.data,
+        resolution=options.resolution,
+        capacity=options.capacity,
+        train_size=options.train_size,
+        test_size=options.test_size,
+        **where(options),
+    )
+    if len(data.training) < options.batch_size:
+        raise ValueError(
+            f"--batch-size {options.batch_size} is more than the {len(data.training)} samples to train on."
+        )
+    return data
 
 
 def add_directory(parser: argparse.ArgumentParser) -> None:

@@ -58,6 +58,13 @@ def test_momentum_brings_weights_back(finished):
         assert left["momentum", seed][-1] > left["pruned", seed][-1]
 
 
+def test_a_batch_larger_than_the_data_is_refused(tmp_path, capsys):
+    """Catches a run that trains on nothing."""
+    with pytest.raises(SystemExit):
+        revival.main(["--train-size", "8", "--batch-size", "9", "--out", str(tmp_path)])
+    assert "--batch-size 9 is more than the 8 samples" in capsys.readouterr().err
+
+
 def test_the_interval_is_students():
     """Against the table: t = 2.776 for five pairs."""
     low, high = revival.interval([0.01, 0.02, 0.03, 0.04, 0.05])
