@@ -8,7 +8,8 @@ of that tap. On the voxels of a sphere, from C to C channels: submanifold; strid
 the strongest that a stride reaches; inverse, from there back to the voxels; transposed, onto the strongest
 sites that are reached; and submanifold on a smaller sphere in a larger grid, which is nearly empty. Beside
 each stands PyTorch with its maps given: gather, matrix product, index_add for each tap. PyTorch is left out
-where it is not installed.
+where it is not installed. A second table has four submanifold layers, one after the other: once as they are,
+with a site map that all of them share, and once where each looks up its pairs for itself.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ import ilajax
 from benchmarks import RESULTS, pytorch, report, timing, workloads
 from benchmarks.report import Record
 from experiments import frame
+from ilajax.ffi import plans
 
 Options = dict[str, Any]
 
@@ -131,6 +133,49 @@ def theirs(
     return pytorch.by_gathers(rows, weights, pairs, slots, backward)
 
 
+def stack(
+    kind: Kind, kernel: ilajax.SparseKernel, backward: bool, shared: bool
+) -> timing.Candidate:
+    """Four layers of a kind, which share a site map if `shared`, with all gradients if `backward`."""
+
+    def forward(values: Any, weights: Any) -> Any:
+        x = kind.x.with_values(values)
+        for layer in weights:
+            x = kind.operation(
+                x, dataclasses.replace(kernel, values=layer), **kind.options
+            ).features
+        return x.values
+
+    def both(values: Any, weights: Any) -> Any:
+        y, pull = jax.vjp(forward, values, weights)
+        return y, pull(jnp.ones_like(y))
+
+    # A quarter each, so that values neither vanish nor grow.
+    operands = (kind.x.values, [kernel.values * (scale / 4) for scale in (0.9, 1.0, 1.1, 1.2)])
+    with plans.tuned("cpu", site_maps=int(shared)):
+        program = jax.jit(both if backward else forward).lower(*operands).compile()
+    return functools.partial(program, *operands)
+
+
+def measure_sharing(resolution: int, channels: int, budget: float) -> list[Record]:
+    """What four submanifold layers gain by one map, a record for each direction."""
+    kind, kernel = kinds(resolution, channels)[0], workloads.kernel(channels, channels)
+    candidates = {
+        (direction, shared): stack(kind, kernel, direction == "f + b", shared)
+        for direction in ("forward", "f + b")
+        for shared in (True, False)
+    }
+    timings = timing.side_by_side(candidates, budget=budget)
+    return [
+        {"channels": channels, "direction": direction}
+        | {
+            name: timings.median((direction, shared))
+            for name, shared in (("shared", True), ("each", False))
+        }
+        for direction in ("forward", "f + b")
+    ]
+
+
 def measure(resolution: int, channels: int, budget: float) -> list[Record]:
     """A record for each kind and direction."""
     kernel = workloads.kernel(channels, channels)
@@ -176,6 +221,17 @@ def cells(record: Record) -> tuple[str, ...]:
     )
 
 
+def sharing_cells(record: Record) -> tuple[str, ...]:
+    """A line of the second table."""
+    shared, each = record["shared"], record["each"]
+    return (
+        f"{record['channels']}, {record['direction']}",
+        *map(timing.show, (shared, each)),
+        f"{each / shared:.2f}x",
+    )
+
+
+SHARING_HEAD = ("four layers, channels", "one map", "each its own pairs", "ratio")
 HEAD = ("channels, layer", "pairs", "ilajax", "ns a pair", "of submanifold's", "PyTorch", "ratio")
 
 
@@ -189,6 +245,7 @@ def main(arguments: list[str] | None = None) -> list[Record]:
     frame.add_report(parser, "given_sites.{json,md}", RESULTS)
     options = parser.parse_args(arguments)
     records: list[Record] = []
+    sharing: list[Record] = []
     with frame.Reporter() as reporter:
         reporter.begin("numbers of channels", len(options.channels), 0)
         for channels in options.channels:
@@ -196,15 +253,30 @@ def main(arguments: list[str] | None = None) -> list[Record]:
             records += new
             for record in new:
                 reporter.print("{:42} {:>10} {:>9} {:>9} {:>9} {:>9} {:>7}".format(*cells(record)))
+            new = measure_sharing(options.resolution, channels, options.budget)
+            sharing += new
+            for record in new:
+                reporter.print(
+                    "four layers: {:30} {:>9} {:>9} {:>7}".format(*sharing_cells(record))
+                )
             reporter.step(f"{channels} channels")
         if options.report:
             provenance = timing.provenance("benchmarks.given_sites", arguments)
             table = frame.markdown_table([HEAD, *map(cells, records)])
+            second = frame.markdown_table([SHARING_HEAD, *map(sharing_cells, sharing)])
             report.write(
                 options.report / "given_sites",
                 "Layers on shared supports, by what a product costs",
-                provenance | {"records": records},
-                [f"The voxels of a sphere in {options.resolution}^3, one sample.", "", *table],
+                provenance | {"records": records, "sharing": sharing},
+                [
+                    f"The voxels of a sphere in {options.resolution}^3, one sample.",
+                    "",
+                    *table,
+                    "",
+                    "Four submanifold layers on the sphere, one after the other:",
+                    "",
+                    *second,
+                ],
             )
     return records
 

@@ -180,6 +180,18 @@ class Window:
     def output_sites(self) -> int:
         return sites(self.output_shape)
 
+    def reversed(self) -> "Window":
+        """The window of the gradient, which reads the output's grid and writes the input's."""
+        axes = zip(self.window_shape, self.dilation, self.low, strict=True)
+        return dataclasses.replace(
+            self,
+            input_shape=self.output_shape,
+            output_shape=self.input_shape,
+            strides=self.input_dilation,
+            input_dilation=self.strides,
+            low=tuple((taps - 1) * dilation - low for taps, dilation, low in axes),
+        )
+
     def input_keys(self, keys: jax.Array, tap: jax.Array) -> jax.Array:
         """The input key that `tap` reads for each output key; `input_sites` if there is none."""
         reads = (keys >= 0) & (keys < self.output_sites)

@@ -33,7 +33,7 @@ def build(tmp_path):
             shutil.rmtree(folder)
     listed = source / "xla_kernels" / "targets.def"
     lines = listed.read_text().splitlines(keepends=True)
-    other = r"TARGET\((?!ilajax_to_dense)"
+    other = r"(CPU_)?TARGET\((?!ilajax_to_dense)"
     listed.write_text("".join(line for line in lines if not re.match(other, line)))
 
     def run(*, nvcc=None, compiler=None, **settings):

@@ -17,11 +17,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 KERNELS = ROOT / "xla_kernels"
 MODULES = sorted((ROOT / "ilajax").rglob("*.py"))
 PROGRAMS = sorted(p for name in ("benchmarks", "experiments") for p in (ROOT / name).rglob("*.py"))
-TARGETS = re.findall(
-    r"^TARGET\((\w+), (\w+)\)",
+LISTED = re.findall(
+    r"^((?:CPU_)?TARGET)\((\w+), (\w+)\)",
     (KERNELS / "targets.def").read_text(),
     re.MULTILINE,
 )
+TARGETS = [(target, handler) for kind, target, handler in LISTED if kind == "TARGET"]
+CPU_TARGETS = [(target, handler) for kind, target, handler in LISTED if kind == "CPU_TARGET"]
 
 # What a module may import, of the project, stands before it in this list. Data types and ffi know the
 # geometry only; the package's own __init__ exports all.
@@ -157,7 +159,7 @@ def camel_case(stem):
 def test_targets_are_listed():
     """Catches a targets.def that this file does not read, with which all checks below are empty."""
     assert len(TARGETS) >= 2
-    names = [target for target, _ in TARGETS]
+    names = [target for _, target, _ in LISTED]
     assert len(set(names)) == len(names)
 
 
@@ -178,6 +180,15 @@ def test_a_target_has_its_files(target, handler):
     assert (ROOT / "tests" / "ops" / f"test_{ops[0].stem}.py").exists()
 
 
+@pytest.mark.parametrize(("target", "handler"), CPU_TARGETS)
+def test_a_target_of_the_cpu(target, handler):
+    """Catches one that is no operation by itself, without its handler or its test."""
+    stem = target.removeprefix("ilajax_").removesuffix("_fwd")
+    assert defines(KERNELS / stem / "cpu.cc", "CPU", handler)
+    assert not (KERNELS / stem / "cuda.cu").exists()
+    assert (ROOT / "tests" / "ffi" / f"test_{stem}.py").exists()
+
+
 @pytest.mark.parametrize(("target", "handler"), TARGETS)
 def test_a_target_has_its_cuda_twin(target, handler):
     """Catches an operation that runs on the CPU only."""
@@ -187,7 +198,7 @@ def test_a_target_has_its_cuda_twin(target, handler):
 
 def test_a_folder_is_an_op():
     """Catches an op whose two handlers ended up in different folders, or a kernel that nothing lists."""
-    stems = {re.sub(r"^ilajax_|_(fwd|bwd)$", "", target) for target, _ in TARGETS}
+    stems = {re.sub(r"^ilajax_|_(fwd|bwd)$", "", target) for _, target, _ in LISTED}
     assert {p.parent.name for p in KERNELS.glob("*/spec.h")} == stems
 
 
@@ -221,8 +232,10 @@ def test_a_public_operation_has_its_test(name):
 def test_registrations_match_the_list():
     """Catches an extension built from another list of targets than the one in the tree."""
     everything = {target for target, _ in TARGETS}
+    alone = {target for target, _ in CPU_TARGETS}
     for platform, extension in registry.extensions.items():
-        assert extension.missing or extension.targets == everything, (
+        expected = everything | alone if platform == "cpu" else everything
+        assert extension.missing or extension.targets == expected, (
             f"rebuild the {platform} extension"
         )
 

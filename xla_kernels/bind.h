@@ -54,7 +54,7 @@ inline nb::object Plan(const std::string& target, std::vector<std::vector<int64_
   if (error.failure()) throw nb::value_error(error.message().c_str());
   if (!planned.has_plan) return nb::none();
   return nb::make_tuple(planned.numbers, planned.workspace, planned.fixed, planned.each_item,
-                        planned.each_group, planned.limit);
+                        planned.each_group, planned.limit, planned.map_words);
 }
 
 // `registrations` are those of a harness, where one stands before the handlers.
@@ -65,9 +65,10 @@ inline void Bind(nb::module_& m, nb::dict (*registrations)() = &Registrations) {
       "plan", &Plan, nb::arg("target"), nb::arg("shapes"), nb::arg("dtype"), nb::arg("window"),
       nb::arg("tuning"),
       "How a call is to cut its work: the numbers to pass, the bytes of its workspace, the same as "
-      "fixed, for each sample and for each group where the batch is open, and why the kernel "
-      "cannot do it, or \"\". None for a call without plan and workspace. The shapes are those of "
-      "operands and results but the workspace.");
+      "fixed, for each sample and for each group where the batch is open, why the kernel cannot do "
+      "it, or \"\", and the words of a slot in the site map that it takes, or 0. None for a call "
+      "without plan and workspace. The shapes are those of operands and results but the "
+      "workspace.");
 }
 
 }  // namespace ilajax

@@ -39,7 +39,7 @@ include(CheckCXXCompilerFlag)
 check_cxx_compiler_flag(-Wa,-mbranches-within-32B-boundaries CAN_PAD_JUMPS)
 if(CAN_PAD_JUMPS)
   set(loops ${CPU_SOURCES})
-  list(FILTER loops INCLUDE REGEX "/(conv|conv_at|conv_by_site|lines|submanifold)/")
+  list(FILTER loops INCLUDE REGEX "/(conv|conv_at|conv_by_site|lines|site_map|submanifold)/")
   set_source_files_properties(${loops} PROPERTIES COMPILE_OPTIONS -Wa,-mbranches-within-32B-boundaries)
 endif()
 

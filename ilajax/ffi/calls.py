@@ -39,6 +39,7 @@ def dispatch(
     sums: Sequence[jax.ShapeDtypeStruct] = (),
     *,
     window: Window | None = None,
+    mapped: "SiteMap | None" = None,
     **attributes: Any,
 ) -> Outputs:
     """Calls a target where it has a kernel for the platform, else the reference.
@@ -53,6 +54,7 @@ def dispatch(
         of sums the groups, independent calls that stand in the batch one behind the other, of which the
         reference has one.
       window: the window, if the target goes by one.
+      mapped: what the target may want a site map of. A kernel gets it as its last operand.
       attributes: what else the target takes.
 
     Returns:
@@ -61,7 +63,7 @@ def dispatch(
     operation = target.removeprefix("ilajax_").removesuffix("_fwd").removesuffix("_bwd")
     here = routes.platforms()
     batched = tuple(batched)
-    kernel = _Kernel(target, batched, tuple(each), tuple(sums), window, attributes)
+    kernel = _Kernel(target, batched, tuple(each), tuple(sums), window, mapped, attributes)
     reference = _mapped_by_type(reference)
     branches = {
         platform: _fold(functools.partial(kernel.call, platform), batched, len(sums), 1)
@@ -86,6 +88,27 @@ def dispatch(
     return results
 
 
+class SiteMap(NamedTuple):
+    """Which stored sites a window reads at the sites of another support (xla_kernels/site_map/spec.h).
+
+    Layers that share both supports share the map: XLA makes equal calls once.
+    """
+
+    window: Window
+    keys: int  # the operand that has the keys that the window reads,
+    out_keys: int  # and those of the sites where it stands
+
+    def find(self, platform: str, operands: Sequence[jax.Array], words: int) -> jax.Array:
+        """The map int32[B, words, slots], an empty one without words."""
+        if words == 0:
+            return jnp.zeros((0, 0, 0), jnp.int32)
+        keys = (operands[self.keys], operands[self.out_keys])
+        each = (result((words, keys[1].shape[2]), jnp.int32),)
+        kernel = _Kernel("ilajax_site_map_fwd", (True, True), each, (), self.window, None, {})
+        with jax.named_scope("ilajax.site_map"):
+            return kernel.call(platform, 1, *keys)[0]
+
+
 class _Kernel(NamedTuple):
     """A target, and what `dispatch` was told of it."""
 
@@ -94,6 +117,7 @@ class _Kernel(NamedTuple):
     each: tuple[jax.ShapeDtypeStruct, ...]
     sums: tuple[jax.ShapeDtypeStruct, ...]
     window: Window | None
+    mapped: SiteMap | None
     attributes: dict[str, Any]
 
     def call(self, platform: str, groups: Any, *operands: jax.Array) -> Outputs:
@@ -105,6 +129,8 @@ class _Kernel(NamedTuple):
         if plan is not None:
             attributes["plan"] = plan.numbers
             outputs.append(jax.ShapeDtypeStruct((plan.workspace,), jnp.uint8))
+            if self.mapped is not None:
+                operands += (self.mapped.find(platform, operands, plan.map_words),)
         results = jax.ffi.ffi_call(self.target, outputs)(*operands, **attributes)
         axes = meshes.varying_axes(operands)
         return tuple(meshes.vary(r, axes) for r in results[: len(self.each) + len(self.sums)])
@@ -124,8 +150,10 @@ class _Kernel(NamedTuple):
         outputs = [result((batch, *r.shape), r.dtype) for r in self.each]
         outputs += [result((groups, *r.shape), r.dtype) for r in self.sums]
         # That of the values: weights, which are float32, come behind them.
-        dtype = next(o.dtype for o in operands if jnp.issubdtype(o.dtype, jnp.floating))
-        arrays = (*operands, *outputs)
+        floating = (o.dtype for o in operands if jnp.issubdtype(o.dtype, jnp.floating))
+        dtype = next(floating, jnp.float32)
+        no_map = () if self.mapped is None else (result((0, 0, 0), jnp.int32),)
+        arrays = (*operands, *no_map, *outputs)
         plan = plans.plan(platform, self.target, arrays, dtype, batch, groups, self.window)
         return outputs, plan
 

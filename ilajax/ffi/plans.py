@@ -23,6 +23,7 @@ class Plan(NamedTuple):
     numbers: np.ndarray  # that say how the work is cut
     workspace: Any  # its bytes; an expression where the batch is open
     limit: str  # why the kernel cannot do this on this machine's devices, "" if it can
+    map_words: int  # of a slot in the site map that it takes, 0 if it takes none
 
 
 def plan(
@@ -58,11 +59,11 @@ def plan(
     )
     if found is None:
         return None
-    numbers, workspace, fixed, each_item, each_group, limit = found
+    numbers, workspace, fixed, each_item, each_group, limit, map_words = found
     if is_open:
         # A kernel does any batch with any plan, since what it cuts are tasks or chunks.
         workspace = fixed + each_item * batch + each_group * groups
-    return Plan(np.array(numbers, np.int64), workspace, limit)
+    return Plan(np.array(numbers, np.int64), workspace, limit, map_words)
 
 
 def window_attribute(window: Window) -> np.ndarray:

@@ -73,6 +73,7 @@ def _forward(targets, window, keys, values, *rest):
         (True, True, *(True for _ in given), False, False, False),
         (ffi.result((bias.size, slots), values.dtype), ffi.result((bias.size,), jnp.int32)),
         window=window,
+        mapped=ffi.SiteMap(window, 0, 2 if given else 0),
     )
 
 
@@ -108,6 +109,7 @@ def _gradients(targets, window, keys, values, *rest):
         (ffi.result(values.shape[1:], values.dtype),),
         (ffi.result(weights.shape, jnp.float32), ffi.result(cotangent.shape[1:2], jnp.float32)),
         window=window,
+        mapped=ffi.SiteMap(window.reversed(), 2 if given else 0, 0),
     )
     return values_bar, weights_bar[0], bias_bar[0]
 

@@ -3,6 +3,8 @@
 // handler in all orders of threads, and copies the results back. An argument that a kernel writes
 // to is an error, too.
 
+#define CPU_TARGET(target, Name)  // has no handler here
+
 #include <cuda_runtime.h>
 #include <stdlib.h>
 

@@ -246,6 +246,7 @@ class ProductsPlan(NamedTuple):
     near: int
     parts: int
     taps: int
+    mapped: int
     workers: int
 
 
@@ -267,7 +268,7 @@ def cut(monkeypatch):
         with plans.tuned("cpu", products=0, **numbers):
             results = program.__wrapped__("native")(*operands)
         both = (made[f"ilajax_submanifold_{direction}"] for direction in ("fwd", "bwd"))
-        return results, *(ProductsPlan(*plan.numbers[:6].tolist()) for plan in both)
+        return results, *(ProductsPlan(*plan.numbers[:7].tolist()) for plan in both)
 
     return run
 
@@ -316,7 +317,8 @@ def test_waves_and_workers_do_not_show(cut):
         ({"workers": 1}, [5, 5]),
         ({"workers": 2}, [5, 5]),
         ({"workspace": 1_500_000, "workers": 2}, [5, 5]),
-        ({"workspace": 450_000}, [5, 1]),
+        ({"site_maps": 0}, [5, 5]),
+        ({"site_maps": 0, "workspace": 450_000}, [5, 1]),
     ):
         got, *plans_ = cut(*operands, **numbers)
         assert [plan.samples for plan in plans_] == waves

@@ -28,6 +28,7 @@ BUILD = Path(__file__).resolve().parents[2] / "build" / "thread_sanitizer"
 # Small calls that reach all targets, every way to cut their work, every dtype: of each test every n-th case.
 # n is no multiple of 2 or 3, or a parameter of that many values would stand still.
 EVERY = {
+    "tests/ffi/test_site_map.py::test_the_same_bits": 5,
     "tests/ops/test_conv.py::test_algorithms_1_and_2": 5,
     "tests/ops/test_conv.py::test_contents": 5,
     "tests/ops/test_conv.py::test_forms_of_a_line": 5,

@@ -11,6 +11,8 @@ struct ConvShape {
   int64_t out_channels = kUnread, capacity = kUnread;
   int64_t key_channels = kUnread;  // 1: one support for all input channels
   int64_t groups = kUnread;  // independent calls in the batch, each with a gradient of its filter
+  // Of a site map (site_map/spec.h); 0 where a call has none.
+  int64_t map_items = kUnread, map_words = kUnread, map_slots = kUnread;
   Window w;
 
   ILAJAX_HOST_DEVICE bool shared() const { return key_channels == 1; }
@@ -35,6 +37,16 @@ struct ConvShape {
       }
     }
     return CheckSizes(op);
+  }
+  // Where there is one support for all channels: a site map has 29 bits for a slot.
+  ffi::Error CheckShared(const char* op, int64_t output_key_channels) const {
+    if (key_channels != 1 || output_key_channels != 1) {
+      return InvalidArgument(op, ": keys must be those of all channels");
+    }
+    if (slots > 1 << 29 || capacity > 1 << 29) {
+      return InvalidArgument(op, ": a support of more than 2^29 slots");
+    }
+    return ffi::Error::Success();
   }
   ffi::Error CheckSizes(const char* op) {
     if (groups == kUnread) groups = 1;

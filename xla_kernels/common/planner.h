@@ -35,7 +35,8 @@ struct Planned {
   // The same where jax.export leaves the batch open: fixed + each_item * batch + each_group *
   // groups, with the plan that has been made for some batch.
   int64_t fixed = 0, each_item = 0, each_group = 0;
-  std::string limit;  // why the kernel cannot do it here; empty if it can
+  std::string limit;      // why the kernel cannot do it here; empty if it can
+  int64_t map_words = 0;  // of each slot, in the site map that the call takes; 0: it takes none
 };
 
 // Named, since nvcc takes no such requirement within a lambda.
@@ -49,6 +50,8 @@ template <typename Op>
 concept HasFits = requires { &Op::Fits; };
 template <typename Op>
 concept HasLimit = requires { &Op::Limit; };
+template <typename Op>
+concept HasSiteMap = requires { &Op::MapWords; };
 
 // The bytes of a workspace, with another batch than the shape's.
 template <typename Layout, typename Shape, typename Plan>
@@ -80,6 +83,7 @@ ffi::Error MakePlan(const Problem& problem, Planned& planned) {
       planned.each_item = WorkspaceOf<Layout>(s, plan, 1, 0) - planned.fixed;
       planned.each_group = WorkspaceOf<Layout>(s, plan, 0, 1) - planned.fixed;
       if constexpr (HasLimit<Op>) planned.limit = Op::Limit(s, plan, problem.tuning);
+      if constexpr (HasSiteMap<Op>) planned.map_words = Op::MapWords(s, plan);
       return ffi::Error::Success();
     });
   }

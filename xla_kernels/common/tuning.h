@@ -32,6 +32,7 @@ struct Tuning {
   int64_t dense_percent = 65;
   // in_channels * out_channels from which shared supports take products; their gradient from half.
   int64_t products = 128;
+  int64_t site_maps = 1;  // 0: every call finds its pairs itself
 
   // --- A GPU
   int64_t shared_memory = 99 << 10;  // bytes that a block may have there
@@ -73,6 +74,7 @@ inline int64_t* Find(Tuning& t, std::string_view name) {
              {"dense_share", &t.dense_share},
              {"dense_percent", &t.dense_percent},
              {"products", &t.products},
+             {"site_maps", &t.site_maps},
              {"shared_memory", &t.shared_memory},
              {"min_tile", &t.min_tile},
              {"select_whole", &t.select_whole},

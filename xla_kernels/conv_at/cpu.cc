@@ -19,7 +19,12 @@ struct ByProducts {
   static Plan Make(const ConvAtShape& s, const Tuning& tuning) {
     return products::MakePlan(s, tuning, kBackward);
   }
-  static bool Fits(const ConvAtShape&, const Plan& plan) { return products::Fits(plan, kBackward); }
+  static bool Fits(const ConvAtShape& s, const Plan& plan) {
+    return products::Fits(s, plan, kBackward);
+  }
+  static int64_t MapWords(const ConvAtShape& s, const Plan& plan) {
+    return products::MapWords(s, plan, kBackward);
+  }
 
   template <typename T>
   static ffi::Error Run(ffi::ThreadPool pool, Call call, const ConvAtShape& s, const Plan& plan,

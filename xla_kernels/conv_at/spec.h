@@ -13,9 +13,7 @@ struct ConvAtShape : ConvShape {
   int64_t out_key_channels = kUnread;
 
   ffi::Error Check(const char* op) {
-    if (key_channels != 1 || out_key_channels != 1) {
-      return InvalidArgument(op, ": keys must be those of all channels");
-    }
+    ILAJAX_RETURN_IF_ERROR(CheckShared(op, out_key_channels));
     return CheckSpread(op);
   }
 };
@@ -27,6 +25,7 @@ struct ConvAtShape : ConvShape {
   ARG(S32, kernel_keys, weights)                        \
   ARG(F32, weights, weights)                            \
   ARG(F32, bias, out_channels)                          \
+  ARG(S32, map, map_items, map_words, map_slots)        \
   RET(Values, features, batch, out_channels, capacity)  \
   RET(S32, responses, batch, out_channels)              \
   RET(U8, workspace)                                    \
@@ -41,6 +40,7 @@ ILAJAX_CALL(ConvAtFwd, ConvAtShape, "conv_at", ILAJAX_CONV_AT_FWD)
   ARG(S32, kernel_keys, weights)                        \
   ARG(F32, weights, weights)                            \
   ARG(Values, cotangent, batch, out_channels, capacity) \
+  ARG(S32, map, map_items, map_words, map_slots)        \
   RET(Values, values_bar, batch, in_channels, slots)    \
   RET(F32, weights_bar, groups, weights)                \
   RET(F32, bias_bar, groups, out_channels)              \

@@ -156,7 +156,8 @@ class BySite {
   // Puts the responses at `count` sites to to[channel][step], as far as they pass.
   void PutPassed(int64_t item, int64_t i, const int32_t* sites, int64_t count,
                  const products::Worker& worker, T* to, int64_t step) const {
-    products::SumProducts<Loops>(layout, SampleAt(i), ValuesAt(item), sites, 0, count, worker);
+    products::SumProducts<Loops>(layout, {SampleAt(i), nullptr, 0}, ValuesAt(item), sites, 0, count,
+                                 worker);
     Loops::template kFromStacks<T>(worker.sums.data, worker.sums.step, layout.bias, s.out_channels,
                                    0, count, to, step, nullptr);
     for (int64_t c = 0; positive && c < s.out_channels; ++c) DropRest(to + c * step, count);
@@ -255,7 +256,9 @@ struct ConvBySiteForward {
     const int64_t worker = SizeOf<Scratch<T>>(s, Lines(d.w).line, plan);
     return products::MakePlan(s, tuning, false, SizeOf<Candidates>(s), worker);
   }
-  static bool Fits(const ConvBySiteShape&, const Plan& plan) { return products::Fits(plan, false); }
+  static bool Fits(const ConvBySiteShape& s, const Plan& plan) {
+    return products::Fits(s, plan, false);
+  }
 
   template <typename T>
   static ffi::Error Run(ffi::ThreadPool pool, ConvBySiteFwd call, const ConvBySiteShape& s,

@@ -19,6 +19,7 @@ struct BackwardBuffers {
   const float* weights;
   const int32_t* out_keys;
   const T* cotangent;
+  const int32_t* map;
   T* values_bar;
   float* weights_bar;
   float* bias_bar;
@@ -88,7 +89,7 @@ class Backward {
   // A part of a sample's sites: their own gradients, and what they add to the filter's.
   void RunPart(int64_t item, int64_t i, int64_t part, int64_t parts, int64_t id,
                const Wanted& wanted) const {
-    const SiteIndex index = layout.samples.At(i, layout.d.w);
+    const Pairs pairs = PairsOf(layout, plan, a.map, item, i);
     const Worker worker = layout.workers.At(id, layout.reach.lines, layout.d, plan);
     const bool of_values = wanted.which != kFilter, of_filter = wanted.which != kValues;
     const int32_t* const keys = a.keys + item * s.slots;
@@ -110,14 +111,14 @@ class Backward {
                                                   worker.own.data, worker.own.step);
       }
       ForEachTap<Loops>(
-          layout, index, cotangents, keys, begin, end, worker, wanted.first_tap, wanted.last_tap,
-          [&](int64_t tap, const Pair* pairs, int64_t count, const Stacks& from, bool finite) {
+          layout, pairs, cotangents, keys, begin, end, worker, wanted.first_tap, wanted.last_tap,
+          [&](int64_t tap, const Pair* listed, int64_t count, const Stacks& from, bool finite) {
             if (of_values) {
-              Loops::kMultiply(pairs, count, layout.matrices, tap, from,
+              Loops::kMultiply(listed, count, layout.matrices, tap, from,
                                finite && *layout.matrices.finite, worker.sums);
             }
             if (of_filter) {
-              Loops::kAddOuter(pairs, count, layout.matrices, tap, worker.own, rows, from,
+              Loops::kAddOuter(listed, count, layout.matrices, tap, worker.own, rows, from,
                                finite && own_finite, filter_bar + tap * rows * from.step);
             }
           });
@@ -162,10 +163,11 @@ class Backward {
 template <typename T, typename Call>
 void RunBackward(ffi::ThreadPool& pool, Call& call, const S32& out_keys, const ConvShape& s,
                  const Plan& plan, const Layout& layout) {
-  const BackwardBuffers<T> buffers = {
-      call.keys.typed_data(),    Data<T>(call.values),           call.kernel_keys.typed_data(),
-      call.weights.typed_data(), out_keys.typed_data(),          Data<T>(call.cotangent),
-      Data<T>(*call.values_bar), call.weights_bar->typed_data(), call.bias_bar->typed_data()};
+  const BackwardBuffers<T> buffers = {call.keys.typed_data(),         Data<T>(call.values),
+                                      call.kernel_keys.typed_data(),  call.weights.typed_data(),
+                                      out_keys.typed_data(),          Data<T>(call.cotangent),
+                                      call.map.typed_data(),          Data<T>(*call.values_bar),
+                                      call.weights_bar->typed_data(), call.bias_bar->typed_data()};
   DispatchLoops([&]<typename Loops>() { Backward<Loops, T>(buffers, s, plan, layout).Run(pool); });
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "xla_kernels/common/parallel.h"
 #include "xla_kernels/products/loops.h"
@@ -24,23 +25,47 @@ struct Values {
   int64_t slots, channels;
 };
 
-// Fills the index of `count` samples from `item`, whose keys are [item][slots].
+// Fills the index of `count` samples, whose keys are [count][slots].
 template <typename Loops>
-void LayOut(ffi::ThreadPool& pool, const Layout& layout, const Plan& plan, const int32_t* keys,
-            int64_t item, int64_t count) {
-  const Direction& d = layout.d;
-  const int64_t slices = layout.samples.At(0, d.w).slices;
+void FillIndex(ffi::ThreadPool& pool, const LayoutOfEach<SiteIndex>& samples, const Window& w,
+               int64_t workers, const int32_t* keys, int64_t slots, int64_t count) {
+  const int64_t slices = samples.At(0, w).slices;
   const auto each = [&](auto&& step) {
-    ParallelFor(pool, count * slices, plan.workers, [&](int64_t task, int64_t) {
-      step(layout.samples.At(task / slices, d.w), task / slices, task % slices);
+    ParallelFor(pool, count * slices, workers, [&](int64_t task, int64_t) {
+      step(samples.At(task / slices, w), task / slices, task % slices);
     });
   };
   each([&](const SiteIndex& index, int64_t i, int64_t slice) {
-    index.Mark(d.w, keys + (item + i) * d.from_slots, d.from_slots, slice);
-    if (slices == 1) index.Rank<Loops>(d.w, 0);
+    index.Mark(w, keys + i * slots, slots, slice);
+    if (slices == 1) index.Rank<Loops>(w, 0);
   });
   if (slices == 1) return;
-  each([&](const SiteIndex& index, int64_t, int64_t slice) { index.Rank<Loops>(d.w, slice); });
+  each([&](const SiteIndex& index, int64_t, int64_t slice) { index.Rank<Loops>(w, slice); });
+}
+
+// What tells the pairs of a sample: the index of its sites, or a map [word][slots].
+struct Pairs {
+  std::optional<SiteIndex> index;
+  const int32_t* map;
+  int64_t slots;
+};
+
+// Prepares the pairs of `count` samples from `item`, whose keys are [item][slots].
+template <typename Loops>
+void LayOut(ffi::ThreadPool& pool, const Layout& layout, const Plan& plan, const int32_t* keys,
+            int64_t item, int64_t count) {
+  if (plan.mapped) return;
+  const int64_t slots = layout.d.from_slots;
+  FillIndex<Loops>(pool, layout.samples, layout.d.w, plan.workers, keys + item * slots, slots,
+                   count);
+}
+
+// Those of item `item`, the i-th that is laid out, once LayOut has run. `map` is that of all.
+inline Pairs PairsOf(const Layout& layout, const Plan& plan, const int32_t* map, int64_t item,
+                     int64_t i) {
+  const int64_t slots = layout.d.to_slots;
+  if (!plan.mapped) return {layout.samples.At(i, layout.d.w), nullptr, 0};
+  return {{}, map + item * MapWords(layout.reach.lines) * slots, slots};
 }
 
 // Fills the tables that all samples of a call share.
@@ -89,19 +114,28 @@ bool Gather(const Values<T>& values, const Pair* pairs, int64_t count, const Wor
 // Neighbouring taps read sites that lie near each other: as many taps at a time as have room for
 // the stacks of all sites from the first to the last. A tap that has none by itself gathers.
 template <typename Loops, typename T, typename F>
-void ForEachTap(const Layout& layout, const SiteIndex& index, const Values<T>& values,
+void ForEachTap(const Layout& layout, const Pairs& pairs, const Values<T>& values,
                 const int32_t* keys, int64_t begin, int64_t end, const Worker& worker,
                 int64_t first_tap, int64_t last_tap, F&& f) {
   const PairLists& lists = worker.lists;
-  lists.Clear();
-  Loops::kFindPairs(layout.reach, index, keys, begin, end, lists);
-  lists.Pad(static_cast<int32_t>(end - begin));
+  const int64_t sites = end - begin;
+  if (pairs.index) {
+    Loops::kMapSites(layout.reach, *pairs.index, keys, begin, end, lists.bases, lists.words, sites);
+    Loops::kListPairs(layout.reach, lists.words, sites, sites, lists);
+  } else {
+    Loops::kListPairs(layout.reach, pairs.map + begin, pairs.slots, sites, lists);
+  }
+  lists.Pad(static_cast<int32_t>(sites));
   const int64_t room = worker.near_room;
   for (int64_t tap = first_tap, behind; tap < last_tap; tap = behind) {
     int32_t low = std::numeric_limits<int32_t>::max(), high = -1;
     for (behind = tap; behind < last_tap; ++behind) {
       int32_t new_low = low, new_high = high;
       Loops::kWidenBy(lists.At(behind), lists.counts[behind], new_low, new_high);
+      if (new_high >= values.slots) {  // of a map that is not this sample's
+        lists.counts[behind] = 0;
+        continue;
+      }
       if (high >= 0 && new_high - new_low >= room) break;
       low = new_low, high = new_high;
     }

@@ -12,13 +12,13 @@ namespace ilajax::products {
 // Sums the products at sites keys[begin, end) of a sample, which are keys of the grid, into
 // worker.sums.
 template <typename Loops, typename T>
-void SumProducts(const Layout& layout, const SiteIndex& index, const Values<T>& values,
+void SumProducts(const Layout& layout, const Pairs& pairs, const Values<T>& values,
                  const int32_t* keys, int64_t begin, int64_t end, const Worker& worker) {
   std::memset(worker.sums.data, 0, (end - begin) * worker.sums.step * sizeof(float));
   ForEachTap<Loops>(
-      layout, index, values, keys, begin, end, worker, 0, worker.lists.taps,
-      [&](int64_t tap, const Pair* pairs, int64_t count, const Stacks& from, bool finite) {
-        Loops::kMultiply(pairs, count, layout.matrices, tap, from,
+      layout, pairs, values, keys, begin, end, worker, 0, worker.lists.taps,
+      [&](int64_t tap, const Pair* listed, int64_t count, const Stacks& from, bool finite) {
+        Loops::kMultiply(listed, count, layout.matrices, tap, from,
                          finite && *layout.matrices.finite, worker.sums);
       });
 }
@@ -38,6 +38,7 @@ struct ForwardBuffers {
   const int32_t* kernel_keys;
   const float* weights;
   const float* bias;
+  const int32_t* map;
   T* features;
   int32_t* responses;
 };
@@ -59,7 +60,8 @@ class Forward {
       LayOut<Loops>(pool, layout, plan, a.keys, item, count);
       ParallelFor(pool, count * chunks, plan.workers, [&](int64_t task, int64_t id) {
         const int64_t begin = task % chunks * plan.chunk;
-        RunChunk(item + task / chunks, layout.samples.At(task / chunks, layout.d.w), begin,
+        const int64_t i = task / chunks;
+        RunChunk(item + i, PairsOf(layout, plan, a.map, item + i, i), begin,
                  std::min(begin + plan.chunk, s.capacity),
                  layout.workers.At(id, layout.reach.lines, layout.d, plan));
       });
@@ -67,14 +69,14 @@ class Forward {
   }
 
  private:
-  void RunChunk(int64_t item, const SiteIndex& index, int64_t begin, int64_t end,
+  void RunChunk(int64_t item, const Pairs& pairs, int64_t begin, int64_t end,
                 const Worker& worker) const {
     const int32_t* const keys = a.out_keys + item * s.capacity;
     const Values<T> values = {a.values + item * s.in_channels * s.slots, s.slots, s.in_channels};
     T* const features = a.features + item * s.out_channels * s.capacity;
     const int64_t last = std::clamp(Stored(keys, s.capacity, s.w.output_sites), begin, end);
     if (last > begin) {
-      SumProducts<Loops>(layout, index, values, keys, begin, last, worker);
+      SumProducts<Loops>(layout, pairs, values, keys, begin, last, worker);
       PutOut(item, begin, last, features, worker.sums);
     }
     for (int64_t j = 0; j < s.out_channels; ++j) {
@@ -107,10 +109,10 @@ class Forward {
 template <typename T, typename Call>
 void RunForward(ffi::ThreadPool& pool, Call& call, const S32& out_keys, const ConvShape& s,
                 const Plan& plan, const Layout& layout) {
-  const ForwardBuffers<T> buffers = {call.keys.typed_data(),    Data<T>(call.values),
-                                     out_keys.typed_data(),     call.kernel_keys.typed_data(),
-                                     call.weights.typed_data(), call.bias.typed_data(),
-                                     Data<T>(*call.features),   call.responses->typed_data()};
+  const ForwardBuffers<T> buffers = {
+      call.keys.typed_data(),        Data<T>(call.values),      out_keys.typed_data(),
+      call.kernel_keys.typed_data(), call.weights.typed_data(), call.bias.typed_data(),
+      call.map.typed_data(),         Data<T>(*call.features),   call.responses->typed_data()};
   DispatchLoops([&]<typename Loops>() { Forward<Loops, T>(buffers, s, plan, layout).Run(pool); });
 }
 

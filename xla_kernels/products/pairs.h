@@ -21,6 +21,7 @@ namespace ilajax::products {
 
 constexpr int kSites = 12;      // pairs that Multiply takes at once, at most
 constexpr int64_t kBlock = 16;  // output channels that it takes at once, at most
+constexpr int64_t kGroup = 3;   // neighbouring taps that are looked up at once, at most
 
 // Stacks that are taken at once, counted from the first of a sample or of a chunk.
 struct Pair {
@@ -154,19 +155,40 @@ struct SiteIndex {
   }
 };
 
+// The taps of a line in groups of neighbours, which are looked up at once.
+struct TapGroups {
+  int64_t taps, size, count;
+  int64_t step;  // from a group to the next along the line
+
+  explicit TapGroups(const LineWindow& line)
+      : taps(line.taps),
+        size(line.dilation > 1 ? 1 : kGroup),
+        count(CeilDiv(taps, size)),
+        step(size * line.dilation) {}
+
+  int64_t TapsOf(int64_t group) const { return std::min(size, taps - group * size); }
+};
+
+// Words that tell what the window reads at one site: one for each group of each line of taps.
+inline int64_t MapWords(const Lines& lines) {
+  return lines.tap_lines * TapGroups(lines.line).count;
+}
+
 // Which input lines an output line reads, through each line of taps.
 struct TapReach {
   Lines lines;
   Divider length;
   int64_t sites, rank;  // of the output
-  int32_t* offsets;     // [taps][rank]
-  int64_t* steps;       // [line of taps]: what the leading axes' offsets make in lines
+  TapGroups groups;
+  int32_t* offsets;  // [taps][rank]
+  int64_t* steps;    // [line of taps]: what the leading axes' offsets make in lines
 
   TapReach(Carver& carver, const Window& w)
       : lines(w),
         length(lines.line.output_length),
         sites(w.output_sites),
         rank(w.rank),
+        groups(lines.line),
         offsets(carver.Take<int32_t>(w.taps, kMaxRank)),
         steps(carver.Take<int64_t>(lines.tap_lines)) {}
 
@@ -197,16 +219,17 @@ struct PairLists {
   Pair* pairs;         // [tap][room]
   int32_t* counts;     // [tap]
   int64_t* bases;      // [line of taps]: see TapReach
+  int32_t* words;      // [line of taps][group][chunk], where the call has no map
 
-  PairLists(Carver& carver, const Lines& lines, int64_t chunk)
+  PairLists(Carver& carver, const Lines& lines, int64_t chunk, bool mapped)
       : taps(lines.tap_lines * lines.line.taps),
         room(chunk + kSites),
         pairs(carver.Take<Pair>(taps, room)),
         counts(carver.Take<int32_t>(taps)),
-        bases(carver.Take<int64_t>(lines.tap_lines)) {}
+        bases(carver.Take<int64_t>(lines.tap_lines)),
+        words(carver.Take<int32_t>(mapped ? 0 : MapWords(lines), chunk)) {}
 
   Pair* At(int64_t tap) const { return pairs + tap * room; }
-  void Clear() const { std::fill_n(counts, taps, 0); }
   // Fills lists up to whole steps of Multiply with pairs to a stack that nobody reads.
   void Pad(int32_t to) const {
     for (int64_t tap = 0; tap < taps; ++tap) {

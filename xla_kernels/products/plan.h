@@ -16,6 +16,7 @@ struct Plan {
   int64_t near;     // sites whose stacks a worker has at once: those that a chunk reads
   int64_t parts;    // of a sample's sites, each with a gradient of the filter; forward 0
   int64_t taps;     // 0: a part has a gradient of all taps; else of so many at a time, one part
+  int64_t mapped;   // 1: pairs come from a map that the call is given
   int64_t workers;
 };
 
@@ -42,7 +43,7 @@ struct Worker {
   Pair* pairs;  // to stacks that were gathered
 
   Worker(Carver& carver, const Lines& lines_, const Direction& d, const Plan& plan)
-      : lists(carver, lines_, plan.chunk),
+      : lists(carver, lines_, plan.chunk, plan.mapped),
         sums{carver.Take<float>(plan.chunk + 1, StackStep(d.to)), StackStep(d.to)},
         own{carver.Take<float>(d.backward ? plan.chunk : 0, StackStep(d.to)), StackStep(d.to)},
         near_room(std::max(plan.near, lists.room)),
@@ -65,9 +66,20 @@ struct Layout {
         matrices(carver, s.in_channels, s.out_channels, d.w.taps, d.backward),
         bias(carver.Take<float>(d.backward ? 0 : StackStep(d.to))),
         filter_bars(carver.Take<float>(plan.parts, d.w.taps, EvenRows(d.to), StackStep(d.from))),
-        samples(carver, plan.samples, d.w),
+        samples(carver, plan.mapped ? 0 : plan.samples, d.w),
         workers(carver, plan.workers, reach.lines, d, plan) {}
 };
+
+// Whether a call takes a site map: layers within one grid do, whose gradient mostly shares it with them. Those
+// between two grids would use theirs once, and lose what it takes to write and to read it. A map stays in
+// memory for as long as layers share it, so it may not be larger than what a layer reads and writes.
+inline bool IsMapped(const ConvShape& s, const Lines& lines, const Tuning& tuning) {
+  const auto one = [](int64_t step) { return step == 1; };
+  return tuning.site_maps > 0 && s.map_items != kUnread &&
+         std::all_of(s.w.strides, s.w.strides + s.w.rank, one) &&
+         std::all_of(s.w.input_dilation, s.w.input_dilation + s.w.rank, one) &&
+         MapWords(lines) <= s.in_channels + s.out_channels;
+}
 
 // A plan. An op may want more bytes for each sample, and for each worker.
 inline Plan MakePlan(const ConvShape& s, const Tuning& tuning, bool backward,
@@ -90,17 +102,30 @@ inline Plan MakePlan(const ConvShape& s, const Tuning& tuning, bool backward,
     if (2 * plan.parts < tuning.tasks) plan.parts = 1, plan.taps = CeilDiv(d.w.taps, tuning.tasks);
     if (plan.taps == 0) tasks = plan.parts;
   }
+  plan.mapped = IsMapped(s, lines, tuning);
   const int64_t tables = SizeOf<Layout>(s, plan);
   const int64_t worker = SizeOf<Worker>(lines, d, plan) + more_of_worker;
   const int64_t sample = SizeOf<SiteIndex>(d.w) + more_of_sample;
   plan.workers = std::clamp<int64_t>(tasks, 1, tuning.workers);
   while (plan.workers > 2 && plan.workers * worker > budget / 2) --plan.workers;
   const int64_t left = budget - tables - plan.workers * worker;
-  plan.samples = std::clamp<int64_t>(left / sample, 1, items);
+  plan.samples = plan.mapped ? items : std::clamp<int64_t>(left / sample, 1, items);
   return plan;
 }
 
-inline bool Fits(const Plan& plan, bool backward) {
+// The words of a slot in the map that a call takes by this plan.
+inline int64_t MapWords(const ConvShape& s, const Plan& plan, bool backward) {
+  return plan.mapped ? MapWords(Lines(Direction(s, backward).w)) : 0;
+}
+
+inline bool Fits(const ConvShape& s, const Plan& plan, bool backward) {
+  if (plan.mapped != 0) {
+    const Direction d(s, backward);
+    if (plan.mapped != 1 || s.map_items != s.batch || s.map_slots != d.to_slots ||
+        s.map_words != MapWords(Lines(d.w))) {
+      return false;
+    }
+  }
   return plan.samples >= 1 && plan.chunk >= 1 && plan.near >= 1 && plan.workers >= 1 &&
          (backward ? plan.parts >= 1 && plan.taps >= 0 && (plan.taps == 0 || plan.parts == 1)
                    : plan.parts == 0 && plan.taps == 0);

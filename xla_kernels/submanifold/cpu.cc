@@ -42,8 +42,8 @@ products::Plan ProductsPlan(const ConvShape& s, const Tuning& tuning, bool backw
   if (s.in_channels * s.out_channels < tuning.products / (backward ? 2 : 1)) return {};
   return products::MakePlan(s, tuning, backward);
 }
-bool ProductsFit(const products::Plan& plan, bool backward) {
-  return plan.samples == 0 || products::Fits(plan, backward);
+bool ProductsFit(const ConvShape& s, const products::Plan& plan, bool backward) {
+  return plan.samples == 0 || products::Fits(s, plan, backward);
 }
 
 struct SubmanifoldForward {
@@ -57,7 +57,10 @@ struct SubmanifoldForward {
     return {ProductsPlan(s, tuning, false), LinesForward::Make<T>(s, tuning)};
   }
   static bool Fits(const ConvShape& s, const Plan& plan) {
-    return ProductsFit(plan.products, false) && LinesForward::Fits(s, plan.lines);
+    return ProductsFit(s, plan.products, false) && LinesForward::Fits(s, plan.lines);
+  }
+  static int64_t MapWords(const ConvShape& s, const Plan& plan) {
+    return products::MapWords(s, plan.products, false);
   }
 
   template <typename T>
@@ -81,7 +84,10 @@ struct SubmanifoldBackward {
     return {ProductsPlan(s, tuning, true), MakeGradientPlan(s, tuning)};
   }
   static bool Fits(const ConvShape& s, const Plan& plan) {
-    return ProductsFit(plan.products, true) && ilajax::Fits(s, plan.lines);
+    return ProductsFit(s, plan.products, true) && ilajax::Fits(s, plan.lines);
+  }
+  static int64_t MapWords(const ConvShape& s, const Plan& plan) {
+    return products::MapWords(s, plan.products, true);
   }
 
   template <typename T>

@@ -12,7 +12,7 @@ namespace ilajax {
 struct SubmanifoldShape : ConvShape {
   ffi::Error Check(const char* op) {
     capacity = slots;
-    if (key_channels != 1) return InvalidArgument(op, ": keys must be those of all channels");
+    ILAJAX_RETURN_IF_ERROR(CheckShared(op, key_channels));
     for (int a = 0; a < w.rank; ++a) {
       if (w.strides[a] != 1 || w.input_shape[a] != w.output_shape[a]) {
         return InvalidArgument(op, ": input and output must have one grid, and stride 1");
@@ -28,6 +28,7 @@ struct SubmanifoldShape : ConvShape {
   ARG(S32, kernel_keys, weights)                    \
   ARG(F32, weights, weights)                        \
   ARG(F32, bias, out_channels)                      \
+  ARG(S32, map, map_items, map_words, map_slots)    \
   RET(Values, features, batch, out_channels, slots) \
   RET(S32, responses, batch, out_channels)          \
   RET(U8, workspace)                                \
@@ -41,6 +42,7 @@ ILAJAX_CALL(SubmanifoldFwd, SubmanifoldShape, "submanifold", ILAJAX_SUBMANIFOLD_
   ARG(S32, kernel_keys, weights)                     \
   ARG(F32, weights, weights)                         \
   ARG(Values, cotangent, batch, out_channels, slots) \
+  ARG(S32, map, map_items, map_words, map_slots)     \
   RET(Values, values_bar, batch, in_channels, slots) \
   RET(F32, weights_bar, groups, weights)             \
   RET(F32, bias_bar, groups, out_channels)           \
