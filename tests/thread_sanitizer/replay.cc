@@ -112,9 +112,11 @@ int Lacking(const std::vector<Call>& calls, const std::vector<char>& helped) {
     }
     std::string missing;
     if (parallel == 0) missing += ", none in parallel";
-    if (!dtypes.contains(XLA_FFI_DataType_F32)) missing += ", none of float32";
-    if (!dtypes.contains(XLA_FFI_DataType_BF16)) missing += ", none of bfloat16";
-    if (!dtypes.contains(XLA_FFI_DataType_F16)) missing += ", none of float16";
+    if (dtypes != std::set{XLA_FFI_DataType_S32}) {  // keys alone have no other dtype
+      if (!dtypes.contains(XLA_FFI_DataType_F32)) missing += ", none of float32";
+      if (!dtypes.contains(XLA_FFI_DataType_BF16)) missing += ", none of bfloat16";
+      if (!dtypes.contains(XLA_FFI_DataType_F16)) missing += ", none of float16";
+    }
     std::printf("%-24s %4d calls, %4d in parallel%s\n", target.c_str(), count, parallel,
                 missing.c_str());
     lacking += !missing.empty();
