@@ -253,7 +253,8 @@ def main(arguments: list[str] | None = None) -> list[Record]:
             records += new
             for record in new:
                 reporter.print("{:42} {:>10} {:>9} {:>9} {:>9} {:>9} {:>7}".format(*cells(record)))
-            new = measure_sharing(options.resolution, channels, options.budget)
+            # Small differences of long calls, which a few of them would not show.
+            new = measure_sharing(options.resolution, channels, 10 * options.budget)
             sharing += new
             for record in new:
                 reporter.print(

@@ -14,7 +14,6 @@ compared whatever else the machine did during training.
 """
 
 import argparse
-import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Sequence
@@ -31,26 +30,22 @@ from matplotlib.ticker import PercentFormatter
 
 import ilajax
 from benchmarks import timing
-from experiments import frame
-from experiments.checkpoints import check_options, remove_checkpoints
-from experiments.data.augment import INWARD, Pose
-from experiments.data.loader import Batch, Source
+from experiments import frame, grid
+from experiments.data.loader import Batch
+from experiments.data.parts import FEATURES, Parts, whole
 from experiments.data.sets import Dataset, add_data, add_sizes, chosen_dataset
-from experiments.data.voxels import unit_grid
 from experiments.demo_picture import INK, style_panel, title_panel
 from experiments.frame import Cells, summary_table
-from experiments.training import Row, Run, as_it_is, checkpoint_directory, train, train_step
+from experiments.grid import Trained
+from experiments.training import Row, Run, as_it_is, smoothed, train_step
 
 # Highest rates of the one-cycle schedule.
 RATES = {"resnet": 3e-3, "octnet3": 1e-3}
 NETS = tuple(RATES)
 COLOURS = {"resnet": "#c8442b", "octnet3": "#0072b2"}
-FEATURES = 4
-SHRINK = 0.15
 WEIGHT_DECAY = 0.05
-SMOOTHING = 0.2  # of the labels: the share that goes to all classes alike
 TEST_BATCH = 64
-GRID = ["net", "seed", "test_accuracy", "test_loss", "train_accuracy", "train_loss"]
+REPORTED = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")
 # What changes the bits of a run, and therefore must not change when it goes on.
 FIXED = (
     *("data", "resolution", "capacity", "train_size", "test_size"),
@@ -70,71 +65,19 @@ class Setting(NamedTuple):
         return f"{self.net}-seed-{self.seed}"
 
 
-class Trained(NamedTuple):
-    """What became of a setting: its net, and a row for each epoch."""
-
-    setting: Setting
-    run: Run
-    rows: list[Row]
-
-
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """The samples of a `VoxelSource`, with four features in each voxel.
-
-    The first is 1. The others say where in the voxel its points lie: their mean less its centre, in voxels.
-    That is the geometry which a coarse grid rounds away.
-
-    With a seed, samples vary from epoch to epoch: each axis is shrunk by a factor of its own, the shape moved
-    within what that leaves free, and x and y are mirrored with a chance of a half. None is turned: which way
-    a part lies tells its class, as libraries draw pin headers along y and terminal blocks along x.
-    """
-
-    samples: Any  # a `VoxelSource`; how its samples stand is said here
-    seed: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def batch(self, chosen: np.ndarray, epoch: int) -> Batch:
-        positions = [self._positions(index, epoch) for index in chosen.tolist()]
-        features = [_features(position) for position in positions]
-        grid = unit_grid(self.samples.resolution)
-        voxels = ilajax.data.voxelize(positions, features, capacity=self.samples.capacity, **grid)
-        return Batch(voxels.tensor, self.samples.sets.label[chosen], voxels.overflow)
-
-    def _positions(self, index: int, epoch: int) -> np.ndarray:
-        resolution = self.samples.resolution
-        position = self.samples.sets.positions(index, Pose(), resolution)
-        if self.seed is None:
-            return position
-        rng = np.random.default_rng([self.seed, epoch, index])
-        scale = rng.uniform(1 - SHRINK, 1, 3)
-        position = position * scale + rng.uniform(0, resolution * (1 - scale))
-        mirrored = np.append(rng.random(2) < 0.5, False)
-        position = np.where(mirrored, resolution - position, position)
-        # What was at 0 comes to the upper border when it is mirrored.
-        return position.clip(0, resolution - INWARD)
-
-
 def main(arguments: list[str] | None = None) -> list[Trained]:
     """Runs the experiment; returns what became of each setting."""
     parser = _parser()
     options = parser.parse_args(arguments)
     record = timing.provenance("experiments.classification", arguments)
     try:
-        settings = _settings(options)
+        nets = dict.fromkeys(options.nets)  # all seeds of a net, then those of the next
+        settings = [Setting(net, seed) for net in nets for seed in grid.seeds(options)]
         data = chosen_dataset(options)
         fixed = {name: getattr(options, name) for name in FIXED}
         sources: tuple[Any, ...] = (data.training, data.test)
         fixed["data_dir"] = " ".join(source.sets.fingerprint() for source in sources)
-        for setting in settings:
-            checkpoints = checkpoint_directory(options.out, setting.name)
-            if options.resume:
-                check_options(checkpoints, fixed)
-            else:
-                remove_checkpoints(checkpoints)
-        options.out.mkdir(parents=True, exist_ok=True)
+        grid.prepare(options, settings, fixed)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     record["options"] = {name: getattr(options, name) for name in FIXED}
@@ -151,22 +94,17 @@ def main(arguments: list[str] | None = None) -> list[Trained]:
             f"{len(data.training):,} samples to train, {len(data.test):,} to test, {len(data.class_names)} "
             f"classes; {record['samples']['test_voxels_cut']:,} voxels of test samples do not fit."
         )
-        trained: list[Trained] = []
-        for setting in settings:
-            run = _run(setting, options, fixed, data)
-            rows = train(
-                run,
-                Parts(data.training, setting.seed),
-                (test.inputs, test.labels),
-                epochs=options.epochs,
-                batch_size=options.batch_size,
-                reporter=reporter,
-                test_batch=TEST_BATCH,
-                workers=options.workers,
-                epochs_after=options.epochs * (len(settings) - len(trained) - 1),
-            )
-            trained.append(Trained(setting, run, rows))
-            frame.write_table(written[0], GRID, map(_result, trained))
+        trained = grid.train_all(
+            settings,
+            functools.partial(_run, options=options, fixed=fixed, data=data),
+            lambda setting: Parts(data.training, setting.seed),
+            (test.inputs, test.labels),
+            options,
+            reporter,
+            table=written[0],
+            row=_result,
+            test_batch=TEST_BATCH,
+        )
         record["runs"] = [_result(each) | {"epochs": each.rows} for each in trained]
         batch = Parts(data.training, options.seed).batch(np.arange(options.batch_size), epoch=1)
         reporter.print("timing the nets' steps in turn ...")
@@ -178,13 +116,6 @@ def main(arguments: list[str] | None = None) -> list[Trained]:
         _draw(written[3], record)
         frame.publish(reporter, written, options.report, "classification")
     return trained
-
-
-def whole(source: Source) -> Batch:
-    """All samples of a source; made in parts, as the points of all clouds may not fit into memory."""
-    parts = -(-len(source) // TEST_BATCH)
-    batches = [source.batch(part, 0) for part in np.array_split(np.arange(len(source)), parts)]
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches)
 
 
 def make_net(net: str, resolution: int, classes: int, *, seed: int) -> nnx.Module:
@@ -208,29 +139,12 @@ def make_net(net: str, resolution: int, classes: int, *, seed: int) -> nnx.Modul
     )
 
 
-def smoothed(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The `Score` of a step: the mean loss against smoothed labels, and the share that is told right."""
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[1]), SMOOTHING)
-    right = jnp.argmax(logits, axis=1) == labels
-    return optax.softmax_cross_entropy(logits, targets).mean(), jnp.mean(right)
-
-
 @functools.cache
 def make_transformation(learning_rate: float, steps: int) -> optax.GradientTransformation:
     """AdamW in one cycle; the same numbers give the same object: other seeds reuse the compiled step."""
     schedule = optax.cosine_onecycle_schedule(steps, learning_rate, pct_start=0.2)
     # The chain lets AdamW take the extra arguments of the training loop, and ignore them.
     return optax.chain(optax.adamw(schedule, weight_decay=WEIGHT_DECAY))
-
-
-def _settings(options: argparse.Namespace) -> list[Setting]:
-    """All seeds of a net, then those of the next."""
-    seeds = range(options.seed, options.seed + options.seeds)
-    if seeds[-1] >= 2**32:
-        raise ValueError(
-            f"--seeds {options.seeds} from --seed {options.seed} on go beyond 2**32 - 1."
-        )
-    return [Setting(net, seed) for net in dict.fromkeys(options.nets) for seed in seeds]
 
 
 def _run(setting: Setting, options: argparse.Namespace, fixed: Row, data: Dataset) -> Run:
@@ -249,15 +163,10 @@ def _run(setting: Setting, options: argparse.Namespace, fixed: Row, data: Datase
     )
 
 
-def _features(position: np.ndarray) -> np.ndarray:
-    offset = position - np.floor(position) - 0.5
-    return np.concatenate([np.ones((len(offset), 1)), offset], axis=1).astype(np.float32)
-
-
 def _result(trained: Trained) -> Row:
     """A run's line in the table of results: what its last epoch says."""
     last = trained.rows[-1]
-    return trained.setting._asdict() | {name: last[name] for name in GRID[2:]}
+    return trained.setting._asdict() | {name: last[name] for name in REPORTED}
 
 
 def _measure(trained: Sequence[Trained], batch: Batch, budget: float) -> list[dict[str, Any]]:
@@ -416,27 +325,17 @@ def _draw(path: Path, record: dict[str, Any]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = frame.parser("experiments.classification", __doc__)
-    add, whole = parser.add_argument, frame.positive_int
+    add = parser.add_argument
     add("--nets", choices=NETS, nargs="+", default=list(NETS), help="which nets to train, in turn")
     add_data(parser)
     add_sizes(parser, resolution=32)
     rates = ", ".join(f"{rate:g} for {net}" for net, rate in RATES.items())
     rate = f"AdamW's highest rate, in one cycle over all epochs; by default {rates}"
     add("--learning-rate", type=frame.positive, metavar="RATE", help=rate)
-    add("--epochs", type=whole, default=40, metavar="N", help="epochs")
-    add("--batch-size", type=whole, default=32, metavar="N", help="samples a step")
     varied = "of weights, order, variation and dropout"
-    add("--seed", type=frame.seed, default=0, metavar="N", help=varied)
-    seeds = "train every net so often, with seeds from --seed on"
-    add("--seeds", type=whole, default=1, metavar="N", help=seeds)
-    workers = "processes that make the batches; 0: this one does"
-    not_negative = frame.number(int, lambda n: n >= 0, "a whole number of at least 0")
-    add("--workers", type=not_negative, default=0, metavar="N", help=workers)
+    grid.add_training(parser, epochs=40, out="runs/classification", of_seed=varied)
     budget = "seconds for timing each net"
     add("--budget", type=frame.positive, default=5.0, metavar="S", help=budget)
-    frame.add_out(parser, "runs/classification")
-    resume = "go on from the newest checkpoint in --out that can be read, if there is any"
-    add("--resume", action="store_true", help=resume)
     frame.add_report(parser, "classification.{csv,json,md,png}")
     return parser
 

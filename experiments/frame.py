@@ -41,6 +41,7 @@ def number(
 
 
 positive_int = number(int, lambda n: n >= 1, "a whole number of at least 1")
+whole = number(int, lambda n: n >= 0, "a whole number of at least 0")
 seed = number(int, lambda n: 0 <= n < 2**32, "a whole number in [0, 2**32)")
 positive = number(float, lambda v: v > 0, "a number above 0")
 not_negative = number(float, lambda v: v >= 0, "a number of at least 0")
@@ -171,8 +172,8 @@ class _TimeLeft(ProgressColumn):
 
 def minutes(seconds: float) -> str:
     """Seconds as m:ss."""
-    whole = round(seconds)
-    return f"{whole // 60}:{whole % 60:02d}"
+    rounded = round(seconds)
+    return f"{rounded // 60}:{rounded % 60:02d}"
 
 
 def write_section(path: Path, heading: str, body: str, *, title: str) -> None:

@@ -28,19 +28,19 @@ from flax import nnx
 
 import ilajax
 from benchmarks import timing
-from experiments import frame
+from experiments import frame, grid
 from experiments.activations import activation_bytes, dense_densities, sparse_densities
-from experiments.checkpoints import check_options, remove_checkpoints
 from experiments.data.loader import Arrays
 from experiments.data.mnist import CLASSES, Digits, load_mnist
 from experiments.frame import Cells, summary_table
+from experiments.grid import Trained
 from experiments.mnist_picture import grid_picture
-from experiments.training import Row, Run, checkpoint_directory, compact, train, train_step
+from experiments.training import Row, Run, compact, train_step
 
 RESOLUTION = 24  # the paper's name of the network for 28 x 28 pixels
 PIXEL_THRESHOLD = 50
 BOUNDS = [0.035, 0.055, 0.095]
-GRID = ["density_bound", "seed", "test_accuracy", "test_loss", "train_loss", "live_weights"]
+REPORTED = ("test_accuracy", "test_loss", "train_loss", "live_weights")
 # What changes the bits of a run, and therefore must not change when it goes on.
 FIXED = ("regularisation", "pruning_threshold", "learning_rate", "batch_size")
 
@@ -61,14 +61,6 @@ class Setting(NamedTuple):
         return f"{self.net}-seed-{self.seed}"
 
 
-class Trained(NamedTuple):
-    """What became of a setting: its net, and a row for each epoch."""
-
-    setting: Setting
-    run: Run
-    rows: list[Row]
-
-
 def main(arguments: list[str] | None = None) -> list[Trained]:
     """Runs the experiment; returns what became of each setting."""
     parser = _parser()
@@ -83,13 +75,7 @@ def main(arguments: list[str] | None = None) -> list[Trained]:
             )
         fixed = {name: getattr(options, name) for name in FIXED}
         fixed["data_dir"] = f"{training.fingerprint()} {test.fingerprint()}"
-        for setting in settings:
-            checkpoints = checkpoint_directory(options.out, setting.name)
-            if options.resume:
-                check_options(checkpoints, fixed)
-            else:
-                remove_checkpoints(checkpoints)
-        options.out.mkdir(parents=True, exist_ok=True)
+        grid.prepare(options, settings, fixed)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     record["options"] = {name: getattr(options, name) for name in (*FIXED, "epochs")}
@@ -109,21 +95,16 @@ def main(arguments: list[str] | None = None) -> list[Trained]:
             "sparse nets' selection"
         )
         written = [options.out / f"mnist.{suffix}" for suffix in ("csv", "json", "md", "png")]
-        trained: list[Trained] = []
-        for setting in settings:
-            run = _run(setting, options, fixed, slots, test)
-            rows = train(
-                run,
-                Arrays(training.images, training.labels),
-                (test.images, test.labels),
-                epochs=options.epochs,
-                batch_size=options.batch_size,
-                reporter=reporter,
-                checkpoint_every=options.checkpoint_every,
-                epochs_after=options.epochs * (len(settings) - len(trained) - 1),
-            )
-            trained.append(Trained(setting, run, rows))
-            frame.write_table(written[0], GRID, map(_result, trained))
+        trained = grid.train_all(
+            settings,
+            functools.partial(_run, options=options, fixed=fixed, slots=slots, test=test),
+            lambda _: Arrays(training.images, training.labels),
+            (test.images, test.labels),
+            options,
+            reporter,
+            table=written[0],
+            row=_result,
+        )
         record["runs"] = [_result(each) | {"epochs": each.rows} for each in trained]
         reporter.print("timing the nets' steps in turn ...")
         record["nets"] = _measure(trained, training, options)
@@ -180,12 +161,7 @@ def _settings(options: argparse.Namespace) -> list[Setting]:
     """All nets of the first seed first, so that a run that is stopped has covered the grid."""
     nets: list[float | None] = [None] if options.nets != "sparse" else []
     nets += sorted(set(options.density_bounds)) if options.nets != "dense" else []
-    seeds = range(options.seed, options.seed + options.seeds)
-    if seeds[-1] >= 2**32:
-        raise ValueError(
-            f"--seeds {options.seeds} from --seed {options.seed} on go beyond 2**32 - 1."
-        )
-    return [Setting(bound, seed) for seed in seeds for bound in nets]
+    return [Setting(bound, seed) for seed in grid.seeds(options) for bound in nets]
 
 
 def _run(
@@ -223,7 +199,7 @@ def _result(trained: Trained) -> Row:
     """A run's line in the grid's table: what its last epoch says."""
     last = trained.rows[-1]
     named = {"density_bound": trained.setting.bound, "seed": trained.setting.seed}
-    return named | {name: last[name] for name in GRID[2:]}
+    return named | {name: last[name] for name in REPORTED}
 
 
 def _measure(
@@ -321,20 +297,11 @@ def _parser() -> argparse.ArgumentParser:
     threshold = "filter weights of the sparse nets that stay below it for two epochs go; 0: none"
     add("--pruning-threshold", type=amount, default=0.0, metavar="W", help=threshold)
     add("--learning-rate", type=frame.positive, default=0.01, metavar="RATE", help="Adagrad's rate")
-    add("--epochs", type=frame.positive_int, default=10, metavar="N", help="epochs")
-    add("--batch-size", type=frame.positive_int, default=32, metavar="N", help="digits a step")
-    add("--seed", type=frame.seed, default=0, metavar="N", help="of weights, order and dropout")
-    seeds = "train every net so often, with seeds from --seed on"
-    add("--seeds", type=frame.positive_int, default=1, metavar="N", help=seeds)
     digits = "folder with MNIST's four IDX files, plain or .gz; by default the shipped digits"
     add("--data-dir", type=Path, metavar="DIR", help=digits)
     budget = "seconds for timing each net"
     add("--budget", type=frame.positive, default=2.0, metavar="S", help=budget)
-    frame.add_out(parser, "runs/mnist")
-    every = "leave a checkpoint after so many steps too; by default at the ends of epochs only"
-    add("--checkpoint-every", type=frame.positive_int, metavar="STEPS", help=every)
-    resume = "go on from the newest checkpoint in --out that can be read, if there is any"
-    add("--resume", action="store_true", help=resume)
+    grid.add_training(parser, epochs=10, out="runs/mnist", of_seed="of weights, order and dropout")
     frame.add_report(parser, "mnist.{csv,json,md,png}")
     return parser
 

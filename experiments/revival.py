@@ -31,17 +31,17 @@ import optax
 from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from scipy.stats import t as student
 
 import ilajax
 from benchmarks import timing
-from experiments import frame
-from experiments.classification import FEATURES, TEST_BATCH, Parts, smoothed, whole
-from experiments.data.loader import Batch
+from experiments import frame, grid
+from experiments.classification import TEST_BATCH
+from experiments.data.parts import FEATURES, Parts, whole
 from experiments.data.sets import Dataset, add_data, add_sizes, chosen_dataset
 from experiments.demo_picture import INK, style_panel, title_panel
 from experiments.frame import Cells, summary_table
-from experiments.training import Row, Run, as_it_is, train
+from experiments.grid import Trained
+from experiments.training import Row, Run, as_it_is, smoothed
 from ilajax import geometry
 from ilajax.models.residual import ResidualBlock
 
@@ -62,13 +62,16 @@ SCALE = 0.003
 SITE_BOUNDS = (0.1, 0.17, 0.4, 0.8, 1.0)
 
 
-class Trained(NamedTuple):
-    """What became of a net: a row for each epoch, and its channels' shares at the end."""
+class Setting(NamedTuple):
+    """A net to be trained, and its seed."""
 
     method: str
     seed: int
-    rows: list[Row]
-    model: nnx.Module
+
+    @property
+    def name(self) -> str:
+        """What its rows and table are called."""
+        return f"{self.method.replace(' ', '-')}-{self.seed}"
 
 
 class BoostedConv(nnx.Module):
@@ -112,28 +115,31 @@ def main(arguments: list[str] | None = None) -> list[Trained]:
     parser = _parser()
     options = parser.parse_args(arguments)
     record = timing.provenance("experiments.revival", arguments)
+    methods = [method for method in METHODS if method in options.methods]
     try:
+        # All methods of the first seed first, so that a run that is stopped has covered them.
+        settings = [Setting(method, seed) for seed in grid.seeds(options) for method in methods]
         data = chosen_dataset(options)
-        options.out.mkdir(parents=True, exist_ok=True)
+        grid.prepare(options, settings, {})
     except (OSError, ValueError) as error:
         parser.error(str(error))
     names = ("data", "resolution", "epochs", "batch_size", "threshold", "seed", "seeds")
     record["options"] = {name: getattr(options, name) for name in names}
     record["samples"] = {"train": len(data.training), "test": len(data.test)}
-    methods = [method for method in METHODS if method in options.methods]
     test = whole(Parts(data.test))
     with frame.Reporter() as reporter:
         reporter.print(timing.headline(record))
-        trained: list[Trained] = []
-        # All methods of the first seed first, so that a run that is stopped has covered them.
-        for seed in range(options.seed, options.seed + options.seeds):
-            for method in methods:
-                left = len(methods) * options.seeds - len(trained) - 1
-                run = _run(method, seed, options, data)
-                rows = _train(
-                    run, data, test, options, reporter, epochs_after=left * options.epochs
-                )
-                trained.append(Trained(method, seed, rows, run.model))
+        trained = grid.train_all(
+            settings,
+            functools.partial(_run, options=options, data=data),
+            lambda setting: Parts(data.training, setting.seed),
+            (test.inputs, test.labels),
+            options,
+            reporter,
+            table=options.out / "revival.csv",
+            row=_line,
+            test_batch=TEST_BATCH,
+        )
         record["methods"] = [_result(method, trained) for method in methods]
         cells = _cells(record)
         reporter.print(summary_table(cells))
@@ -204,14 +210,6 @@ class Regrowth:
             warned[at].set_value(warned[at][...] & jnp.asarray(since <= epoch - SPARED))
 
 
-def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean of paired differences, by Student's t."""
-    mean = statistics.mean(differences)
-    half = student.ppf(0.975, len(differences) - 1) * statistics.stdev(differences)
-    half /= len(differences) ** 0.5
-    return mean - half, mean + half
-
-
 def weights_left(model: nnx.Module) -> float:
     """Share of the filters' weights that are not 0."""
     filters = [conv.kernel[...] for _, conv in ilajax.nn.iter_convs(model)]
@@ -239,14 +237,15 @@ def _transformation(
     return ilajax.optim.sparse_training(structure, adam, scale=SCALE, threshold=threshold)
 
 
-def _run(method: str, seed: int, options: argparse.Namespace, data: Dataset) -> Run:
+def _run(setting: Setting, options: argparse.Namespace, data: Dataset) -> Run:
+    method, seed = setting
     classes, net = len(data.class_names), METHODS[method]
     model = make_net(method, options.resolution, classes, seed=seed)
     steps = options.epochs * (len(data.training) // options.batch_size)
     how = _transformation(net, options.resolution, classes, steps, options.threshold)
     grows = {"random": seed, "momentum": None}
     return Run(
-        name=f"{method.replace(' ', '-')}-{seed}",
+        name=setting.name,
         model=model,
         optimizer=nnx.Optimizer(model, how, wrt=nnx.Param),
         to_input=as_it_is,
@@ -258,10 +257,16 @@ def _run(method: str, seed: int, options: argparse.Namespace, data: Dataset) -> 
     )
 
 
+def _line(trained: Trained) -> Row:
+    """A net's line in the table: what its last epoch says."""
+    names = ("test_accuracy", "test_loss", "density_weights")
+    return trained.setting._asdict() | {name: trained.rows[-1][name] for name in names}
+
+
 def _result(method: str, trained: Sequence[Trained]) -> dict[str, Any]:
     """Accuracies by seed, and how they differ from those of the same net and seed without the method."""
-    rows = {(each.method, each.seed): each.rows for each in trained}
-    models = [each.model for each in trained if each.method == method]
+    rows = {each.setting: each.rows for each in trained}
+    models = [each.run.model for each in trained if each.setting.method == method]
     seeds = [seed for name, seed in rows if name == method]
     accuracies = [rows[method, seed][-1]["test_accuracy"] for seed in seeds]
     found = {
@@ -275,10 +280,10 @@ def _result(method: str, trained: Sequence[Trained]) -> dict[str, Any]:
         "interval": None,
     }
     base = METHODS[method]
-    if base != method and len(seeds) > 1 and (base, seeds[0]) in rows:
+    if base != method and (base, seeds[0]) in rows:
         before = [rows[base, seed][-1]["test_accuracy"] for seed in seeds]
         pairs = zip(accuracies, before, strict=True)
-        found["interval"] = interval([after - at_first for after, at_first in pairs])
+        found["interval"] = grid.interval([after - at_first for after, at_first in pairs])
     return found
 
 
@@ -357,45 +362,16 @@ def _draw(path: Path, record: Mapping[str, Any]) -> None:
     frame.save_figure(figure, path)
 
 
-def _train(
-    run: Run,
-    data: Dataset,
-    test: Batch,
-    options: argparse.Namespace,
-    reporter: frame.Reporter,
-    epochs_after: int,
-) -> list[Row]:
-    return train(
-        run,
-        Parts(data.training, run.seed),
-        (test.inputs, test.labels),
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        reporter=reporter,
-        test_batch=TEST_BATCH,
-        epochs_after=epochs_after,
-    )
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = frame.parser("experiments.revival", __doc__)
-    add, whole_number = parser.add_argument, frame.positive_int
+    add = parser.add_argument
     add("--methods", choices=METHODS, nargs="+", default=list(METHODS), help="what to train")
     add_data(parser)
     add_sizes(parser, resolution=16)
     threshold = "filter weights of OctNet3 that stay below it for two epochs go"
     add("--threshold", type=frame.positive, default=0.1, metavar="W", help=threshold)
-    add("--epochs", type=whole_number, default=20, metavar="N", help="epochs")
-    add("--batch-size", type=whole_number, default=32, metavar="N", help="samples a step")
-    add(
-        "--seed",
-        type=frame.seed,
-        default=0,
-        metavar="N",
-        help="of weights, order, variation, draws",
-    )
-    add("--seeds", type=whole_number, default=1, metavar="N", help="of each method, from --seed on")
-    frame.add_out(parser, "runs/revival")
+    varied = "of weights, order, variation, draws"
+    grid.add_training(parser, epochs=20, out="runs/revival", of_seed=varied, resumes=False)
     frame.add_report(parser, "revival.{json,md,png}")
     return parser
 

@@ -29,12 +29,12 @@ def finished(tmp_path_factory):
 def test_the_report_compares_seed_by_seed(finished):
     """Catches a method that is compared with another seed's net, and figures of another epoch."""
     trained, report = finished
-    assert [(each.method, each.seed) for each in trained] == [
+    assert [each.setting for each in trained] == [
         (method, seed) for seed in (0, 1) for method in ("pruned", "momentum")
     ]
     record = json.loads((report / "revival.json").read_text())
     pruned, momentum = record["methods"]
-    last = {(each.method, each.seed): each.rows[-1] for each in trained}
+    last = {each.setting: each.rows[-1] for each in trained}
     for each in (pruned, momentum):
         rows = [last[each["method"], seed] for seed in (0, 1)]
         assert each["accuracies"] == [row["test_accuracy"] for row in rows]
@@ -49,10 +49,7 @@ def test_the_report_compares_seed_by_seed(finished):
 
 def test_momentum_brings_weights_back(finished):
     """Catches regrowth that the next pruning undoes."""
-    left = {
-        (each.method, each.seed): [row["density_weights"] for row in each.rows]
-        for each in finished[0]
-    }
+    left = {each.setting: [row["density_weights"] for row in each.rows] for each in finished[0]}
     for seed in (0, 1):
         assert left["pruned", seed][1] < 0.5  # the first epoch that may prune
         assert left["momentum", seed][-1] > left["pruned", seed][-1]
@@ -63,13 +60,6 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         revival.main(["--train-size", "8", "--batch-size", "9", "--out", str(tmp_path)])
     assert "--batch-size 9 is more than the 8 samples" in capsys.readouterr().err
-
-
-def test_the_interval_is_students():
-    """Against the table: t = 2.776 for five pairs."""
-    low, high = revival.interval([0.01, 0.02, 0.03, 0.04, 0.05])
-    half = 2.776 * np.std([1, 2, 3, 4, 5], ddof=1) / 100 / 5**0.5
-    assert (low, high) == pytest.approx((0.03 - half, 0.03 + half), abs=1e-5)
 
 
 @pytest.mark.parametrize("seed", [None, 0], ids=["largest", "drawn"])
