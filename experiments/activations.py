@@ -65,6 +65,30 @@ def dense_densities(x: jax.Array, model: nnx.Module) -> dict[str, float]:
     }
 
 
+def layer_cuts(model: nnx.Module, x: Any) -> list[dict[str, Any]]:
+    """The layers with a density bound: the share of the sites before their selection, and behind it."""
+    convs = {path: conv for path, conv in sorted(ilajax.nn.iter_convs(model)) if conv.density_bound}
+    densities = _densities(*nnx.split(model), x, tuple(convs))
+    return [
+        {
+            "layer": ".".join(map(str, path)),
+            "bound": conv.density_bound,
+            "density": float(before),
+            "kept": float(kept),
+        }
+        for (path, conv), (before, kept) in zip(convs.items(), densities, strict=True)
+    ]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _densities(structure: nnx.GraphDef, state: nnx.State, x: Any, paths: tuple[Any, ...]) -> Any:
+    model = nnx.merge(structure, state)
+    _, captured = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)(x)
+    outputs = {path[:-1]: value.get_value() for path, value in nnx.to_flat_state(captured)}
+    convs = dict(ilajax.nn.iter_convs(model))
+    return [(convs[path].density[...].mean(), outputs[path][0].density.mean()) for path in paths]
+
+
 def activation_bytes(model: nnx.Module, x: Any) -> int:
     """Bytes of all feature maps, from the shapes of their keys and values, or of dense arrays.
 

@@ -31,9 +31,16 @@ from matplotlib.ticker import PercentFormatter
 import ilajax
 from benchmarks import timing
 from experiments import frame, grid
+from experiments.activations import layer_cuts
 from experiments.data.loader import Batch
 from experiments.data.parts import FEATURES, Parts, whole
-from experiments.data.sets import Dataset, add_data, add_sizes, chosen_dataset
+from experiments.data.sets import (
+    Dataset,
+    add_data,
+    add_resolution,
+    add_sizes,
+    chosen_dataset,
+)
 from experiments.demo_picture import INK, style_panel, title_panel
 from experiments.frame import Cells, summary_table
 from experiments.grid import Trained
@@ -73,7 +80,7 @@ def main(arguments: list[str] | None = None) -> list[Trained]:
     try:
         nets = dict.fromkeys(options.nets)  # all seeds of a net, then those of the next
         settings = [Setting(net, seed) for net in nets for seed in grid.seeds(options)]
-        data = chosen_dataset(options)
+        data = chosen_dataset(options, options.resolution)
         fixed = {name: getattr(options, name) for name in FIXED}
         sources: tuple[Any, ...] = (data.training, data.test)
         fixed["data_dir"] = " ".join(source.sets.fingerprint() for source in sources)
@@ -97,8 +104,7 @@ def main(arguments: list[str] | None = None) -> list[Trained]:
         trained = grid.train_all(
             settings,
             functools.partial(_run, options=options, fixed=fixed, data=data),
-            lambda setting: Parts(data.training, setting.seed),
-            (test.inputs, test.labels),
+            lambda setting: (Parts(data.training, setting.seed), (test.inputs, test.labels)),
             options,
             reporter,
             table=written[0],
@@ -176,7 +182,7 @@ def _measure(trained: Sequence[Trained], batch: Batch, budget: float) -> list[di
     """
     first = {each.setting.net: each for each in reversed(trained)}  # of its seeds, the first
     runs = {net: first[net].run for net in reversed(first)}
-    layers = {net: _layers(run.model, batch.inputs) for net, run in runs.items()}
+    layers = {net: layer_cuts(run.model, batch.inputs) for net, run in runs.items()}
     calls = {net: _step(run, batch) for net, run in runs.items()}
     timings = timing.side_by_side(calls, budget=budget)
     found = []
@@ -205,30 +211,6 @@ def _step(run: Run, batch: Batch) -> Callable[[], Any]:
     step = nnx.cached_partial(train_step, run.model, run.optimizer)
     how = {"to_input": run.to_input, "score": run.score}
     return lambda: step(batch.inputs, batch.labels, jnp.asarray(False), **how)
-
-
-def _layers(model: nnx.Module, x: Any) -> list[dict[str, Any]]:
-    """The layers with a density bound: the share of the sites before their selection, and behind it."""
-    convs = {path: conv for path, conv in sorted(ilajax.nn.iter_convs(model)) if conv.density_bound}
-    densities = _densities(*nnx.split(model), x, tuple(convs))
-    return [
-        {
-            "layer": ".".join(map(str, path)),
-            "bound": conv.density_bound,
-            "density": float(before),
-            "kept": float(kept),
-        }
-        for (path, conv), (before, kept) in zip(convs.items(), densities, strict=True)
-    ]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _densities(structure: nnx.GraphDef, state: nnx.State, x: Any, paths: tuple[Any, ...]) -> Any:
-    model = nnx.merge(structure, state)
-    _, captured = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)(x)
-    outputs = {path[:-1]: value.get_value() for path, value in nnx.to_flat_state(captured)}
-    convs = dict(ilajax.nn.iter_convs(model))
-    return [(convs[path].density[...].mean(), outputs[path][0].density.mean()) for path in paths]
 
 
 def _cells(record: dict[str, Any]) -> list[Cells]:
@@ -328,7 +310,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--nets", choices=NETS, nargs="+", default=list(NETS), help="which nets to train, in turn")
     add_data(parser)
-    add_sizes(parser, resolution=32)
+    add_sizes(parser)
+    add_resolution(parser, 32)
     rates = ", ".join(f"{rate:g} for {net}" for net, rate in RATES.items())
     rate = f"AdamW's highest rate, in one cycle over all epochs; by default {rates}"
     add("--learning-rate", type=frame.positive, metavar="RATE", help=rate)

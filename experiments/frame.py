@@ -63,9 +63,11 @@ def add_out(parser: argparse.ArgumentParser, default: Path | str) -> None:
     parser.add_argument("--out", type=Path, default=Path(default), metavar="DIR", help=help)
 
 
-def add_resolutions(parser: argparse.ArgumentParser, default: Sequence[int]) -> None:
-    """Adds --resolutions R..."""
-    many = {"type": positive_int, "nargs": "+", "metavar": "R"}
+def add_resolutions(
+    parser: argparse.ArgumentParser, default: Sequence[int], choices: Sequence[int] | None = None
+) -> None:
+    """Adds --resolutions R..., all numbers or some."""
+    many = {"type": positive_int, "nargs": "+", "metavar": "R", "choices": choices}
     help = "of each of the three axes"
     parser.add_argument("--resolutions", default=list(default), help=help, **many)
 

@@ -85,8 +85,7 @@ def prepare(options: argparse.Namespace, settings: Iterable[Setting], fixed: Row
 def train_all(
     settings: Sequence[Any],
     make: Callable[[Any], Run],
-    source: Callable[[Any], Source],
-    test: tuple[Any, Any],
+    data: Callable[[Any], tuple[Source, Any]],
     options: argparse.Namespace,
     reporter: frame.Reporter,
     *,
@@ -99,8 +98,7 @@ def train_all(
     Args:
       settings: a `Setting` for each net.
       make: the net of a setting, and how it is trained.
-      source: the samples that a setting trains on.
-      test: inputs and labels.
+      data: the samples that a setting trains on, and the inputs and labels that it is tested on.
       options: of `add_training`.
       reporter: gets a line for each epoch.
       table: a CSV file that gets a line for each net, once it is trained,
@@ -112,8 +110,7 @@ def train_all(
         run = make(setting)
         rows = train(
             run,
-            source(setting),
-            test,
+            *data(setting),
             epochs=options.epochs,
             batch_size=options.batch_size,
             reporter=reporter,

@@ -98,8 +98,7 @@ def main(arguments: list[str] | None = None) -> list[Trained]:
         trained = grid.train_all(
             settings,
             functools.partial(_run, options=options, fixed=fixed, slots=slots, test=test),
-            lambda _: Arrays(training.images, training.labels),
-            (test.images, test.labels),
+            lambda _: (Arrays(training.images, training.labels), (test.images, test.labels)),
             options,
             reporter,
             table=written[0],

@@ -37,7 +37,13 @@ from benchmarks import timing
 from experiments import frame, grid
 from experiments.classification import TEST_BATCH
 from experiments.data.parts import FEATURES, Parts, whole
-from experiments.data.sets import Dataset, add_data, add_sizes, chosen_dataset
+from experiments.data.sets import (
+    Dataset,
+    add_data,
+    add_resolution,
+    add_sizes,
+    chosen_dataset,
+)
 from experiments.demo_picture import INK, style_panel, title_panel
 from experiments.frame import Cells, summary_table
 from experiments.grid import Trained
@@ -119,7 +125,7 @@ def main(arguments: list[str] | None = None) -> list[Trained]:
     try:
         # All methods of the first seed first, so that a run that is stopped has covered them.
         settings = [Setting(method, seed) for seed in grid.seeds(options) for method in methods]
-        data = chosen_dataset(options)
+        data = chosen_dataset(options, options.resolution)
         grid.prepare(options, settings, {})
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -132,8 +138,7 @@ def main(arguments: list[str] | None = None) -> list[Trained]:
         trained = grid.train_all(
             settings,
             functools.partial(_run, options=options, data=data),
-            lambda setting: Parts(data.training, setting.seed),
-            (test.inputs, test.labels),
+            lambda setting: (Parts(data.training, setting.seed), (test.inputs, test.labels)),
             options,
             reporter,
             table=options.out / "revival.csv",
@@ -367,7 +372,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--methods", choices=METHODS, nargs="+", default=list(METHODS), help="what to train")
     add_data(parser)
-    add_sizes(parser, resolution=16)
+    add_sizes(parser)
+    add_resolution(parser, 16)
     threshold = "filter weights of OctNet3 that stay below it for two epochs go"
     add("--threshold", type=frame.positive, default=0.1, metavar="W", help=threshold)
     varied = "of weights, order, variation, draws"

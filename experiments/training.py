@@ -26,7 +26,8 @@ ToInput = Callable[[jax.Array], Any]
 Row = dict[str, Any]
 # Turns logits and labels into the mean loss and the share that is told right; hashable, static under jit.
 Score = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-# Loss, accuracy, seconds, and voxels that did not fit (None where nothing can be cut), as JSON takes them.
+# Loss, accuracy, seconds, voxels that did not fit (None where nothing can be cut), and what is watched, as
+# JSON takes them.
 Step = list[Any]
 
 
@@ -65,6 +66,8 @@ class Run:
     seed: int  # of the order of the training data
     densities: Callable[[nnx.Module], dict[str, float]] = lambda _: {}  # read off after a step
     bounds: Mapping[str, float] = dataclasses.field(default_factory=dict)  # beside densities
+    # Read off after every step, as means over an epoch.
+    watch: Callable[[nnx.Module], dict[str, float]] | None = None
     # Called after each epoch's steps with its number, the densities having been read: to prune, say.
     after_epoch: Callable[[nnx.Module, nnx.Optimizer, int], None] | None = None
     options: Row | None = None  # what a checkpoint must fit, by option; None: no checkpoints
@@ -215,11 +218,16 @@ def train(
             start = time.perf_counter() - sum(taken[2] for taken in so_far)
             for number in range(len(so_far) + 1, steps + 1):
                 so_far.append(_timed_step(step, fed, last=number == steps))
+                if run.watch:
+                    so_far[-1] += run.watch(run.model).values()
                 recent = np.mean([taken[:2] for taken in so_far[-50:]], axis=0)
                 reporter.step(f"epoch {epoch}  loss {recent[0]:.3f}  accuracy {recent[1]:.1%}")
                 if checkpoint_every and number % checkpoint_every == 0 and number < steps:
                     save()
             row = {"net": run.name, "epoch": epoch} | _summed(so_far)
+            if run.watch:
+                means = np.mean([taken[4:] for taken in so_far], axis=0)
+                row |= zip(run.watch(run.model), means.tolist(), strict=True)
             densities = run.densities(run.model)
             if run.after_epoch:
                 run.after_epoch(run.model, run.optimizer, epoch)
@@ -287,7 +295,7 @@ def _timed_step(step: Callable[..., Any], fed: Iterator[Batch], *, last: bool) -
 
 def _summed(steps: Sequence[Step]) -> Row:
     """What an epoch's steps tell."""
-    losses, accuracies, _, cut = zip(*steps, strict=True)
+    losses, accuracies, _, cut = zip(*(taken[:4] for taken in steps), strict=True)
     row = {"train_loss": float(np.mean(losses)), "train_accuracy": float(np.mean(accuracies))}
     return row if cut[0] is None else row | {"voxels_cut": sum(cut)}
 

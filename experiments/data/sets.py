@@ -43,21 +43,28 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     add("--capacity", type=frame.positive_int, metavar="K", help=capacity)
 
 
-def add_sizes(parser: argparse.ArgumentParser, resolution: int) -> None:
-    """Adds --train-size, --test-size and --resolution, of grids that OctNet3 has an architecture for."""
-    add = parser.add_argument
+# Grids that OctNet3 has an architecture for.
+GRIDS = [r for r, architecture in TABLE_2.items() if len(architecture.input_shape) == 3]
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Adds --train-size and --test-size."""
     size = {"type": frame.positive_int, "metavar": "N"}
-    add("--train-size", default=800, help="made solids to train", **size)
-    add("--test-size", default=320, help="made solids to test", **size)
-    grids = [r for r, architecture in TABLE_2.items() if len(architecture.input_shape) == 3]
-    add("--resolution", type=int, choices=grids, default=resolution, help="of each axis")
+    parser.add_argument("--train-size", default=800, help="made solids to train", **size)
+    parser.add_argument("--test-size", default=320, help="made solids to test", **size)
 
 
-def chosen_dataset(options: argparse.Namespace) -> Dataset:
+def add_resolution(parser: argparse.ArgumentParser, default: int) -> None:
+    """Adds --resolution, one of `GRIDS`."""
+    help = "of each axis"
+    parser.add_argument("--resolution", type=int, choices=GRIDS, default=default, help=help)
+
+
+def chosen_dataset(options: argparse.Namespace, resolution: int) -> Dataset:
     """`load_dataset` of what `add_data` and `add_sizes` have added; it has a batch, or ValueError."""
     data = load_dataset(
         options.data,
-        resolution=options.resolution,
+        resolution=resolution,
         capacity=options.capacity,
         train_size=options.train_size,
         test_size=options.test_size,
