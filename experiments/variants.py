@@ -55,6 +55,11 @@ class Variant(NamedTuple):
     def regularised(self) -> bool:
         return self.scale > 0 or self.threshold > 0
 
+    @property
+    def fixed(self) -> Row:
+        """What must not change when its run goes on, as JSON has it."""
+        return self._asdict() | {"bounds": list(self.bounds)}
+
 
 class Setting(NamedTuple):
     """A net to be trained, and its seed."""
@@ -121,7 +126,7 @@ def train_variants(
         first: Any = data[chosen[0].resolution]
         fixed["data_dir"] = " ".join(part.sets.fingerprint() for part in first[:2])
         for setting in settings:
-            grid.prepare(options, [setting], fixed | {"variant": list(setting.variant[1:])})
+            grid.prepare(options, [setting], fixed | setting.variant.fixed)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     record["options"] = {name: getattr(options, name) for name in FIXED}
@@ -206,7 +211,7 @@ def _run(setting: Setting, options: argparse.Namespace, fixed: Row, data: Datase
         densities=sparse_densities,
         watch=over_bound if variant.bounds else None,
         after_epoch=compact if variant.threshold else None,
-        options=fixed | {"variant": list(variant[1:])},
+        options=fixed | variant.fixed,
         score=smoothed,
     )
 
