@@ -63,4 +63,28 @@ def patches(image):
     return np.array([padded[i : i + 28, j : j + 28] for i in range(3) for j in range(3)])
 
 
-CHECKS = {"quick_start": learned, "k_selection": selected}
+def pruned(text):
+    """Weights went, storage with them, and the network has learned all the same."""
+    left, before, slots = map(
+        int, re.search(r"(\d+) of (\d+) filter weights are left, stored in (\d+)", text).groups()
+    )
+    assert before == 9 * (8 + 64 + 128)
+    assert left < before / 2
+    assert left <= slots < before
+    (accuracy,) = re.findall(r"([\d.]+)% of 512 digits", text)
+    assert float(accuracy) > 70
+
+
+def named(text):
+    """Shapes are told apart, and the bound has cut something that the picture shows."""
+    assert int(re.search(r"(\d+)% of 64 new shapes", text)[1]) > 70
+    kept, responses = map(int, re.search(r"channel \d+: (\d+) of (\d+) kept", text).groups())
+    assert kept == int(0.1 * 32**3) < responses
+
+
+CHECKS = {
+    "quick_start": learned,
+    "k_selection": selected,
+    "pruning": pruned,
+    "mesh_to_shape": named,
+}
