@@ -1,6 +1,7 @@
 """What stands between the layers of a network: its feature maps, their densities and their bytes."""
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 import ilajax
+from experiments.frame import Cells
 
 Maps = dict[str, Any]
 
@@ -87,6 +89,18 @@ def _densities(structure: nnx.GraphDef, state: nnx.State, x: Any, paths: tuple[A
     outputs = {path[:-1]: value.get_value() for path, value in nnx.to_flat_state(captured)}
     convs = dict(ilajax.nn.iter_convs(model))
     return [(convs[path].density[...].mean(), outputs[path][0].density.mean()) for path in paths]
+
+
+def cut_cells(nets: Iterable[tuple[str, list[dict[str, Any]]]]) -> list[Cells]:
+    """A head, then a line for each of the `layer_cuts` of each named net."""
+    cells: list[Cells] = [("net", "layer", "bound", "density", "kept", "cut")]
+    for net, layers in nets:
+        for layer in layers:
+            shares = (f"{layer[name]:.1%}" for name in ("bound", "density", "kept"))
+            # A layer without responses loses none.
+            cut = 1 - layer["kept"] / layer["density"] if layer["density"] else 0.0
+            cells.append((net, layer["layer"], *shares, f"{max(0.0, cut):.1%}"))
+    return cells
 
 
 def activation_bytes(model: nnx.Module, x: Any) -> int:

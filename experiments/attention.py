@@ -89,35 +89,38 @@ def _draw(path: Path, record: dict[str, Any]) -> None:
     """Accuracy and time against the bound, and the channels that are cut by epoch."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     panels = figure.subplots(1, 3)
+    for axis in panels:
+        style_panel(axis)
     variants = record["variants"]
     titles = ("test accuracy", "seconds of a step", "channels above their bound")
     for axis, title in zip(panels, titles, strict=True):
         title_panel(axis, title)
-    smallest = min(each["bounds"][0] for each in variants)
+    bounds = sorted({each["bounds"][0] for each in variants})
     for scale in sorted({each["scale"] for each in variants}):
         for select, colour in SELECTIONS.items():
             shown = [v for v in variants if v["select"] == select and v["scale"] == scale]
             if not shown:
                 continue
-            bounds = [each["bounds"][0] for each in shown]
+            drawn = [each["bounds"][0] for each in shown]
             label = select + (f", scale {scale:g}" if scale else "")
             how = {"color": colour, "ls": "--" if scale else "-", "label": label}
             means = [each["mean"] for each in shown]
-            panels[0].errorbar(bounds, means, [deviation(v) for v in shown], capsize=3, **how)
-            panels[1].plot(bounds, [each["step"]["median_s"] for each in shown], marker="o", **how)
-            strict = next(each for each in shown if each["bounds"][0] == smallest)
+            panels[0].errorbar(drawn, means, [deviation(v) for v in shown], capsize=3, **how)
+            panels[1].plot(drawn, [each["step"]["median_s"] for each in shown], marker="o", **how)
+            strict = next(each for each in shown if each["bounds"][0] == bounds[0])
             curve = mean_over_seeds(strict, "over_bound")
             panels[2].plot(range(1, len(curve) + 1), curve, **how)
     for axis in panels[:2]:
         axis.set_xlabel("bound of the first block", fontsize=9, color=INK)
-    panels[2].set_xlabel(f"epoch, bound {smallest:g}", fontsize=9, color=INK)
+        axis.set_xscale("log")
+        axis.set_xticks(bounds, [f"{bound:g}" for bound in bounds])
+        axis.minorticks_off()
+    panels[2].set_xlabel(f"epoch, bound {bounds[0]:g}", fontsize=9, color=INK)
     for axis in (panels[0], panels[2]):
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     for axis in panels[1:]:
         axis.set_ylim(bottom=0)
     panels[0].legend(frameon=False, fontsize=8)
-    for axis in panels:
-        style_panel(axis)
     frame.save_figure(figure, path)
 
 

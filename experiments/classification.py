@@ -31,7 +31,7 @@ from matplotlib.ticker import PercentFormatter
 import ilajax
 from benchmarks import timing
 from experiments import frame, grid
-from experiments.activations import layer_cuts
+from experiments.activations import cut_cells, layer_cuts
 from experiments.data.loader import Batch
 from experiments.data.parts import FEATURES, Parts, whole
 from experiments.data.sets import (
@@ -234,17 +234,6 @@ def _cells(record: dict[str, Any]) -> list[Cells]:
     return cells
 
 
-def _layer_cells(record: dict[str, Any]) -> list[Cells]:
-    cells: list[Cells] = [("net", "layer", "bound", "density", "kept", "cut")]
-    for net in record["nets"]:
-        for layer in net["layers"]:
-            shares = (f"{layer[name]:.1%}" for name in ("bound", "density", "kept"))
-            # A layer without responses loses none.
-            cut = 1 - layer["kept"] / layer["density"] if layer["density"] else 0.0
-            cells.append((net["net"], layer["layer"], *shares, f"{max(0.0, cut):.1%}"))
-    return cells
-
-
 def _write(path: Path, record: dict[str, Any], cells: Sequence[Cells]) -> None:
     """The nets, the test accuracy after each epoch, and what the bounds cut."""
     samples, options = record["samples"], record["options"]
@@ -277,7 +266,7 @@ def _write(path: Path, record: dict[str, Any], cells: Sequence[Cells]) -> None:
         "What the density bounds cut, on a batch to train on, in the first seed's net: share of the sites "
         "with a response before the selection and behind it. ResNet selects whole sites, where it has a "
         "stride; OctNet3 the positive responses of each channel.",
-        _layer_cells(record),
+        cut_cells((net["net"], net["layers"]) for net in record["nets"]),
     )
 
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import AutoLocator, PercentFormatter
 
 from benchmarks import timing
 from experiments import frame
 from experiments.data.sets import GRIDS
-from experiments.demo_picture import INK, style_panel, title_panel
+from experiments.demo_picture import style_panel, title_panel
 from experiments.frame import Cells
 from experiments.variants import (
     Variant,
@@ -98,48 +98,57 @@ def _finish(record: dict[str, Any], written: Sequence[Path]) -> list[Cells]:
 
 
 def _draw(path: Path, record: dict[str, Any]) -> None:
-    """Accuracy against the bound, against the resolution, and against the time of a step."""
+    """Accuracy against the bound, against the resolution (or by epoch), and against the time of a step."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
-    variants = record["variants"]
-    coarsest = min(each["resolution"] for each in variants)
-    bounded = [v for v in variants if v["bounds"] and v["resolution"] == coarsest]
-    bounded.sort(key=lambda each: each["bounds"])
-    title_panel(panels[0], f"{coarsest}^3: bound of the first block")
-    panels[0].errorbar(
-        [each["bounds"][0] for each in bounded],
-        [each["mean"] for each in bounded],
-        [deviation(each) for each in bounded],
-        color=COLOURS["bounded"],
-        capsize=3,
-        marker="o",
-    )
-    for each in variants:
-        if _kind(each) == "dense" and each["resolution"] == coarsest:
-            panels[0].axhline(each["mean"], color=COLOURS["dense"], ls="--", label="dense")
-            panels[0].legend(frameon=False, fontsize=9)
-    panels[0].set_xlabel("bound", fontsize=9, color=INK)
-    title_panel(panels[1], "resolution")
-    title_panel(panels[2], "seconds of a step")
-    for kind, colour in COLOURS.items():
-        # Of several bounds at one resolution, the paper's strictest without a loss.
-        of_kind = {v["resolution"]: v for v in variants if _kind(v) == kind}
-        if not of_kind:
-            continue
-        shown = [of_kind[resolution] for resolution in sorted(of_kind)]
-        how = {"color": colour, "capsize": 3, "marker": "o", "label": kind}
-        heights = [each["mean"] for each in shown], [deviation(each) for each in shown]
-        panels[1].errorbar([each["resolution"] for each in shown], *heights, **how)
-        panels[2].errorbar([each["step"]["median_s"] for each in shown], *heights, **how)
-    resolutions = sorted({each["resolution"] for each in variants})
-    panels[1].set_xscale("log", base=2)
-    panels[1].set_xticks(resolutions, [f"{resolution}^3" for resolution in resolutions])
-    panels[2].set_xscale("log")
-    panels[2].legend(frameon=False, fontsize=9)
-    panels[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     for axis in panels:
         style_panel(axis)
+    variants = record["variants"]
+    resolutions = sorted({each["resolution"] for each in variants})
+    coarse = [each for each in variants if each["resolution"] == resolutions[0]]
+    _draw_bounds(panels[0], coarse)
+    of_kind: dict[str, dict[int, dict[str, Any]]] = {}
+    for each in variants:  # of several bounds at one resolution the last, the paper's own
+        of_kind.setdefault(_kind(each), {})[each["resolution"]] = each
+    for kind, shown in of_kind.items():
+        nets = [shown[resolution] for resolution in sorted(shown)]
+        how = {"color": COLOURS[kind], "capsize": 3, "marker": "o", "label": kind}
+        heights = [each["mean"] for each in nets], [deviation(each) for each in nets]
+        panels[2].errorbar([each["step"]["median_s"] for each in nets], *heights, **how)
+        if len(resolutions) > 1:
+            panels[1].errorbar([each["resolution"] for each in nets], *heights, **how)
+    if len(resolutions) > 1:
+        title_panel(panels[1], "resolution")
+        panels[1].set_xscale("log", base=2)
+        panels[1].set_xticks(resolutions, [f"{resolution}^3" for resolution in resolutions])
+    else:
+        title_panel(panels[1], "epoch")
+        for each in coarse:
+            curve = mean_over_seeds(each, "test_accuracy")
+            panels[1].plot(range(1, len(curve) + 1), curve, label=each["label"].partition(", ")[2])
+        panels[1].legend(frameon=False, fontsize=9)
+    title_panel(panels[2], "seconds of a step")
+    panels[2].legend(frameon=False, fontsize=9)
+    panels[2].set_xlim(left=0)
+    panels[2].xaxis.set_major_locator(AutoLocator())
+    panels[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     frame.save_figure(figure, path)
+
+
+def _draw_bounds(axis: Any, variants: Sequence[dict[str, Any]]) -> None:
+    """Accuracy against the first block's bound, and that of the dense twin as a line."""
+    bounded = sorted((v for v in variants if v["bounds"]), key=lambda each: each["bounds"])
+    bounds = [each["bounds"][0] for each in bounded]
+    heights = [each["mean"] for each in bounded], [deviation(each) for each in bounded]
+    axis.errorbar(bounds, *heights, color=COLOURS["bounded"], capsize=3, marker="o")
+    title_panel(axis, f"bound of the first block, {variants[0]['resolution']}^3")
+    for each in variants:
+        if _kind(each) == "dense":
+            axis.axhline(each["mean"], color=COLOURS["dense"], ls="--", label="dense")
+            axis.legend(frameon=False, fontsize=9)
+    axis.set_xscale("log")
+    axis.set_xticks(bounds, [f"{bound:g}" for bound in bounds])
+    axis.minorticks_off()
 
 
 def _parser() -> argparse.ArgumentParser:

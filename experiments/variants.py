@@ -21,7 +21,7 @@ from flax import nnx
 import ilajax
 from benchmarks import timing
 from experiments import frame, grid
-from experiments.activations import layer_cuts, sparse_convs, sparse_densities
+from experiments.activations import cut_cells, layer_cuts, sparse_convs, sparse_densities
 from experiments.data.loader import Batch
 from experiments.data.parts import FEATURES, Parts, whole
 from experiments.data.sets import Dataset, add_data, add_sizes, chosen_dataset
@@ -342,14 +342,7 @@ def summary_cells(record: Mapping[str, Any]) -> list[Cells]:
 
 def layer_cells(record: Mapping[str, Any]) -> list[Cells]:
     """What the bounds cut, layer by layer."""
-    cells: list[Cells] = [("net", "layer", "bound", "density", "kept", "cut")]
-    for each in record["variants"]:
-        for layer in each["layers"]:
-            shares = (f"{layer[name]:.1%}" for name in ("bound", "density", "kept"))
-            # A layer without responses loses none.
-            cut = 1 - layer["kept"] / layer["density"] if layer["density"] else 0.0
-            cells.append((each["label"], layer["layer"], *shares, f"{max(0.0, cut):.1%}"))
-    return cells
+    return cut_cells((each["label"], each["layers"]) for each in record["variants"])
 
 
 def about(record: Mapping[str, Any]) -> str:

@@ -126,7 +126,8 @@ CELLS = pool_window((64, 64), 2)
 
 def submanifold_gradient(b):
     x, y = (b, 2, 500), (b, 8, 500)
-    shapes = ((b, 1, 500), x, (144,), (144,), y, x, (1, 144), (1, 8))
+    no_map = (0, 0, 0)  # a kernel on a GPU takes none
+    shapes = ((b, 1, 500), x, (144,), (144,), y, no_map, x, (1, 144), (1, 8))
     return plan("ilajax_submanifold_bwd", *shapes, batch=b, window=WINDOW)
 
 

@@ -63,7 +63,7 @@ def dispatch(
     operation = target.removeprefix("ilajax_").removesuffix("_fwd").removesuffix("_bwd")
     here = routes.platforms()
     batched = tuple(batched)
-    kernel = _Kernel(target, batched, tuple(each), tuple(sums), window, mapped, attributes)
+    kernel = _Kernel(target, batched, tuple(each), tuple(sums), window, attributes, mapped)
     reference = _mapped_by_type(reference)
     branches = {
         platform: _fold(functools.partial(kernel.call, platform), batched, len(sums), 1)
@@ -104,7 +104,7 @@ class SiteMap(NamedTuple):
             return jnp.zeros((0, 0, 0), jnp.int32)
         keys = (operands[self.keys], operands[self.out_keys])
         each = (result((words, keys[1].shape[2]), jnp.int32),)
-        kernel = _Kernel("ilajax_site_map_fwd", (True, True), each, (), self.window, None, {})
+        kernel = _Kernel("ilajax_site_map_fwd", (True, True), each, (), self.window, {})
         with jax.named_scope("ilajax.site_map"):
             return kernel.call(platform, 1, *keys)[0]
 
@@ -117,8 +117,8 @@ class _Kernel(NamedTuple):
     each: tuple[jax.ShapeDtypeStruct, ...]
     sums: tuple[jax.ShapeDtypeStruct, ...]
     window: Window | None
-    mapped: SiteMap | None
     attributes: dict[str, Any]
+    mapped: SiteMap | None = None
 
     def call(self, platform: str, groups: Any, *operands: jax.Array) -> Outputs:
         """Calls the kernel; the results vary over the manual mesh axes that the operands vary over."""

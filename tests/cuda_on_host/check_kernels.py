@@ -186,6 +186,7 @@ def test_responses_without_input_channels(backend):
         window_of(3, 1),
         (calls.result((2, 4), jnp.float32), calls.result((2,), jnp.int32)),
         (True, True, False, False, False),
+        mapped=calls.SiteMap(window_of(3, 1), 0, 0),
     )
     operands = (jnp.arange(4)[None, None], jnp.zeros((1, 0, 4)), jnp.zeros(0, int), jnp.zeros(0))
     features, responses = kernel.call("cuda", 1, *operands, jnp.ones(2))
@@ -200,9 +201,9 @@ def window_of(taps, axes):
     return conv_window((*(1,) * (axes - 1), 8), (*(1,) * (axes - 1), taps))
 
 
-def kernel_of(target, window, each, batched, sums=(), **attributes):
+def kernel_of(target, window, each, batched, sums=(), mapped=None, **attributes):
     """A kernel that is called past the limits by which `dispatch` goes to the reference."""
-    return calls._Kernel(target, batched, each, sums, window, attributes)
+    return calls._Kernel(target, batched, each, sums, window, attributes, mapped)
 
 
 def forward(window):
