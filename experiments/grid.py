@@ -40,12 +40,12 @@ def add_training(
 
     Those are --checkpoint-every and --resume, unless a run cannot be gone on with.
     """
-    add, whole = parser.add_argument, frame.positive_int
-    add("--epochs", type=whole, default=epochs, metavar="N", help="epochs")
-    add("--batch-size", type=whole, default=32, metavar="N", help="samples a step")
+    add, positive = parser.add_argument, frame.positive_int
+    add("--epochs", type=positive, default=epochs, metavar="N", help="epochs")
+    add("--batch-size", type=positive, default=32, metavar="N", help="samples a step")
     add("--seed", type=frame.seed, default=0, metavar="N", help=of_seed)
     seeds = "train every net so often, with seeds from --seed on"
-    add("--seeds", type=whole, default=1, metavar="N", help=seeds)
+    add("--seeds", type=positive, default=1, metavar="N", help=seeds)
     workers = "processes that make the batches; 0: this one does"
     add("--workers", type=frame.whole, default=0, metavar="N", help=workers)
     frame.add_out(parser, out)
@@ -53,7 +53,7 @@ def add_training(
         parser.set_defaults(checkpoint_every=None, resume=False)
         return
     every = "leave a checkpoint after so many steps too; by default at the ends of epochs only"
-    add("--checkpoint-every", type=whole, metavar="STEPS", help=every)
+    add("--checkpoint-every", type=positive, metavar="STEPS", help=every)
     resume = "go on from the newest checkpoints in --out that can be read, if there are any"
     add("--resume", action="store_true", help=resume)
 
@@ -123,14 +123,6 @@ def train_all(
         lines = [row(each) for each in trained]
         frame.write_table(table, list(lines[0]), lines)
     return trained
-
-
-def last_rows(trained: Iterable[Trained], key: Callable[[Any], Any]) -> dict[Any, dict[int, Row]]:
-    """The rows of the last epoch by what `key` says of a setting, and by seed."""
-    found: dict[Any, dict[int, Row]] = {}
-    for each in trained:
-        found.setdefault(key(each.setting), {})[each.setting.seed] = each.rows[-1]
-    return found
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float] | None:

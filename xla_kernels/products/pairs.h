@@ -123,7 +123,6 @@ struct SiteIndex {
   }
 
   bool HasLine(int64_t line) const { return lines[line >> 6] >> (line & 63) & 1; }
-  bool Has(int64_t key) const { return bits[key >> 6] >> (key & 63) & 1; }
   int64_t Rank(int64_t key) const {
     const uint64_t below = (uint64_t{1} << (key & 63)) - 1;
     return ranks[key >> 6] + __builtin_popcountll(bits[key >> 6] & below);
