@@ -65,7 +65,7 @@ format: $(VENV)/.lint
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# Some minutes; make test runs every kernel once.
+# Many minutes; make test runs every kernel once.
 cuda-on-host: $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python -m pytest -q tests/test_cuda_on_host.py tests/cuda_on_host/check_ops.py
 
@@ -133,6 +133,7 @@ sanitize-threads: $(VENV)/.test
 # See tests/cuda_on_host/README.md.
 sanitize-cuda: $(VENV)/.test
 	CUDA_ON_HOST_BUILD=sanitized $(BIN)/python -m pytest -q tests/test_cuda_on_host.py
+	PYTHONPATH=tests $(BIN)/python -m pytest -q tests/cuda_on_host/check_ops.py::test_the_ops
 
 # ---- Bazel, offline. Debian: apt-get install bazel-bootstrap
 

@@ -1,9 +1,11 @@
 """All CUDA kernels, run on the CPU by a harness that sees planted bugs; see cuda_on_host/README.md.
 
-`make cuda-on-host` runs more cases, those of the tests of the ops.
+`make sanitize` runs more cases: of real size, and those of the tests of the ops.
 """
 
+import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ pytestmark = pytest.mark.skipif(
     shutil.which(build.CXX) is None or sys.platform != "linux", reason="needs g++ on Linux"
 )
 
+# What the harness says of them; where an array ends only the sanitizers know.
 PLANTED = {
     "none": "nothing wrong",
     "missing_syncthreads": "depends on the order of threads",
@@ -27,28 +30,47 @@ PLANTED = {
     "divergent_block": "divergent barrier: thread 0 waits for its block at",
     "divergent_warp": "divergent barrier: thread 0 waits for its warp at",
     "missing_thread": "thread 7 has returned",
+    "helper_in_both_branches": "divergent barrier: thread 0 waits for its warp at",
+    "unwritten_shared": "or on what stood in it or in shared memory before",
+    "endless_wait": "takes too long, in block (0, 0, 0)",
+    "other_stream": "a launch on another stream than XLA's",
 }
 
 
-@pytest.fixture(scope="module")
-def programs():
-    """The folder of the sanitized programs."""
-    build.SANITIZED.make("launches", "planted_bugs")
-    return build.SANITIZED.folder
+@functools.cache
+def said(of: build.Build, program: str, *arguments: str) -> str:
+    """What a program of a build prints."""
+    of.make(program)
+    done = subprocess.run(
+        [str(of.folder / program), *arguments],
+        env=os.environ | {"CUDA_ON_HOST_SECONDS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("bug", PLANTED)
-def test_planted_bugs(programs, bug):
+def test_planted_bugs(bug):
     """Catches a harness that has gone blind."""
-    command = [str(programs / "planted_bugs"), bug]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert PLANTED[bug] in done.stdout + done.stderr
+    of = build.SANITIZED if "index" in bug or "pointer" in bug else build.PLAIN
+    assert PLANTED[bug] in said(of, "planted_bugs", bug)
 
 
-def test_launches(programs):
-    """Catches an opt-in to shared memory that another thread lowers, and blocks that are left out."""
-    done = subprocess.run([str(programs / "launches")], capture_output=True, text=True, check=False)
-    assert done.stdout + done.stderr == "nothing wrong\n"
+def test_a_report_tells_the_calls():
+    """Catches reports without the calls that led to a barrier, and without what a thread is busy with."""
+    report = said(build.PLAIN, "planted_bugs", "helper_in_both_branches")
+    calls = re.findall(r"OfNeighbour.*\n +.*Reverse.*planted_bugs.cu:(\d+)", report)
+    assert len(set(calls)) == 2, report
+    report = said(build.PLAIN, "planted_bugs", "endless_wait")
+    assert re.search(r"thread 9 runs\n.*Reverse.*planted_bugs.cu:\d+", report), report
+
+
+@pytest.mark.parametrize("of", [build.PLAIN, build.SANITIZED], ids=lambda of: of.name)
+def test_launches(of):
+    """Catches an opt-in that another thread lowers, blocks that are left out, and another stream."""
+    assert said(of, "launches") == "nothing wrong\n"
 
 
 def test_every_kernel_runs(tmp_path):

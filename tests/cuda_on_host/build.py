@@ -1,6 +1,6 @@
-"""Builds the CUDA kernels for the host into build/cuda_on_host/: plain, or with AddressSanitizer and UBSan.
+"""Builds the CUDA kernels for the host into build/cuda_on_host/, in one of several ways.
 
-    python tests/cuda_on_host/build.py [plain] [sanitized]
+    python tests/cuda_on_host/build.py [plain] [sanitized] [covered]
 
 CMakeLists.txt says how; only what has changed is compiled again.
 """
@@ -24,7 +24,7 @@ CMAKE = shutil.which("cmake", path=PATH)
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """One way to compile all kernels: "plain" or "sanitized"."""
+    """One way to compile all kernels: a KIND of CMakeLists.txt."""
 
     name: str
 
@@ -42,19 +42,18 @@ class Build:
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one build at a time, whichever processes test
-            sanitized = "ON" if self.name == "sanitized" else "OFF"
             generator = ["-GNinja"] if shutil.which("ninja", path=PATH) else []
             _run(
                 *(CMAKE, "-S", HERE, "-B", self.folder, *generator, f"-DCMAKE_CXX_COMPILER={CXX}"),
-                *(f"-DPython_EXECUTABLE={sys.executable}", f"-DSANITIZED={sanitized}"),
+                *(f"-DPython_EXECUTABLE={sys.executable}", f"-DKIND={self.name}"),
             )
             chosen = [argument for target in targets for argument in ("--target", target)]
             jobs = str(len(os.sched_getaffinity(0)))
             _run(CMAKE, "--build", self.folder, "--parallel", jobs, *chosen)
 
 
-PLAIN, SANITIZED = Build("plain"), Build("sanitized")
-BUILDS = {build.name: build for build in (PLAIN, SANITIZED)}
+PLAIN, SANITIZED, COVERED = Build("plain"), Build("sanitized"), Build("covered")
+BUILDS = {build.name: build for build in (PLAIN, SANITIZED, COVERED)}
 
 
 def _run(*command: str | Path) -> None:

@@ -137,8 +137,16 @@ def test_the_strongest_sites_in_parts(backend, workspace):
     test_conv_by_site.check(backend, *case, geometry, 50, "magnitude")
 
 
+@pytest.mark.nans
+def test_nan_and_inf(backend):
+    """Catches a careful loop, for what is not finite, that is wrong."""
+    for contents in ("inf-against-stored-zero", "inf-minus-inf", "all-nan"):
+        test_conv.test_nan_and_inf(backend, contents, "value")
+    test_submanifold.test_nan_and_inf(backend)
+
+
 @DTYPES
-@pytest.mark.parametrize("slots", [7, 12], ids=["whole", "chunks"])
+@pytest.mark.parametrize("slots", [7, 12, 400], ids=["whole", "chunks", "more-chunks-than-threads"])
 def test_selection(backend, slots, dtype):
     """Catches a selection by one block, or by several, and its gradient."""
     x = samples.tensor(slots, capacity=slots, density=0.7, dtype=dtype, zeros=True)
@@ -168,6 +176,11 @@ def test_pooling_in_parts(backend, workspace):
     """Catches segments that are lost between two runs of them."""
     workspace(1)
     test_pool.check(backend, "max", samples.tensor(3, 2, 3, capacity=20, density=0.6), 2, 3)
+
+
+def test_pooling_over_whole_axes(backend):
+    """Catches a wrong run of keys where a cell spans the trailing axes."""
+    test_pool.check(backend, "sum", samples.tensor(3, 2, 3, (5, 4, 3), capacity=40), (2, 4, 3))
 
 
 # --- What a handler refuses -------------------------------------------------------------------------

@@ -24,7 +24,11 @@
 #define __device__
 #define __host__
 #define __constant__ static
-#define __shared__ static
+#ifdef __SANITIZE_ADDRESS__
+#define __shared__ static  // its ends are watched
+#else
+#define __shared__ static thread_local  // apart from all else, so that a block finds rubbish there
+#endif
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
@@ -51,6 +55,9 @@ enum class Barrier { kBlock, kWarp };
 
 // Waits for all threads of the block, or for the lanes of `mask`.
 void Wait(Barrier barrier, uint32_t mask, const char* file, int line);
+
+// The same for the lanes of a warp, with an order for memory.
+void SyncWarp(uint32_t mask, const char* file, int line);
 
 // Hands `value` to the lanes of `mask`, and returns what all of them handed over, [32].
 const uint64_t* Exchange(uint32_t mask, uint64_t value, const char* file, int line);
@@ -86,6 +93,23 @@ T Shuffle(uint32_t mask, T value, int source, bool inside, const char* file, int
 // Shared memory whose size the launch says.
 void* DynamicShared();
 
+// What stands around an atomic, for ThreadSanitizer; a fence.
+void BeforeAtomic(void* address);
+void AfterAtomic(const void* address);
+void Fence();
+
+// A thread that may wait for another block lets that go on.
+void LetOthersRun();
+
+// Reads what other blocks of the launch write.
+template <typename T>
+T LoadFresh(const T* address) {
+  LetOthersRun();
+  const T value = __atomic_load_n(address, __ATOMIC_RELAXED);
+  AfterAtomic(address);
+  return value;
+}
+
 }  // namespace cuda_on_host
 
 #define ILAJAX_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
@@ -94,7 +118,7 @@ inline void __syncthreads(ILAJAX_HERE) {
   cuda_on_host::Wait(cuda_on_host::Barrier::kBlock, 0, file, line);
 }
 inline void __syncwarp(uint32_t mask = ~0u, ILAJAX_HERE) {
-  cuda_on_host::Wait(cuda_on_host::Barrier::kWarp, mask, file, line);
+  cuda_on_host::SyncWarp(mask, file, line);
 }
 
 inline uint32_t __ballot_sync(uint32_t mask, int predicate, ILAJAX_HERE) {
@@ -192,8 +216,10 @@ inline int __syncthreads_and(int predicate, ILAJAX_HERE) {
 template <typename T, typename F>
 T cuda_on_host_atomic(T* address, F&& f) {
   static_assert(std::is_integral_v<T>, "atomics on floating-point numbers are not repeatable");
-  const T old = *address;
-  *address = f(old);
+  cuda_on_host::BeforeAtomic(address);
+  T old = __atomic_load_n(address, __ATOMIC_RELAXED);
+  __atomic_store_n(address, f(old), __ATOMIC_RELAXED);
+  cuda_on_host::AfterAtomic(address);
   return old;
 }
 #define ILAJAX_ATOMIC(name, expression)                                                     \
@@ -214,8 +240,8 @@ template <typename T>
 T atomicCAS(T* address, std::type_identity_t<T> compare, std::type_identity_t<T> value) {
   return cuda_on_host_atomic(address, [&](T old) { return old == compare ? value : old; });
 }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
+inline void __threadfence() { cuda_on_host::Fence(); }
+inline void __threadfence_block() { cuda_on_host::Fence(); }
 
 // ---- Arithmetic.
 
@@ -278,27 +304,33 @@ const char* cudaGetErrorString(cudaError_t status);  // what went wrong on this 
 
 namespace cuda_on_host {
 
-// Runs `body` for every thread of every block. `kernel` is recorded as executed.
+inline const cudaStream_t kStream = reinterpret_cast<cudaStream_t>(uintptr_t{0x57});
+
+// Runs `body` for every thread of every block. `kernel` is recorded as executed; `launch` has its
+// name in it.
 cudaError_t Run(const cudaLaunchConfig_t& config, const void* kernel,
-                const std::function<void()>& body);
+                const std::function<void()>& body, const char* launch);
 
 }  // namespace cuda_on_host
 
 // CUDA passes a kernel's arguments without their types. The host needs those, and takes them from
 // what Launch() in xla_kernels/common/cuda.h calls them.
 #define cudaLaunchKernelExC(config, function, pointers) \
-  cuda_on_host::Run(*(config), function, [&] {          \
-    (void)pointers;                                     \
-    kernel(value...);                                   \
-  })
+  cuda_on_host::Run(                                    \
+      *(config), function,                              \
+      [&] {                                             \
+        (void)pointers;                                 \
+        kernel(value...);                               \
+      },                                                \
+      __PRETTY_FUNCTION__)
 
-// XLA has no stream on the CPU, so the context of every handler decodes to a null one.
+// XLA has no stream on the CPU, so the context of every handler decodes to this one.
 template <>
 struct xla::ffi::CtxDecoding<xla::ffi::PlatformStream<cudaStream_t>> {
   using Type = cudaStream_t;
   static std::optional<Type> Decode(const XLA_FFI_Api*, XLA_FFI_ExecutionContext*,
                                     DiagnosticEngine&) {
-    return nullptr;
+    return cuda_on_host::kStream;
   }
 };
 

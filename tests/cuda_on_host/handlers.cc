@@ -11,7 +11,7 @@
 #include <map>
 #include <memory>
 
-#include "block.h"
+#include "grid.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla_kernels/bind.h"
 

@@ -4,7 +4,7 @@
 
 #include <cstdio>
 
-#include "block.h"
+#include "grid.h"
 #include "xla_kernels/common/cuda.h"
 
 namespace {
@@ -16,8 +16,8 @@ __global__ void Touch(int words, int* out) {
 }
 
 bool LaunchTouch(int words, int* out) {
-  const auto error =
-      ilajax::Launch<Touch>(dim3(1), dim3(1), words * sizeof(int), nullptr, words, out);
+  const auto error = ilajax::Launch<Touch>(dim3(1), dim3(1), words * sizeof(int),
+                                           cuda_on_host::kStream, words, out);
   if (error.failure()) std::puts(error.message().c_str());
   return error.success();
 }
@@ -35,6 +35,8 @@ int main() {
   fine &= small == 15 << 10 && large == 25 << 10 && again == large;
   // More blocks than a launch has are refused, not left out.
   const int64_t blocks = ilajax::kMaxBlocks + 1;
-  fine &= ilajax::LaunchEach<Touch>(blocks, dim3(1), 4, nullptr, 1, &small).failure();
+  fine &= ilajax::LaunchEach<Touch>(blocks, dim3(1), 4, cuda_on_host::kStream, 1, &small).failure();
+  // A launch that does not queue up behind XLA's own work.
+  fine &= ilajax::Launch<Touch>(dim3(1), dim3(1), 4, nullptr, 1, &small).failure();
   std::puts(fine ? "nothing wrong" : "something is wrong");
 }

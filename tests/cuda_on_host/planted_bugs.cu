@@ -7,7 +7,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "block.h"
+#include "grid.h"
 
 namespace {
 
@@ -24,6 +24,10 @@ enum class Bug {
   kDivergentBlock,
   kDivergentWarp,
   kMissingThread,
+  kHelperInBothBranches,
+  kUnwrittenShared,
+  kEndlessWait,
+  kOtherStream,
 };
 
 const struct {
@@ -40,7 +44,13 @@ const struct {
     {"divergent_block", Bug::kDivergentBlock},
     {"divergent_warp", Bug::kDivergentWarp},
     {"missing_thread", Bug::kMissingThread},
+    {"helper_in_both_branches", Bug::kHelperInBothBranches},
+    {"unwritten_shared", Bug::kUnwrittenShared},
+    {"endless_wait", Bug::kEndlessWait},
+    {"other_stream", Bug::kOtherStream},
 };
+
+__device__ int OfNeighbour(int value) { return __shfl_xor_sync(~0u, value, 1); }
 
 // out[i] = in[kThreads - 1 - i], through shared memory, plus what a warp and a block agree on.
 __global__ void __launch_bounds__(kThreads) Reverse(Bug bug, const int* in, int* out) {
@@ -62,7 +72,20 @@ __global__ void __launch_bounds__(kThreads) Reverse(Bug bug, const int* in, int*
   } else {
     __syncthreads();
   }
-  const int sum = other + neighbour + __shfl_xor_sync(~0u, lane, 1);
+  int sum = other + neighbour;
+  if (bug == Bug::kHelperInBothBranches && lane & 1) {
+    sum += OfNeighbour(lane);
+  } else {
+    sum += OfNeighbour(lane);
+  }
+  __shared__ int none;
+  if (bug != Bug::kUnwrittenShared) none = 0;
+  const volatile int* never = &none;
+  if (bug == Bug::kEndlessWait && i == 9) {
+    while (*never == 0) {
+    }
+  }
+  sum += *never;
   out[bug == Bug::kGlobalIndex ? beyond : i] = sum;
 }
 
@@ -70,8 +93,10 @@ bool LaunchReverse(Bug bug, const int* in, int* out) {
   cudaLaunchConfig_t launch = {};
   launch.blockDim = dim3(kThreads);
   launch.dynamicSmemBytes = kThreads * sizeof(int);
-  return cuda_on_host::Run(launch, reinterpret_cast<const void*>(Reverse),
-                           [&] { Reverse(bug, in, out); }) == cudaSuccess;
+  launch.stream = bug == Bug::kOtherStream ? nullptr : cuda_on_host::kStream;
+  return cuda_on_host::Run(
+             launch, reinterpret_cast<const void*>(Reverse), [&] { Reverse(bug, in, out); },
+             "Reverse") == cudaSuccess;
 }
 
 }  // namespace

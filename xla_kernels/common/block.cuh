@@ -20,6 +20,15 @@ __device__ inline uint4* DynamicShared() {
 #endif
 }
 
+// Reads what other blocks of this launch have written.
+__device__ __forceinline__ uint32_t LoadFresh(const uint32_t* p) {
+#ifdef __CUDACC__
+  return *static_cast<const volatile uint32_t*>(p);
+#else
+  return cuda_on_host::LoadFresh(p);
+#endif
+}
+
 // The first of `count` ascending keys that is not below `bound`.
 __device__ inline int64_t LowerBound(const int32_t* keys, int64_t count, int64_t bound) {
   int64_t first = 0;

@@ -7,6 +7,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <tuple>
@@ -105,9 +106,13 @@ ffi::Error LaunchEach(int64_t blocks, dim3 block, size_t shared_bytes, cudaStrea
                         std::forward<Args>(args)...);
 }
 
-// The grid for `tasks` in a loop that strides over blocks: a block each, within CUDA's limit.
+// The grid for `tasks` in a loop that strides over blocks: a block each, within CUDA's limit. Tests
+// define less, so that the loop goes round.
+#ifndef ILAJAX_STRIDING_BLOCKS
+#define ILAJAX_STRIDING_BLOCKS kMaxBlocks
+#endif
 inline dim3 GridFor(int64_t tasks) {
-  return dim3(static_cast<unsigned>(tasks < kMaxBlocks ? tasks : kMaxBlocks));
+  return dim3(static_cast<unsigned>(std::min<int64_t>(tasks, ILAJAX_STRIDING_BLOCKS)));
 }
 
 }  // namespace ilajax

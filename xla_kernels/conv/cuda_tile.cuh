@@ -136,11 +136,6 @@ struct TileMemory {
   }
 };
 
-// Reads what other blocks of this launch have written.
-__device__ __forceinline__ uint32_t LoadFresh(const uint32_t* p) {
-  return *static_cast<const volatile uint32_t*>(p);
-}
-
 // The rank in 32 bits that all carry information: the highest bit of positive ranks is always set.
 __device__ __forceinline__ uint32_t Rank(uint32_t bits, const Forward& f) {
   return RankBits(BitsFloat(bits), f.select) << (f.select == Select::kValue ? 0 : 1) >>
