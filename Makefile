@@ -16,7 +16,7 @@ GPU := $(shell nvidia-smi -L 2> /dev/null | grep -o -m 1 GPU)
 CXX_FILES = $(shell find xla_kernels tests -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inc')
 
 .PHONY: help demo test mnist check lint format docs cuda-on-host gpu-check wheel bazel clean
-.PHONY: sanitize sanitize-memory sanitize-threads sanitize-cuda
+.PHONY: sanitize sanitize-memory sanitize-threads sanitize-cuda sanitize-sass
 .DELETE_ON_ERROR:
 
 help:
@@ -27,7 +27,7 @@ help:
 	@echo "make docs      the documentation site, in build/site; a broken link is an error"
 	@echo "make check     compare the kernels on this machine's device with the reference"
 	@echo "make wheel     a wheel in dist/, for any Linux with a glibc as new as this one's"
-	@echo "make sanitize  the kernels, CUDA's on the CPU too, under AddressSanitizer, UBSan and ThreadSanitizer"
+	@echo "make sanitize  the kernels under AddressSanitizer, UBSan and ThreadSanitizer, CUDA's on the CPU; and their code"
 	@echo "make cuda-on-host  more of the ops' tests on the CUDA kernels, compiled for the CPU"
 	@echo "make gpu-check  all CUDA kernels on this machine's GPU: build, tests, sanitizer, benchmark"
 	@echo "make bazel     the CPU extension built and smoke-tested by Bazel"
@@ -107,7 +107,7 @@ $(VENV)/.%: $(VENV)/.build $(SOURCES)
 
 # ---- The kernels under sanitizers.
 
-sanitize: sanitize-memory sanitize-threads sanitize-cuda
+sanitize: sanitize-memory sanitize-threads sanitize-cuda sanitize-sass
 
 # A second environment, over .venv, whose ilajax is the checked build. libasan comes first in the process, so
 # that it sees the memory which jaxlib allocates as well.
@@ -133,7 +133,12 @@ sanitize-threads: $(VENV)/.test
 # See tests/cuda_on_host/README.md.
 sanitize-cuda: $(VENV)/.test
 	CUDA_ON_HOST_BUILD=sanitized $(BIN)/python -m pytest -q tests/test_cuda_on_host.py
-	PYTHONPATH=tests $(BIN)/python -m pytest -q tests/cuda_on_host/check_ops.py::test_the_ops
+	PYTHONPATH=tests $(BIN)/python -m pytest -q tests/cuda_on_host/check_ops.py::test_the_ops \
+	  tests/cuda_on_host/check_races.py
+
+# The machine code of the CUDA kernels; skipped where there is no nvcc.
+sanitize-sass: $(VENV)/.test
+	$(BIN)/python -m pytest -q tests/check_sass.py
 
 # ---- Bazel, offline. Debian: apt-get install bazel-bootstrap
 

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from cuda_on_host import build, kernels, run
+from cuda_on_host import build, kernels, mutants, run
 
 pytestmark = pytest.mark.skipif(
     shutil.which(build.CXX) is None or sys.platform != "linux", reason="needs g++ on Linux"
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 # What the harness says of them; where an array ends only the sanitizers know.
 PLANTED = {
     "none": "nothing wrong",
+    "none_in_chain": "nothing wrong",
     "missing_syncthreads": "depends on the order of threads",
     "missing_syncwarp": "depends on the order of threads",
     "shared_index": "index 64 out of bounds for type 'int [64]'",
@@ -34,6 +35,8 @@ PLANTED = {
     "unwritten_shared": "or on what stood in it or in shared memory before",
     "endless_wait": "takes too long, in block (0, 0, 0)",
     "other_stream": "a launch on another stream than XLA's",
+    "old_flags": "depends on the order of threads (forward or random)",
+    "no_ticket": "takes too long, in block",
 }
 
 
@@ -71,6 +74,12 @@ def test_a_report_tells_the_calls():
 def test_launches(of):
     """Catches an opt-in that another thread lowers, blocks that are left out, and another stream."""
     assert said(of, "launches") == "nothing wrong\n"
+
+
+@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutants_can_be_planted(mutant):
+    """Catches a bug of mutants.py whose place in the kernels has changed."""
+    assert (build.KERNELS / mutant.file).read_text().count(mutant.old) == 1
 
 
 def test_every_kernel_runs(tmp_path):

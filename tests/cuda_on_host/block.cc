@@ -34,9 +34,9 @@ using State = Thread::State;
 
 void Block::Main() {
   block->running().fiber.Arrive();
-  HAPPENS_AFTER(&block->end_);  // of the block that was here before
+  HAPPENS_AFTER(&block->ends_[block->blocks_ & 1]);  // what was here before
   (*launch.body)();
-  HAPPENS_BEFORE(&block->end_);
+  HAPPENS_BEFORE(&block->ends_[~block->blocks_ & 1]);
   block->running().state = State::kDone;
   block->runs_ = false;
   block->running().fiber.Leave();
@@ -53,7 +53,8 @@ void Block::Start(unsigned rank) {
   thread.loaded.clear();
 }
 
-void Block::Begin(uint64_t rank, size_t dynamic_shared) {
+void Block::Begin(uint64_t rank, size_t dynamic_shared, std::span<char> static_shared) {
+  End();
   index_ = {static_cast<unsigned>(rank % gridDim.x),
             static_cast<unsigned>(rank / gridDim.x % gridDim.y),
             static_cast<unsigned>(rank / gridDim.x / gridDim.y)};
@@ -61,12 +62,18 @@ void Block::Begin(uint64_t rank, size_t dynamic_shared) {
   while (threads_.size() < count_) threads_.push_back(std::make_unique<Thread>());
   shared_ = std::make_unique_for_overwrite<char[]>(dynamic_shared);
   std::fill_n(shared_.get(), dynamic_shared, static_cast<char>(launch.rubbish));
+  std::fill(static_shared.begin(), static_shared.end(), static_cast<char>(launch.rubbish));
   for (unsigned i = 0; i < count_; ++i) Start(i);
   for (Warp& warp : warps_) std::fill_n(warp.turn, 32, 0);
   ranks_.resize(count_);
   for (unsigned i = 0; i < count_; ++i) {
     ranks_[i] = launch.order == Order::kReverse ? count_ - 1 - i : i;
   }
+  HAPPENS_BEFORE(&ends_[++blocks_ & 1]);
+}
+
+void Block::End() {
+  for (char& end : ends_) HAPPENS_AFTER(&end);
 }
 
 bool Block::GoOn() {
@@ -115,7 +122,7 @@ static bool Differ(const Thread& a, const Thread& b) {
          (a.file != b.file && std::strcmp(a.file, b.file) != 0);
 }
 
-static std::string Lines(const std::vector<uintptr_t>& calls);
+static std::string Lines(const Calls& calls);
 
 // All threads wait or are done: lets them through the block's barrier if they are at the same one.
 void Block::PassBarrier() {
@@ -197,15 +204,12 @@ void* DynamicShared() { return block->dynamic_shared(); }
 
 // --- Atomics and fences: a fence orders what stands around it with the atomics on the other side --
 
-void BeforeAtomic(void* address) {
-  if (block->running().fenced) HAPPENS_BEFORE(address);
-}
-
 void AfterAtomic(const void* address) {
 #ifdef WATCH_RACES
-  std::deque<const void*>& loaded = block->running().loaded;
-  loaded.push_back(address);
-  if (loaded.size() > 64) loaded.pop_front();
+  Thread& thread = block->running();
+  if (thread.fenced) HAPPENS_BEFORE(const_cast<void*>(address));
+  thread.loaded.push_back(address);
+  if (thread.loaded.size() > 64) thread.loaded.pop_front();
 #else
   static_cast<void>(address);
 #endif
@@ -223,14 +227,16 @@ void LetOthersRun() { block->LetOthersRun(); }
 // --- Reports -------------------------------------------------------------------------------------
 
 // Functions, files and lines of the calls that return to these addresses, as addr2line knows them.
-static std::string Lines(const std::vector<uintptr_t>& calls) {
+static std::string Lines(const Calls& calls) {
   Dl_info info;
   if (dladdr(reinterpret_cast<void*>(&DynamicShared), &info) == 0) return "";
   const uintptr_t base = reinterpret_cast<uintptr_t>(info.dli_fbase);
   std::ostringstream command;
   command << "addr2line --demangle --functions --inlines --pretty-print --exe=" << info.dli_fname;
   // One less lies within the call itself.
-  for (const uintptr_t call : calls) command << " 0x" << std::hex << call - 1 - base;
+  for (int i = 0; i < calls.count; ++i) {
+    command << " 0x" << std::hex << calls.returns[i] - 1 - base;
+  }
   FILE* pipe = popen(command.str().c_str(), "r");
   if (pipe == nullptr) return "";
   std::string text;
@@ -259,12 +265,11 @@ std::string Block::Divergent(unsigned a, unsigned b) const {
          Lines(threads_[a]->calls) + "and\n" + Lines(threads_[b]->calls);
 }
 
-// The calls that led to a frame, the last one first, each as where it returns to.
-std::vector<uintptr_t> Block::CallsTo(const void* frame) const {
-  std::vector<uintptr_t> calls;
+Calls Block::CallsTo(const void* frame) const {
+  Calls calls;
   while (threads_[current_]->fiber.Holds(frame)) {
     const void* const* words = static_cast<const void* const*>(frame);
-    calls.push_back(reinterpret_cast<uintptr_t>(words[1]));
+    calls.Add(reinterpret_cast<uintptr_t>(words[1]));
     frame = words[0];
   }
   return calls;
@@ -285,9 +290,9 @@ void Block::GiveUp([[maybe_unused]] const void* signal_context) {
     text << "  thread " << current_ << " runs\n";
 #ifdef __x86_64__
     const auto& registers = static_cast<const ucontext_t*>(signal_context)->uc_mcontext.gregs;
-    std::vector<uintptr_t> calls = CallsTo(reinterpret_cast<void*>(registers[REG_RBP]));
-    calls.insert(calls.begin(), registers[REG_RIP] + 1);
-    text << Lines(calls);
+    Calls here;
+    here.Add(registers[REG_RIP] + 1);
+    text << Lines(here) << Lines(CallsTo(reinterpret_cast<void*>(registers[REG_RBP])));
 #endif
   }
   launch.error = text.str();

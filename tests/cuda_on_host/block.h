@@ -11,6 +11,7 @@
 #include <functional>
 #include <memory>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,22 @@ namespace cuda_on_host {
 
 constexpr unsigned kMaxThreads = 1024;
 
+// The calls that led to a place, the last one first, each as where it returns to.
+struct Calls {
+  uintptr_t returns[16];
+  int count = 0;
+
+  void Add(uintptr_t address) {
+    if (count < 16) returns[count++] = address;
+  }
+  // Not by memcmp(), which ThreadSanitizer would see.
+  bool operator==(const Calls& other) const {
+    bool same = count == other.count;
+    for (int i = 0; same && i < count; ++i) same = returns[i] == other.returns[i];
+    return same;
+  }
+};
+
 struct Thread {
   enum class State { kReady, kAtBlock, kAtWarp, kDone };
 
@@ -30,7 +47,7 @@ struct Thread {
   uint32_t mask = 0;      // lanes it waits for
   const char* file = "";  // the barrier it waits at
   int line = 0;
-  std::vector<uintptr_t> calls;  // that led there
+  Calls calls;  // that led there
   // What ThreadSanitizer is told: barriers passed, and whether a fence stands before what follows.
   unsigned block_barriers = 0, warp_barriers = 0;
   bool fenced = false;
@@ -47,10 +64,12 @@ struct Warp {
 class Block {
  public:
   // Begins the block `rank` of the grid.
-  void Begin(uint64_t rank, size_t dynamic_shared);
+  void Begin(uint64_t rank, size_t dynamic_shared, std::span<char> static_shared);
   // Goes on until it is done, true, or another block may run: at a barrier, or while a thread waits
   // for what another block does.
   bool GoOn();
+  // Orders what follows behind all blocks that were here.
+  void End();
 
   // By the thread that runs.
   void Wait(Barrier barrier, uint32_t mask, const char* file, int line);
@@ -70,7 +89,7 @@ class Block {
   void PassBarrier();
   std::string Divergent(unsigned a, unsigned b) const;
   std::string Where(unsigned rank) const;
-  std::vector<uintptr_t> CallsTo(const void* frame) const;
+  Calls CallsTo(const void* frame) const;
 
   std::vector<std::unique_ptr<Thread>> threads_;
   Warp warps_[kMaxThreads / 32];
@@ -80,7 +99,9 @@ class Block {
   bool waits_ = false;           // for another block
   uint3 index_ = {};
   std::unique_ptr<char[]> shared_;  // of just the size asked for: AddressSanitizer watches its end
-  char of_block_[2] = {}, of_warps_[kMaxThreads / 32][2] = {}, end_ = 0;  // ThreadSanitizer's
+  // What ThreadSanitizer takes an order from, in turns.
+  char of_block_[2] = {}, of_warps_[kMaxThreads / 32][2] = {}, ends_[2] = {};
+  unsigned blocks_ = 0;  // that were here
 };
 
 // What the launch in progress is.

@@ -93,19 +93,26 @@ T Shuffle(uint32_t mask, T value, int source, bool inside, const char* file, int
 // Shared memory whose size the launch says.
 void* DynamicShared();
 
-// What stands around an atomic, for ThreadSanitizer; a fence.
-void BeforeAtomic(void* address);
+// What an atomic has touched, for ThreadSanitizer; a fence.
 void AfterAtomic(const void* address);
 void Fence();
 
 // A thread that may wait for another block lets that go on.
 void LetOthersRun();
 
-// Reads what other blocks of the launch write.
+// What block.cuh has for these.
+template <typename T>
+T LoadRelaxed(const T* address) {
+  return __atomic_load_n(address, __ATOMIC_RELAXED);
+}
+template <typename T>
+void StoreRelaxed(T* address, T value) {
+  __atomic_store_n(address, value, __ATOMIC_RELAXED);
+}
 template <typename T>
 T LoadFresh(const T* address) {
   LetOthersRun();
-  const T value = __atomic_load_n(address, __ATOMIC_RELAXED);
+  const T value = LoadRelaxed(address);
   AfterAtomic(address);
   return value;
 }
@@ -193,7 +200,7 @@ T __reduce_min_sync(uint32_t mask, T value, ILAJAX_HERE) {
 }
 
 inline int __syncthreads_count(int predicate, ILAJAX_HERE) {
-  static int count;
+  __shared__ int count;
   __syncthreads(file, line);
   count = 0;
   __syncthreads(file, line);
@@ -216,8 +223,7 @@ inline int __syncthreads_and(int predicate, ILAJAX_HERE) {
 template <typename T, typename F>
 T cuda_on_host_atomic(T* address, F&& f) {
   static_assert(std::is_integral_v<T>, "atomics on floating-point numbers are not repeatable");
-  cuda_on_host::BeforeAtomic(address);
-  T old = __atomic_load_n(address, __ATOMIC_RELAXED);
+  const T old = __atomic_load_n(address, __ATOMIC_RELAXED);
   __atomic_store_n(address, f(old), __ATOMIC_RELAXED);
   cuda_on_host::AfterAtomic(address);
   return old;

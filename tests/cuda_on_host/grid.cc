@@ -169,8 +169,7 @@ struct Grid {
     const TimeLimit limit;
     const std::span<char> static_shared = StaticShared();
     while (next < ranks.size() && launch.error.empty()) {
-      std::fill(static_shared.begin(), static_shared.end(), static_cast<char>(launch.rubbish));
-      places[worker]->Begin(ranks[next++], dynamic_shared);
+      places[worker]->Begin(ranks[next++], dynamic_shared, static_shared);
       while (!places[worker]->GoOn()) {
         const unsigned other = workers[launch.random() % workers.size()];
         if (other == worker) continue;
@@ -178,6 +177,7 @@ struct Grid {
         AwaitTurn(worker);
       }
     }
+    places[worker]->End();
     std::erase(workers, worker);
     if (!workers.empty()) Wake(workers[launch.random() % workers.size()]);
   }

@@ -12,6 +12,7 @@
 #include <memory>
 
 #include "grid.h"
+#include "thread_sanitizer/record.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla_kernels/bind.h"
 
@@ -85,6 +86,8 @@ XLA_FFI_Error* Checked(const char* target, XLA_FFI_Handler* handler, XLA_FFI_Cal
     result.Restore();
   }
   if (failure != nullptr) return failure;
+  const char* calls = getenv("CUDA_ON_HOST_CALLS");
+  if (message.empty() && calls != nullptr) thread_sanitizer::Record(calls, target, frame);
   return message.empty() ? nullptr : Failure(frame->api, std::string(target) + ": " + message);
 }
 

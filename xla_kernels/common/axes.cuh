@@ -153,7 +153,7 @@ struct DenseFilters {
         const int64_t tap = keys[n] - begin;
         if (tap < 0 || tap >= taps) continue;
         vectors[tap * block + j] = values[n];
-        flags[tap] = 1;
+        StoreRelaxed(&flags[tap], uint8_t{1});
       }
     }
   }

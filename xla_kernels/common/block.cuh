@@ -20,14 +20,22 @@ __device__ inline uint4* DynamicShared() {
 #endif
 }
 
-// Reads what other blocks of this launch have written.
-__device__ __forceinline__ uint32_t LoadFresh(const uint32_t* p) {
 #ifdef __CUDACC__
-  return *static_cast<const volatile uint32_t*>(p);
-#else
-  return cuda_on_host::LoadFresh(p);
-#endif
+// Reads and writes what other threads may write at the same time: several of them one value, or
+// bits that the reader leaves aside.
+template <typename T>
+__device__ __forceinline__ T LoadRelaxed(const T* p) {
+  return *static_cast<const volatile T*>(p);
 }
+template <typename T>
+__device__ __forceinline__ void StoreRelaxed(T* p, T value) {
+  *static_cast<volatile T*>(p) = value;
+}
+// Reads what other blocks of this launch have written.
+__device__ __forceinline__ uint32_t LoadFresh(const uint32_t* p) { return LoadRelaxed(p); }
+#else
+using cuda_on_host::LoadFresh, cuda_on_host::LoadRelaxed, cuda_on_host::StoreRelaxed;
+#endif
 
 // The first of `count` ascending keys that is not below `bound`.
 __device__ inline int64_t LowerBound(const int32_t* keys, int64_t count, int64_t bound) {

@@ -228,7 +228,8 @@ __device__ void BuildSiteMap(const SiteMap& map, const SiteMapInput<T>& in, int 
   if (fits) {
     entries.ForEach([&](int c, int site, float value) {
       uint2& record = records[record_of(site)];
-      values[(record.y & ~kNotFinite) + __popc(record.x & ((1u << c) - 1))] = value;
+      const uint32_t offset = LoadRelaxed(&record.y) & ~kNotFinite;
+      values[offset + __popc(record.x & ((1u << c) - 1))] = value;
       if (!isfinite(value)) atomicOr(&record.y, kNotFinite);
     });
   }

@@ -18,7 +18,7 @@ struct TileCuts {
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < tile.channels) {
       of[threadIdx.x] = f.cuts[tile.first_channel + threadIdx.x];
-      if (of[threadIdx.x].cuts) any = true;
+      if (of[threadIdx.x].cuts) StoreRelaxed(&any, true);
     } else if (threadIdx.x < kBlock) {
       of[threadIdx.x] = Cut{};
     }

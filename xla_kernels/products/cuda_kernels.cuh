@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t column = (f.transposed ? ic : oc) - f.first;
     if (column < 0 || column >= f.columns()) continue;
     f.vectors[vector * f.block + column] = values[n];
-    f.live[vector * f.tiles() + column / f.tile()] = 1;
+    StoreRelaxed(&f.live[vector * f.tiles() + column / f.tile()], uint8_t{1});
   }
 }
 
