@@ -16,7 +16,7 @@ GPU := $(shell nvidia-smi -L 2> /dev/null | grep -o -m 1 GPU)
 CXX_FILES = $(shell find xla_kernels tests -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inc')
 
 .PHONY: help demo test mnist check lint format docs cuda-on-host gpu-check wheel bazel clean
-.PHONY: sanitize sanitize-memory sanitize-threads sanitize-cuda sanitize-sass
+.PHONY: sanitize sanitize-memory sanitize-threads sanitize-cuda sanitize-races sanitize-sass
 .DELETE_ON_ERROR:
 
 help:
@@ -107,7 +107,7 @@ $(VENV)/.%: $(VENV)/.build $(SOURCES)
 
 # ---- The kernels under sanitizers.
 
-sanitize: sanitize-memory sanitize-threads sanitize-cuda sanitize-sass
+sanitize: sanitize-memory sanitize-threads sanitize-cuda sanitize-races sanitize-sass
 
 # A second environment, over .venv, whose ilajax is the checked build. libasan comes first in the process, so
 # that it sees the memory which jaxlib allocates as well.
@@ -133,6 +133,8 @@ sanitize-threads: $(VENV)/.test
 # See tests/cuda_on_host/README.md.
 sanitize-cuda: $(VENV)/.test
 	CUDA_ON_HOST_BUILD=sanitized $(BIN)/python -m pytest -q tests/test_cuda_on_host.py
+
+sanitize-races: $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python -m pytest -q tests/cuda_on_host/check_ops.py::test_the_ops \
 	  tests/cuda_on_host/check_races.py
 

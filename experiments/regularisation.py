@@ -2,7 +2,7 @@
 
     python -m experiments.regularisation                    # solids made on the spot, in 16^3 voxels; minutes
     python -m experiments.regularisation --data kicad --data-dir FOLDER --seeds 5 --report
-    python -m experiments.regularisation --resolution 64 --epochs 90    # the paper's net and schedule
+    python -m experiments.regularisation --resolution 64 --epochs 90 --optimizer adagrad    # as in the paper
     python -m experiments.regularisation --resume           # goes on where a run was stopped
 
 --report writes experiments/results/regularisation.{csv,json,md,png} too. As in the paper, the net of scale 0
@@ -162,15 +162,10 @@ def _parser() -> argparse.ArgumentParser:
     mean = "take the scales as those of a loss that is a mean over the batch, not its sum"
     add("--mean-loss", action="store_true", help=mean)
     threshold = "filter weights that stay below it for two epochs go"
-    add("--threshold", type=frame.positive, default=0.07, metavar="W", help=threshold)
+    add("--threshold", type=frame.positive, default=0.04, metavar="W", help=threshold)
     add_resolution(parser, 16)
-    add_options(
-        parser,
-        epochs=30,
-        out="runs/regularisation",
-        files="regularisation.{csv,json,md,png}",
-        optimizer="adagrad",
-    )
+    files = "regularisation.{csv,json,md,png}"
+    add_options(parser, epochs=60, out="runs/regularisation", files=files)
     return parser
 
 

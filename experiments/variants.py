@@ -78,15 +78,13 @@ def paper_bounds(resolution: int) -> tuple[float, ...]:
     return TABLE_2[resolution].density_bounds
 
 
-def add_options(
-    parser: argparse.ArgumentParser, *, epochs: int, out: str, files: str, optimizer: str = "adam"
-) -> None:
+def add_options(parser: argparse.ArgumentParser, *, epochs: int, out: str, files: str) -> None:
     """Adds what all of these experiments take, but for the resolution."""
     add = parser.add_argument
     add_data(parser)
     add_sizes(parser)
     which = "Adam in one cycle of rates, or the paper's Adagrad at one rate"
-    add("--optimizer", choices=RATES, default=optimizer, help=which)
+    add("--optimizer", choices=RATES, default="adam", help=which)
     rates = ", ".join(f"{rate:g} for {name}" for name, rate in RATES.items())
     rate = f"highest rate, by default {rates}"
     add("--learning-rate", type=frame.positive, metavar="RATE", help=rate)

@@ -4,12 +4,16 @@ check_kernels.py has the dtypes and the options, on grids of some 60 sites. Here
 of tiles, chunks of maps, strips of entries, long segments. Run by tests/test_cuda_on_host.py.
 """
 
+import os
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import oracles
 import samples
-from ilajax.ffi import plans
+from cuda_on_host import check_kernels
+from ilajax.ffi import calls, plans
 from ops import (
     test_conv,
     test_conv_at,
@@ -115,3 +119,43 @@ def test_pooling_of_size(backend, capacity):
     x = samples.tensor(3, 2, 3, (33, 33, 33), capacity=3000, density=0.08)
     test_pool.check(backend, "max", x, 2, capacity)
     test_pool.check(backend, "sum", x, 3, capacity, 1)
+
+
+# --- Results of more than 2^31 elements, in the memory of a few: see handlers.cc ---------------------
+
+
+def last_of(kernel, channels, operands):
+    """Calls a kernel whose last channel alone has anything to keep; returns what that one has."""
+    keys, values, *_ = kernel.call("cuda", 1, *operands)
+    return [np.asarray(result)[0, channels - 1, :8] for result in (keys, values)]
+
+
+@pytest.mark.skipif("CUDA_ON_HOST_CALLS" in os.environ, reason="too large to be recorded")
+@pytest.mark.parametrize("op", ["conv", "k_select"])
+def test_more_than_2_31_elements(backend, op):
+    """Catches an index of 32 bits."""
+    channels, capacity = 2080, 1 << 20
+    each = (
+        calls.result((channels, capacity), jnp.int32),
+        calls.result((channels, capacity), jnp.float32),
+    )
+    if op == "conv":
+        window = check_kernels.window_of(1, 1)  # 8 sites
+        kernel = check_kernels.kernel_of(
+            "ilajax_conv_fwd",
+            window,
+            (*each, calls.result((channels,), jnp.int32)),
+            (True, True, False, False, False),
+            select="value",
+        )
+        x = jnp.array([[[2, 5, 8]]]), jnp.array([[[3.0, 4.0, 0.0]]])
+        operands = (*x, jnp.array([channels - 1]), jnp.ones(1), jnp.zeros(channels))
+    else:
+        kernel = check_kernels.kernel_of(
+            "ilajax_k_select_fwd", None, each, (True, True), sites=8, select="value"
+        )
+        keys = jnp.full((1, channels, 3), 8).at[0, -1].set(jnp.array([2, 5, 8]))
+        operands = keys, jnp.zeros(keys.shape).at[0, -1].set(jnp.array([3.0, 4.0, 0.0]))
+    keys, values = last_of(kernel, channels, operands)
+    np.testing.assert_array_equal(keys, [2, 5, *[8] * 6])
+    np.testing.assert_array_equal(values, [3, 4, *[0] * 6])

@@ -249,7 +249,9 @@ std::string RunInAllOrders(const std::function<bool()>& launches,
   } runs[] = {{Order::kForward, "forward", 0xa5},
               {Order::kReverse, "reverse", 0xff},
               {Order::kRandom, "random", 0x3c}};
-  for (const auto& run : runs) {
+  const bool huge =
+      std::ranges::any_of(outputs, [](const Bytes& output) { return output.only_forward; });
+  for (const auto& run : std::span(runs).first(huge ? 1 : 3)) {
     SetOrder(run.order, run.rubbish);
     for (const Bytes& output : outputs) std::memset(output.data, run.rubbish, output.size);
     if (!launches()) return launch.error;

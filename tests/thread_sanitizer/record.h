@@ -20,6 +20,11 @@ inline std::string Bytes(const void* data, size_t size) {
   return std::string(static_cast<const char*>(data), size);
 }
 
+inline size_t Size(const void* buffer) {
+  const auto& of = *static_cast<const XLA_FFI_Buffer*>(buffer);
+  return Buffer{of.dtype, {of.dims, of.dims + of.rank}, {}}.Size();
+}
+
 inline Buffer Copy(const void* buffer) {
   const auto& from = *static_cast<const XLA_FFI_Buffer*>(buffer);
   Buffer to = {from.dtype, {from.dims, from.dims + from.rank}, {}};
@@ -60,23 +65,25 @@ inline void Write(const std::filesystem::path& folder, Call& call) {
 
 inline void Record(const std::filesystem::path& folder, const char* target,
                    const XLA_FFI_CallFrame* frame) {
+  size_t size = 0;
+  for (int64_t i = 0; i < frame->args.size; ++i) size += Size(frame->args.args[i]);
+  for (int64_t i = 0; i < frame->rets.size; ++i) size += Size(frame->rets.rets[i]);
+  if (size > kMaxBytes) return;
   Call call;
   call.target = target;
   for (int64_t i = 0; i < frame->attrs.size; ++i) {
     call.attributes.push_back(
         Copy(*frame->attrs.names[i], frame->attrs.types[i], frame->attrs.attrs[i]));
   }
-  size_t size = 0;
   for (int64_t i = 0; i < frame->args.size; ++i) {
-    size += call.operands.emplace_back(Copy(frame->args.args[i])).Size();
+    call.operands.push_back(Copy(frame->args.args[i]));
   }
   for (int64_t i = 0; i < frame->rets.size; ++i) {
     Buffer& result = call.results.emplace_back(Copy(frame->rets.rets[i]));
-    size += result.Size();
     // Only a workspace is a result of bytes.
     if (result.dtype == XLA_FFI_DataType_U8) result.bytes.clear();
   }
-  if (size <= kMaxBytes) Write(folder, call);
+  Write(folder, call);
 }
 
 }  // namespace thread_sanitizer
