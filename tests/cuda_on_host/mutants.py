@@ -3,8 +3,8 @@
     PYTHONPATH=tests python -m cuda_on_host.mutants            # all of them: an hour or two
     PYTHONPATH=tests python -m cuda_on_host.mutants pool flag  # those with a word in their name
 
-Each is planted in a copy of the tree, in build/mutants. Prints the table of README.md. `make test` plants
-none: it asks whether the texts are still there.
+Each is planted in a copy of the tree, in build/mutants. Prints a table. `make test` plants none: it
+asks whether the texts are still there.
 """
 
 import os
