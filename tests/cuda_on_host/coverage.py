@@ -1,8 +1,9 @@
-"""Which lines of the CUDA kernels no case runs, and which loops never go round twice.
+"""Which lines of the CUDA kernels no case runs, and which loops may never go round twice.
 
-    python tests/cuda_on_host/coverage.py       # minutes
+    PYTHONPATH=tests python -m cuda_on_host.coverage    # minutes
 
-Runs check_kernels.py and check_sizes.py on a build that counts, by gcov.
+Runs check_kernels.py and check_sizes.py on a build that counts, by gcov. That knows sums over all threads:
+where the rounds of a loop are no more than its exits, somebody has to look.
 """
 
 import collections
@@ -46,8 +47,8 @@ def not_run(lines: Lines) -> Iterator[tuple[str, int]]:
             yield place
 
 
-def never_twice(lines: Lines) -> Iterator[tuple[str, int]]:
-    """The loops that run, but whose condition holds no more often than it ends the loop."""
+def hardly_twice(lines: Lines) -> Iterator[tuple[str, int]]:
+    """The loops whose condition holds no more often than it ends them."""
     for (name, number), found in sorted(lines.items()):
         text = (build.KERNELS / name).read_text().splitlines()[number - 1]
         if not re.search(r"\b(for|while) \(", text):
@@ -75,4 +76,4 @@ def show(title: str, places: Iterator[tuple[str, int]]) -> None:
 if __name__ == "__main__":
     found = counted([build.HERE / "check_kernels.py", build.HERE / "check_sizes.py"])
     show("Lines that no case runs:", not_run(found))
-    show("Loops that no case goes round twice:", never_twice(found))
+    show("Loops that go round once at most, in the mean:", hardly_twice(found))
