@@ -98,6 +98,7 @@ class Kernel:
     file: str  # below xla_kernels, or any path
     name: str  # without namespaces and parameters
     code: Function
+    text: str  # as nvdisasm prints it
     resources: Row  # of kernel_resources
 
     @property
@@ -165,12 +166,12 @@ def disassemble(file: str, architecture: str, flags: Sequence[str] = FLAGS) -> t
     return log.read_text(), sass.read_text()
 
 
-def parse(sass: str) -> Iterator[Function]:
-    """The kernels in what `nvdisasm -gi -c` prints."""
+def parse(sass: str) -> Iterator[tuple[Function, str]]:
+    """The kernels in what `nvdisasm -gi -c` prints, and the text of each."""
     sections = re.split(r"^//-+ \.text\.(\S+) -+$", sass, flags=re.MULTILINE)
     for name, text in zip(sections[1::2], sections[2::2], strict=True):
         routines = _functions(text)
-        yield Function(name, routines.pop(name).blocks, routines)
+        yield Function(name, routines.pop(name).blocks, routines), text
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -188,9 +189,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _kernels(file: str, log: str, sass: str) -> list[Kernel]:
     resources = {row["kernel"]: row for row in kernel_resources.parse(log, file)}
     found = []
-    for code in parse(sass):
+    for code, text in parse(sass):
         name = kernel_resources.demangle(code.name)
-        found.append(Kernel(file, name, code, resources.pop(name)))
+        found.append(Kernel(file, name, code, text, resources.pop(name)))
     assert not resources, f"{file}: no code of {', '.join(resources)}"
     return sorted(found, key=lambda kernel: kernel.name)
 

@@ -15,6 +15,7 @@
 #include <optional>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -310,24 +311,38 @@ const char* cudaGetErrorString(cudaError_t status);  // what went wrong on this 
 
 namespace cuda_on_host {
 
+namespace machine {
+
+// A parameter of a kernel, for its machine code.
+struct Parameter {
+  const void* data;
+  size_t size, alignment;
+
+  template <typename T>
+  explicit Parameter(const T& value) : data(&value), size(sizeof(T)), alignment(alignof(T)) {}
+};
+
+}  // namespace machine
+
 inline const cudaStream_t kStream = reinterpret_cast<cudaStream_t>(uintptr_t{0x57});
 
 // Runs `body` for every thread of every block. `kernel` is recorded as executed; `launch` has its
 // name in it.
 cudaError_t Run(const cudaLaunchConfig_t& config, const void* kernel,
+                const std::vector<machine::Parameter>& parameters,
                 const std::function<void()>& body, const char* launch);
 
 }  // namespace cuda_on_host
 
 // CUDA passes a kernel's arguments without their types. The host needs those, and takes them from
 // what Launch() in xla_kernels/common/cuda.h calls them.
-#define cudaLaunchKernelExC(config, function, pointers) \
-  cuda_on_host::Run(                                    \
-      *(config), function,                              \
-      [&] {                                             \
-        (void)pointers;                                 \
-        kernel(value...);                               \
-      },                                                \
+#define cudaLaunchKernelExC(config, function, pointers)                  \
+  cuda_on_host::Run(                                                     \
+      *(config), function, {cuda_on_host::machine::Parameter(value)...}, \
+      [&] {                                                              \
+        (void)pointers;                                                  \
+        kernel(value...);                                                \
+      },                                                                 \
       __PRETTY_FUNCTION__)
 
 // XLA has no stream on the CPU, so the context of every handler decodes to this one.

@@ -23,6 +23,9 @@
 #include <utility>
 
 #include "block.h"
+#ifdef RUN_MACHINE_CODE
+#include "machine/machine.h"
+#endif
 
 namespace cuda_on_host {
 namespace {
@@ -195,6 +198,7 @@ struct Grid {
 }  // namespace
 
 cudaError_t Run(const cudaLaunchConfig_t& config, const void* kernel,
+                [[maybe_unused]] const std::vector<machine::Parameter>& parameters,
                 const std::function<void()>& body, const char* function) {
   std::lock_guard<std::recursive_mutex> lock(mutex);
   launch.kernel = KernelOf(function);
@@ -215,6 +219,17 @@ cudaError_t Run(const cudaLaunchConfig_t& config, const void* kernel,
   }
   if (!launch.error.empty()) return cudaErrorInvalidConfiguration;
   executed.kernels.insert(kernel);
+#ifdef RUN_MACHINE_CODE
+  const auto code = machine::codes.find(kernel);
+  launch.error = code == machine::codes.end() ? "no machine code"
+                 : grid.y * grid.z * threads.y * threads.z != 1
+                     ? "a launch of more than one dimension"
+                     : machine::Run(code->second, grid.x, threads.x, config.dynamicSmemBytes,
+                                    launch.rubbish, parameters);
+  if (launch.error.empty()) return cudaSuccess;
+  launch.error = launch.kernel + ", " + launch.error;
+  return cudaErrorLaunchFailure;
+#endif
   gridDim = grid;
   blockDim = threads;
   resident_blocks = ResidentBlocks();
@@ -249,9 +264,11 @@ std::string RunInAllOrders(const std::function<bool()>& launches,
   } runs[] = {{Order::kForward, "forward", 0xa5},
               {Order::kReverse, "reverse", 0xff},
               {Order::kRandom, "random", 0x3c}};
-  const bool huge =
-      std::ranges::any_of(outputs, [](const Bytes& output) { return output.only_forward; });
-  for (const auto& run : std::span(runs).first(huge ? 1 : 3)) {
+  bool once = std::ranges::any_of(outputs, [](const Bytes& output) { return output.only_forward; });
+#ifdef RUN_MACHINE_CODE
+  once = true;
+#endif
+  for (const auto& run : std::span(runs).first(once ? 1 : 3)) {
     SetOrder(run.order, run.rubbish);
     for (const Bytes& output : outputs) std::memset(output.data, run.rubbish, output.size);
     if (!launches()) return launch.error;

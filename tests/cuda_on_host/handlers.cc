@@ -14,6 +14,13 @@
 #include <memory>
 
 #include "grid.h"
+#ifdef RUN_MACHINE_CODE
+#include <dlfcn.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "machine/machine.h"
+#endif
 #include "thread_sanitizer/record.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla_kernels/bind.h"
@@ -140,9 +147,39 @@ nanobind::dict Registrations() {
   return targets;
 }
 
+#ifdef RUN_MACHINE_CODE
+// A kernel is named by where its host function is in this library.
+const void* Kernel(size_t offset) {
+  Dl_info info;
+  dladdr(reinterpret_cast<void*>(&Registrations), &info);
+  return static_cast<const char*>(info.dli_fbase) + offset;
+}
+
+void AddCode(size_t offset, const std::string& text, size_t static_shared) {
+  cuda_on_host::machine::Code code = cuda_on_host::machine::Decode(text);
+  code.static_shared = static_shared;
+  cuda_on_host::machine::codes[Kernel(offset)] = std::move(code);
+}
+
+std::vector<uint64_t> TakeCounts(size_t offset) {
+  std::vector<uint64_t> counts;
+  for (const auto& instruction : cuda_on_host::machine::codes.at(Kernel(offset)).instructions) {
+    counts.push_back(std::exchange(instruction.count, 0));
+  }
+  return counts;
+}
+#endif
+
 }  // namespace
 
 NB_MODULE(_cuda_on_host, m) {
   m.doc() = "The CUDA handlers as CPU handlers, and their plans.";
   ilajax::Bind(m, &Registrations);
+#ifdef RUN_MACHINE_CODE
+  m.def("add_code", &AddCode, nanobind::arg("kernel"), nanobind::arg("text"),
+        nanobind::arg("static_shared"),
+        "What the kernel at an offset of this library runs: a section that nvdisasm printed.");
+  m.def("take_counts", &TakeCounts, nanobind::arg("kernel"),
+        "How many warps came to each instruction since the last call.");
+#endif
 }

@@ -14,7 +14,7 @@ import sys
 import jax
 import pytest
 
-from cuda_on_host import build
+from cuda_on_host import build, machine_code
 
 # Its handlers would take the names that the CUDA handlers get here.
 sys.modules["ilajax._cpu"] = None
@@ -29,9 +29,9 @@ REPEATED_KEYS = [
 SMALL = {"select_whole": 8, "select_chunk": 4, "min_tile": 32}
 
 
-def pytest_configure(config):
-    path = build.BUILDS[os.environ.get("CUDA_ON_HOST_BUILD", "plain")].module
-    spec = importlib.util.spec_from_file_location("_cuda_on_host", path)
+def use(chosen, shared_memory):
+    """Lets JAX's CPU platform run the CUDA handlers of a build; returns its module."""
+    spec = importlib.util.spec_from_file_location("_cuda_on_host", chosen.module)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     handlers = module.registrations()
@@ -41,7 +41,15 @@ def pytest_configure(config):
     routes.platforms = lambda: ("cuda",)
     routes.default_platform = lambda: "cuda"
     gpus.unfit = stamp.unchecked = lambda: ""
-    gpus.shared_memory = lambda: 99 << 10  # the least of all that the kernels are built for
+    gpus.shared_memory = lambda: shared_memory
+    return module
+
+
+def pytest_configure(config):
+    chosen = build.BUILDS[os.environ.get("CUDA_ON_HOST_BUILD", "plain")]
+    module = use(chosen, 99 << 10)  # the least of all that the kernels are built for
+    if chosen is build.MACHINE:
+        machine_code.load(module)
     tuned = plans.tuned("cuda", **SMALL)
     tuned.__enter__()
     config.add_cleanup(lambda: tuned.__exit__(None, None, None))
