@@ -209,6 +209,11 @@ def _tools() -> tuple[str, str]:
     return _run(["nvcc", "--version"]).stdout, _run([nvdisasm() or "nvdisasm", "--version"]).stdout
 
 
+def compiler() -> str:
+    """The version of nvcc."""
+    return f"nvcc, {re.findall('release .*', _tools()[0])[0]}"
+
+
 @functools.cache
 def _headers() -> bytes:
     """A hash of all that a .cu file may include."""

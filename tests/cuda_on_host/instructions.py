@@ -17,8 +17,9 @@ import dataclasses
 import hashlib
 import os
 import re
+import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -34,6 +35,9 @@ from cuda_on_host import build, machine_code, plugin
 from experiments import frame
 
 STEM = "instructions"
+# Kernel, by its number in the module -> how many warps came to each of its instructions.
+Counts = dict[int, list[int]]
+
 SHARED_MEMORY = 227 << 10  # of an H100's block
 MOST_SITES = 1 << 26  # of a batch
 
@@ -46,61 +50,63 @@ class Counter:
         self.module = plugin.use(build.MACHINE, SHARED_MEMORY)
         self.kernels = machine_code.load(self.module)
 
-    def count(self, problem: Problem) -> dict[int, list[int]]:
-        """Kernel -> warps that came to each of its instructions, in one call."""
-        layer = problem.layer()
-        call = jax.jit(layer.function).lower(*layer.operands).compile()
+    def count(self, function: Callable[..., Any], *operands: Any) -> Counts:
+        """What one call of a function executes."""
+        call = jax.jit(function).lower(*operands).compile()
         self._take()
-        jax.block_until_ready(call(*layer.operands))
+        jax.block_until_ready(call(*operands))
         return self._take()
 
-    def _take(self) -> dict[int, list[int]]:
-        counts = {kernel: self.module.take_counts(kernel) for kernel in self.kernels}
-        return {kernel: each for kernel, each in counts.items() if any(each)}
+    def count_row(self, row: Row) -> Counts:
+        """What the layer of a row executes, with all of its batch."""
+        problem, times = counted_part(row)
+        layer = problem.layer()
+        counts = self.count(layer.function, *layer.operands)
+        return {kernel: [times * n for n in each] for kernel, each in counts.items()}
 
-    def by_kernel(self, counts: Mapping[int, Sequence[int]], scale: int) -> dict[str, int]:
+    def by_kernel(self, counts: Counts) -> dict[str, int]:
         """Name -> instructions, those that take most first."""
         totals: collections.Counter[str] = collections.Counter()
         for kernel, each in counts.items():
-            totals[self.kernels[kernel].name] += scale * sum(each)
+            totals[self.kernels[kernel].name] += sum(each)
         return dict(totals.most_common())
 
-    def by_line(self, counts: Mapping[int, Sequence[int]], scale: int) -> collections.Counter[str]:
-        """Line of the source, behind the kernel -> instructions."""
+    def by_line(self, counts: Counts) -> collections.Counter[str]:
+        """Kernel and line of the source -> instructions."""
         lines: collections.Counter[str] = collections.Counter()
         for kernel, each in counts.items():
             of = self.kernels[kernel]
             for code in of.instructions:
-                lines[f"{of.name} {code.source}"] += scale * each[code.address // 16]
+                lines[f"{of.name} {code.source}"] += each[code.address // 16]
         return lines
+
+    def _take(self) -> Counts:
+        counts = {kernel: self.module.take_counts(kernel) for kernel in self.kernels}
+        return {kernel: each for kernel, each in counts.items() if any(each)}
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = _parser().parse_args(arguments)
     if sass.missing():
         sys.exit(sass.missing())
-    record = timing.provenance("cuda_on_host.instructions", arguments)
     counter = Counter()
-    record["code"] = digests(list(counter.kernels.values()))
-    record["rows"] = {}
+    given = sys.argv[1:] if arguments is None else arguments
+    record = {
+        "command": shlex.join(["python", "-m", "cuda_on_host.instructions", *given]),
+        "commit": timing.commit(),
+        "compiler": sass.compiler(),
+        "code": digests(counter.kernels.values()),
+        "rows": {},
+    }
     for row in rows(options.rows):
-        problem, scale = counted_part(row)
-        counts = counter.count(problem)
-        kernels = counter.by_kernel(counts, scale)
-        record["rows"][row.name] = kernels
+        counts = counter.count_row(row)
+        kernels = record["rows"][row.name] = counter.by_kernel(counts)
         print(f"{row.name}: {_millions(sum(kernels.values()))} M", flush=True)
-        for line, count in counter.by_line(counts, scale).most_common(options.lines):
+        for line, count in counter.by_line(counts).most_common(options.lines):
             print(f"  {_millions(count)} M {line}", flush=True)
     if options.report:
         frame.write_json(options.report / f"{STEM}.json", record)
-        frame.write_page(
-            options.report / f"{STEM}.md",
-            "# Instructions of the CUDA kernels",
-            f"`{record['command']}` at commit {record['commit']}: millions of instructions that the "
-            "warps of a whole call execute, counted on the machine code of sm_90. No GPU was there, and "
-            "this is no time.",
-            _cells(record["rows"]),
-        )
+        frame.write_text(options.report / f"{STEM}.md", page(record))
     return record
 
 
@@ -120,7 +126,7 @@ def counted_part(row: Row) -> tuple[Problem, int]:
     return dataclasses.replace(problem, batch=1), problem.batch
 
 
-def digests(kernels: Sequence[sass.Kernel]) -> dict[str, str]:
+def digests(kernels: Iterable[sass.Kernel]) -> dict[str, str]:
     """File and name of each kernel -> a hash of its instructions."""
     found = {}
     for kernel in kernels:
@@ -128,6 +134,20 @@ def digests(kernels: Sequence[sass.Kernel]) -> dict[str, str]:
         codes = re.sub(r"\.L_x_\d+", "", codes)
         found[f"{kernel.file} {kernel.name}"] = hashlib.sha256(codes.encode()).hexdigest()[:16]
     return dict(sorted(found.items()))
+
+
+def page(record: Mapping[str, Any]) -> str:
+    """The record as a page to read."""
+    lines = [
+        "# Instructions of the CUDA kernels",
+        "",
+        f"`PYTHONPATH=tests {record['command']}` at commit {record['commit']}, {record['compiler']}: "
+        "millions of instructions that the warps of a whole call execute, counted on the machine code of "
+        "sm_90. Nothing was timed: no GPU was there.",
+        "",
+        *frame.markdown_table(_cells(record["rows"])),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _cells(counted: Mapping[str, Mapping[str, int]]) -> list[frame.Cells]:

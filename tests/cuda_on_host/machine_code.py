@@ -1,5 +1,6 @@
 """Gives the build "machine" what it runs: the machine code of each kernel, from nvcc and nvdisasm."""
 
+import functools
 import re
 import subprocess
 from typing import Any
@@ -10,15 +11,24 @@ from cuda_on_host import build
 
 def load(module: Any) -> dict[int, sass.Kernel]:
     """Adds the code of all kernels to the module of the build; returns them, by their number there."""
-    kernels = {_common(kernel.code.name): kernel for kernel in sass.kernels()}
+    for number, kernel in kernels().items():
+        add(module, number, kernel)
+    return kernels()
+
+
+def add(module: Any, number: int, kernel: sass.Kernel) -> None:
+    module.add_code(number, kernel.text, kernel.resources["shared"])
+
+
+@functools.cache
+def kernels() -> dict[int, sass.Kernel]:
+    """The kernels, by where the host function of each is in the module."""
+    of_name = {_common(kernel.code.name): kernel for kernel in sass.kernels()}
     command = ["nm", "--defined-only", str(build.MACHINE.module)]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {}
-    for offset, name in re.findall(r"^([0-9a-f]+) [tTwW] (\S+)$", listing, re.MULTILINE):
-        if kernel := kernels.get(_common(name)):
-            found[int(offset, 16)] = kernel
-            module.add_code(int(offset, 16), kernel.text, kernel.resources["shared"])
-    missing = set(kernels) - {_common(kernel.code.name) for kernel in found.values()}
+    symbols = re.findall(r"^([0-9a-f]+) [tTwW] (\S+)$", listing, re.MULTILINE)
+    found = {int(at, 16): of_name[_common(n)] for at, n in symbols if _common(n) in of_name}
+    missing = set(of_name) - {_common(kernel.code.name) for kernel in found.values()}
     assert not missing, f"not in {build.MACHINE.module}: {missing}"
     return found
 

@@ -179,7 +179,8 @@ void Shuffle(Warp& w, const Instruction& i, uint32_t lanes) {
 void Vote(Warp& w, const Instruction& i, uint32_t lanes) {
   const uint32_t votes = Bits(w, i.from[0]) & lanes;
   if (i.to.kind == Operand::kNone) {
-    WriteBits(w, i.to_predicate[0], lanes, votes != 0 ? kAll : 0);
+    const bool passed = i.kind == 'A' ? votes == lanes : votes != 0;
+    WriteBits(w, i.to_predicate[0], lanes, passed ? kAll : 0);
     return;
   }
   Row row;
@@ -256,7 +257,10 @@ Execute Elsewhere(Instruction& i, const std::string& name) {
     i.kind = i.Has(".UP") ? 'u' : i.Has(".DOWN") ? 'd' : i.Has(".BFLY") ? 'x' : 'i';
     return Shuffle;
   }
-  if ((name == "VOTE" || name == "VOTEU") && i.Has(".ANY")) return Vote;
+  if (name == "VOTE" || name == "VOTEU") {
+    i.kind = i.Has(".ALL") ? 'A' : '0';
+    return i.kind == 'A' || i.Has(".ANY") ? Vote : nullptr;
+  }
   if (i.opcode == "REDUX.SUM") return Sum;
   if (name == "R2UR") return ToUniform;
   if (name == "R2P") return ToPredicates;
