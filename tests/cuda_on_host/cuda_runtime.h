@@ -329,21 +329,20 @@ inline const cudaStream_t kStream = reinterpret_cast<cudaStream_t>(uintptr_t{0x5
 // Runs `body` for every thread of every block. `kernel` is recorded as executed; `launch` has its
 // name in it.
 cudaError_t Run(const cudaLaunchConfig_t& config, const void* kernel,
-                const std::vector<machine::Parameter>& parameters,
-                const std::function<void()>& body, const char* launch);
+                const std::function<void()>& body, const char* launch,
+                const std::vector<machine::Parameter>& parameters = {});
 
 }  // namespace cuda_on_host
 
 // CUDA passes a kernel's arguments without their types. The host needs those, and takes them from
 // what Launch() in xla_kernels/common/cuda.h calls them.
-#define cudaLaunchKernelExC(config, function, pointers)                  \
-  cuda_on_host::Run(                                                     \
-      *(config), function, {cuda_on_host::machine::Parameter(value)...}, \
-      [&] {                                                              \
-        (void)pointers;                                                  \
-        kernel(value...);                                                \
-      },                                                                 \
-      __PRETTY_FUNCTION__)
+#define cudaLaunchKernelExC(config, function, pointers) \
+  cuda_on_host::Run(*(config), function,                \
+                    [&] {                               \
+                      (void)pointers;                   \
+                      kernel(value...);                 \
+                    },                                  \
+                    __PRETTY_FUNCTION__, {cuda_on_host::machine::Parameter(value)...})
 
 // XLA has no stream on the CPU, so the context of every handler decodes to this one.
 template <>

@@ -198,8 +198,8 @@ struct Grid {
 }  // namespace
 
 cudaError_t Run(const cudaLaunchConfig_t& config, const void* kernel,
-                [[maybe_unused]] const std::vector<machine::Parameter>& parameters,
-                const std::function<void()>& body, const char* function) {
+                const std::function<void()>& body, const char* function,
+                [[maybe_unused]] const std::vector<machine::Parameter>& parameters) {
   std::lock_guard<std::recursive_mutex> lock(mutex);
   launch.kernel = KernelOf(function);
   launch.error.clear();

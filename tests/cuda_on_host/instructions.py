@@ -53,6 +53,7 @@ class Counter:
     def count(self, function: Callable[..., Any], *operands: Any) -> Counts:
         """What one call of a function executes."""
         call = jax.jit(function).lower(*operands).compile()
+        jax.block_until_ready(operands)  # what makes them does not count
         self._take()
         jax.block_until_ready(call(*operands))
         return self._take()

@@ -33,8 +33,24 @@ __device__ __forceinline__ void StoreRelaxed(T* p, T value) {
 }
 // Reads what other blocks of this launch have written.
 __device__ __forceinline__ uint32_t LoadFresh(const uint32_t* p) { return LoadRelaxed(p); }
+// Has a number, or a pointer to global memory, computed once and kept, where the compiler would
+// compute it again in each round of a loop, to save registers.
+__device__ __forceinline__ uint32_t Kept(uint32_t value) {
+  asm("" : "+r"(value));
+  return value;
+}
+template <typename T>
+__device__ __forceinline__ T* Kept(T* pointer) {
+  asm("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
 #else
 using cuda_on_host::LoadFresh, cuda_on_host::LoadRelaxed, cuda_on_host::StoreRelaxed;
+template <typename T>
+T Kept(T value) {
+  return value;
+}
 #endif
 
 // The first of `count` ascending keys that is not below `bound`.

@@ -60,6 +60,17 @@ struct SiteMap {
     return (int64_t{item} * channels + group * kMapGroup) * slots;
   }
 
+  // Whether a chunk of an item, of those that BuildSiteMap takes, has any entry.
+  __device__ bool StoresAny(int item, int64_t chunk) const {
+    const int64_t first = chunk * kMapWords;
+    const int64_t last = min(first + kMapWords, (sites + 31) / 32) - 1;
+    for (int g = 0; g < groups(); ++g) {
+      const uint2* each = words + Words(item, g);
+      if (each[last].y + __popc(each[last].x) != each[first].y) return true;
+    }
+    return false;
+  }
+
   void Carve(Carver& carver, int64_t items) {
     words_each = CeilDiv(sites, 32);
     words = carver.Take<uint2>(items, groups(), words_each);
@@ -79,11 +90,11 @@ struct SiteMapView {
   uint32_t sites, capacity;
 
   __device__ SiteMapView(const SiteMap& map, int item, int group)
-      : words(map.words + map.Words(item, group)),
-        records(map.records + map.Records(item, group)),
-        values(map.values + map.Records(item, group)),
+      : words(Kept(map.words + map.Words(item, group))),
+        records(Kept(map.records + map.Records(item, group))),
+        values(Kept(map.values + map.Records(item, group))),
         sites(static_cast<uint32_t>(map.sites)),
-        capacity(static_cast<uint32_t>(min(map.capacity(group), int64_t{0xffffffff}))) {}
+        capacity(Kept(static_cast<uint32_t>(min(map.capacity(group), int64_t{0xffffffff})))) {}
 
   // The record {mask, offset} of a site, counted from the map's first; mask 0 where none is stored.
   __device__ uint2 Find(uint32_t site) const {

@@ -17,6 +17,7 @@ constexpr int TileBlocks(int rank, Pass pass) { return rank <= 3 && pass != Pass
 template <int R, Pass P>
 __global__ void __launch_bounds__(kTileThreads, TileBlocks(R, P))
     TileKernel(Forward f, Axes<R> axes) {
+  if (P == Pass::kRefine && *f.any_cuts == 0) return;
   const TileMemory memory(f, P);
   const Tile tile(f, P == Pass::kEmit ? DrawTicket(f) : blockIdx.x);
   __shared__ TileCuts cuts;
@@ -41,7 +42,11 @@ __global__ void __launch_bounds__(kTileThreads, TileBlocks(R, P))
     AddTilesBefore(f, tile, cuts, kept);
     const int64_t out_segment =
         int64_t{f.first_item + tile.item} * f.out_channels + tile.block * kBlock;
-    EmitKept(f, reached, cuts, kept, out_segment);
+    if (cuts.any) {
+      EmitKept<true>(f, reached, cuts, kept, out_segment);
+    } else {
+      EmitKept<false>(f, reached, cuts, kept, out_segment);
+    }
     Pad(f, tile, cuts, out_segment);
   } else {
     uint32_t* totals = f.histograms + int64_t{tile.first_channel} * kBins;
@@ -80,6 +85,7 @@ struct ForwardLayout {
   ForwardLayout(Carver& carver, const ConvShape& s, const ForwardPlan& plan) {
     f.filters = FiltersOf(s);
     f.out_channels = static_cast<int>(s.out_channels);
+    f.channel_blocks = f.filters.blocks();
     f.capacity = static_cast<int>(s.capacity);
     f.output_sites = s.w.output_sites;
     f.tile = static_cast<int>(plan.tile);
@@ -88,6 +94,8 @@ struct ForwardLayout {
       const int64_t planes = std::min(plan.slab_planes, s.w.output_shape[0] - plane);
       f.tiles += static_cast<int>(CeilDiv(planes * s.w.output_plane(), plan.tile));
     }
+    f.share = f.tiles == 0 ? 0 : f.capacity / f.tiles;
+    f.larger_shares = f.capacity - f.share * f.tiles;
     f.map.channels = static_cast<int>(s.in_channels);
     f.map.sites = PlanesRead(s.w, plan.slab_planes) * s.w.input_plane();
     f.map.slots = static_cast<int>(std::min(s.slots, f.map.sites));
@@ -99,6 +107,7 @@ struct ForwardLayout {
     f.histograms = carver.Take<uint32_t>(items, channels, kBins);
     f.cuts = carver.Take<Cut>(items, channels);
     f.finished = carver.Take<uint32_t>(items, blocks);
+    f.any_cuts = carver.Take<uint32_t>(1);
     f.tickets = carver.Take<uint32_t>(1);
     f.pool_used = carver.Take<uint32_t>(1);
     f.run_sums = carver.Take<uint32_t>(items, channels, f.runs(), kSums);

@@ -46,7 +46,7 @@ struct Forward {
   int32_t* responses;
   ffi::DataType dtype;
   Select select;
-  int out_channels, capacity;
+  int out_channels, channel_blocks, capacity;
   int64_t output_sites;
 
   int first_item, items;              // the chunk of the batch
@@ -54,6 +54,7 @@ struct Forward {
   int tile;                           // sites of a tile
   int tiles, first_tile, slab_tiles;  // of an item; of the slab
   int ticket_base;                    // blocks of launches before this one that drew tickets
+  int share, larger_shares;           // slots that a tile pads; how many tiles have one more
   int level, low_shift;               // the digit of this pass; bits of a rank that carry nothing
   int levels;
   bool weights_in_shared;
@@ -63,6 +64,7 @@ struct Forward {
   uint32_t* histograms;  // [item][channel][bin]
   Cut* cuts;             // [item][channel]
   uint32_t* finished;    // [item][block of channels]
+  uint32_t* any_cuts;    // [1]: whether there are any
   uint32_t* tickets;     // [1]
   uint32_t* pool_used;   // [1]
   uint32_t* run_sums;    // [item][channel][run of tiles][kSums]
@@ -96,11 +98,11 @@ struct Tile {
   int64_t begin, end;  // its output sites
 
   __device__ __forceinline__ Tile(const Forward& f, uint32_t task) {
-    const int blocks = f.filters.blocks(), slab_tile = static_cast<int>(task % f.slab_tiles);
-    index = f.first_tile + slab_tile;
+    const uint32_t slab_tile = task % f.slab_tiles, blocks = f.channel_blocks;
+    index = f.first_tile + static_cast<int>(slab_tile);
     segment = static_cast<int>(task / f.slab_tiles);
-    item = segment / blocks;
-    block = segment % blocks;
+    item = static_cast<int>(segment / blocks);
+    block = static_cast<int>(segment % blocks);
     channels = min(kBlock, f.out_channels - block * kBlock);
     first_channel = item * f.out_channels + block * kBlock;
     begin = f.slab_begin + int64_t{slab_tile} * f.tile;

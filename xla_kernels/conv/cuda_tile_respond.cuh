@@ -23,47 +23,20 @@ __device__ __forceinline__ void AddProducts(float (&sums)[kBlock], float x, cons
   }
 }
 
-// Where a thread's output site reads the input: the position and the site, counted from the map's
-// first, of a tap at offset 0. An inactive thread reads nothing.
-template <int R>
-struct ReadSite {
-  int32_t p[R];
-  uint32_t flat;
-  bool active;
-
-  __device__ __forceinline__ ReadSite(const Axes<R>& axes, const SiteMap& map, bool active,
-                                      uint32_t key)
-      : active(active) {
-    Axes<R>::Unravel(key, axes.output, p);
-#pragma unroll
-    for (int a = 0; a < R; ++a) p[a] = p[a] * axes.stride[a] - axes.low[a];
-    flat = axes.InputKey(p) - static_cast<uint32_t>(map.begin);
-  }
-
-  __device__ __forceinline__ bool Inside(const Axes<R>& axes,
-                                         const typename TapList<R>::Entry& tap) const {
-    bool inside = active;
-#pragma unroll
-    for (int a = 0; a < R; ++a) {
-      inside &= static_cast<uint32_t>(p[a] + tap.offset[a]) < static_cast<uint32_t>(axes.input[a]);
-    }
-    return inside;
-  }
-};
-
 // Adds one or two input channels, where most of the time goes to look-ups: a thread first collects
 // which taps find anything, then goes through its own.
 template <int R>
 __device__ __forceinline__ void AddFewChannels(const SiteMapView& map, const Axes<R>& axes,
                                                const TapList<R>& taps, const float* weights,
-                                               const ReadSite<R>& read, float (&sums)[kBlock]) {
+                                               const ReadSite<R>& read, bool interior,
+                                               float (&sums)[kBlock]) {
   for (int base = 0; base < taps.count; base += 32) {
     uint32_t hits = 0;
 #pragma unroll 4
     for (int k = 0; k < min(32, taps.count - base); ++k) {
       const auto tap = taps.entries[base + k];
       const uint32_t site = read.flat + tap.flat;
-      if (read.Inside(axes, tap) && site < map.sites) {
+      if ((interior || read.Inside(axes, tap)) && site < map.sites) {
         hits |= (map.words[site >> 5].x >> (site & 31) & 1) << k;
       }
     }
@@ -86,20 +59,25 @@ __device__ __forceinline__ void AddFewChannels(const SiteMapView& map, const Axe
 template <int R>
 __device__ __forceinline__ void AddChannels(const SiteMapView& map, const Axes<R>& axes,
                                             const TapList<R>& taps, int g, const float* weights,
-                                            const ReadSite<R>& read, float (&sums)[kBlock]) {
+                                            const ReadSite<R>& read, bool interior,
+                                            float (&sums)[kBlock]) {
   for (int k = 0; k < taps.count; ++k) {
     const auto tap = taps.entries[k];
     uint2 record = make_uint2(0, 0);
-    if (read.Inside(axes, tap)) record = map.Find(read.flat + tap.flat);
+    if (interior || read.Inside(axes, tap)) record = map.Find(read.flat + tap.flat);
     const uint32_t live = taps.Live(g, tap.tap);
     if (!__any_sync(kWarp, (record.x & live) != 0)) continue;
-    const float* values = map.values + (record.y & ~kNotFinite);
-    const float4* tap_weights = reinterpret_cast<const float4*>(weights + tap.tap * kBlock);
-    for (uint32_t rest = live; rest != 0; rest &= rest - 1) {
-      const int c = __ffs(rest) - 1;
-      if (!(record.x >> c & 1)) continue;
-      AddProducts(sums, values[__popc(record.x & ((1u << c) - 1))], tap_weights + c * taps.taps * 2,
-                  !(record.y & kNotFinite));
+    // Eight channels at a time, so that all but the weights' place is known to the compiler.
+    const float4* channel_weights = reinterpret_cast<const float4*>(weights + tap.tap * kBlock);
+    const bool finite = !(record.y & kNotFinite);
+    uint32_t value = record.y & ~kNotFinite;
+    for (uint32_t rest = live, stored = record.x; rest != 0; rest >>= 8, stored >>= 8) {
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        if (stored & rest & 1u << c) AddProducts(sums, map.values[value], channel_weights, finite);
+        value += stored >> c & 1;
+        channel_weights += taps.taps * 2;
+      }
     }
   }
 }
@@ -109,17 +87,18 @@ __device__ __forceinline__ void AddChannels(const SiteMapView& map, const Axes<R
 template <int R>
 __device__ __forceinline__ void Respond(const Forward& f, const Axes<R>& axes,
                                         const TapList<R>& taps, const float* weights, int item,
-                                        bool active, uint32_t key, float (&sums)[kBlock]) {
-  const ReadSite<R> read(axes, f.map, active, key);
+                                        uint32_t key, float (&sums)[kBlock]) {
+  const ReadSite<R> read(axes, f.map, key);
+  const bool interior = __all_sync(kWarp, read.Interior(axes));
 #pragma unroll
   for (int j = 0; j < kBlock; ++j) sums[j] = 0.0f;
   if (f.map.channels <= 2) {
-    AddFewChannels(SiteMapView(f.map, item, 0), axes, taps, weights, read, sums);
+    AddFewChannels(SiteMapView(f.map, item, 0), axes, taps, weights, read, interior, sums);
     return;
   }
   for (int g = 0; g < f.map.groups(); ++g) {
     const float* group_weights = weights + int64_t{g} * kMapGroup * taps.taps * kBlock;
-    AddChannels(SiteMapView(f.map, item, g), axes, taps, g, group_weights, read, sums);
+    AddChannels(SiteMapView(f.map, item, g), axes, taps, g, group_weights, read, interior, sums);
   }
 }
 
@@ -226,7 +205,8 @@ struct ReachedSites {
       if (pooled) {
         LoadPool(i, active, key, bits);
       } else {
-        if (active) key = static_cast<uint32_t>(tile.begin) + sites[i];
+        // A lane without a site does what the last one does, so that the warp stays together.
+        key = static_cast<uint32_t>(tile.begin) + sites[min(i, warp_end - 1)];
         FindBits(active, key, bits);
         if (P == Pass::kRespond && active && pool_begin != kUncached) StorePool(i, key, bits);
       }
@@ -261,7 +241,7 @@ struct ReachedSites {
   __device__ __forceinline__ void FindBits(bool active, uint32_t key,
                                            uint32_t (&bits)[kBlock]) const {
     float sums[kBlock];
-    Respond(f, axes, taps, weights, tile.item, active, key, sums);
+    Respond(f, axes, taps, weights, tile.item, key, sums);
 #pragma unroll
     for (int j = 0; j < kBlock; ++j) {
       bits[j] = kNone;

@@ -43,11 +43,13 @@ __device__ __forceinline__ void ClearHistogram(uint32_t* histogram) {
 // Adds the tile's histogram to that of the segment.
 __device__ __forceinline__ void AddHistogram(const uint32_t* histogram, int channels,
                                              uint32_t* totals) {
-  for (int i = threadIdx.x; i < channels * (kBins / 8); i += kTileThreads) {
-    const int c = i / (kBins / 8), w = i % (kBins / 8) * 4;
-    const uint4 eight = *reinterpret_cast<const uint4*>(&histogram[c * kBinWords + w]);
+  static_assert(kBins == 8 * kTileThreads, "a thread has eight bins of each channel");
+  const uint4* bins = reinterpret_cast<const uint4*>(histogram) + threadIdx.x;
+  for (int c = 0; c < channels; ++c, bins += kBinWords / 4) {
+    const uint4 eight = *bins;
+    if ((eight.x | eight.y | eight.z | eight.w) == 0) continue;  // as in most warps
     const uint32_t two[4] = {eight.x, eight.y, eight.z, eight.w};
-    uint32_t* total = &totals[c * kBins + 2 * w];
+    uint32_t* total = &totals[c * kBins + 8 * threadIdx.x];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if (two[j] & 0xffff) atomicAdd(&total[2 * j], two[j] & 0xffff);
@@ -63,13 +65,12 @@ __device__ __forceinline__ void CountCandidates(const Forward& f, const Tile& ti
                                                 uint32_t* totals) {
   __shared__ uint32_t sums[kTileWarps][kBlock];
   uint32_t counts[kBlock] = {};
-  const int shift = LevelShift(f.level);
   reached.ForEach([&](uint32_t, const uint32_t (&bits)[kBlock]) {
 #pragma unroll
     for (int j = 0; j < kBlock; ++j) {
       if (bits[j] == kNone) continue;
       ++counts[j];
-      const uint32_t bin = Rank(bits[j], f) >> shift;
+      const uint32_t bin = Rank(bits[j], f) >> LevelShift(0);
       atomicAdd(&histogram[j * kBinWords + (bin >> 1)], 1u << (16 * (bin & 1)));
     }
   });
@@ -149,6 +150,7 @@ __device__ __forceinline__ void FindDigit(const Forward& f, int level, uint32_t*
     *responses = total;
     cut->candidates = total;
     cut->cuts = total > ties;
+    if (total > ties) StoreRelaxed(f.any_cuts, 1u);
   }
   if (total > ties || level > 0) {
     if (above < ties && above + sum >= ties) {
@@ -265,8 +267,8 @@ __device__ __forceinline__ void AddTilesBefore(const Forward& f, const Tile& til
   __syncthreads();
 }
 
-// Writes the kept candidates.
-template <typename Reached>
+// Writes the kept candidates: where nothing is cut, all.
+template <bool kCut, typename Reached>
 __device__ __forceinline__ void EmitKept(const Forward& f, const Reached& reached,
                                          const TileCuts& cuts, KeptCounts& kept,
                                          int64_t out_segment) {
@@ -276,17 +278,18 @@ __device__ __forceinline__ void EmitKept(const Forward& f, const Reached& reache
 #pragma unroll
   for (int j = 0; j < kBlock; ++j) above[j] = kept.tiles[0][j] + kept.warps[0][warp][j];
   // Ties are few, so their count stays in shared memory.
-  if (lane < kBlock) kept.warps[1][warp][lane] += kept.tiles[1][lane];
+  if (kCut && lane < kBlock) kept.warps[1][warp][lane] += kept.tiles[1][lane];
   __syncwarp();
   reached.ForEach([&](uint32_t key, const uint32_t (&bits)[kBlock]) {
+    int64_t first_slot = out_segment * f.capacity;
 #pragma unroll
-    for (int j = 0; j < kBlock; ++j) {
-      const bool is_above = cuts.IsAbove(bits[j], j, f);
+    for (int j = 0; j < kBlock; ++j, first_slot += f.capacity) {
+      const bool is_above = kCut ? cuts.IsAbove(bits[j], j, f) : bits[j] != kNone;
       const uint32_t all_above = __ballot_sync(kWarp, is_above);
       uint32_t slot = above[j] + __popc(all_above & lower_lanes);
       bool emits = is_above;
       above[j] += __popc(all_above);
-      if (cuts.any) {
+      if (kCut) {
         const bool is_tie = cuts.IsTie(bits[j], j, f);
         const uint32_t all_ties = __ballot_sync(kWarp, is_tie), most = cuts.of[j].ties;
         const uint32_t ties = kept.warps[1][warp][j];
@@ -300,9 +303,8 @@ __device__ __forceinline__ void EmitKept(const Forward& f, const Reached& reache
         }
       }
       if (emits && slot < static_cast<uint32_t>(f.capacity)) {
-        const int64_t i = (out_segment + j) * f.capacity + slot;
-        f.out_keys[i] = static_cast<int32_t>(key);
-        Store(f.out_values, i, BitsFloat(bits[j]), f.dtype);
+        f.out_keys[first_slot + slot] = static_cast<int32_t>(key);
+        Store(f.out_values, first_slot + slot, BitsFloat(bits[j]), f.dtype);
       }
     }
   });
@@ -311,9 +313,8 @@ __device__ __forceinline__ void EmitKept(const Forward& f, const Reached& reache
 // Padding: each tile fills its share of the slots behind the kept ones.
 __device__ __forceinline__ void Pad(const Forward& f, const Tile& tile, const TileCuts& cuts,
                                     int64_t out_segment) {
-  const int share = f.capacity / f.tiles, rest = f.capacity % f.tiles;
-  const int share_begin = share * tile.index + min(tile.index, rest);
-  const int share_end = share_begin + share + (tile.index < rest ? 1 : 0);
+  const int share_begin = f.share * tile.index + min(tile.index, f.larger_shares);
+  const int share_end = share_begin + f.share + (tile.index < f.larger_shares ? 1 : 0);
   for (int c = 0; c < tile.channels; ++c) {
     const int from = max(share_begin, cuts.of[c].candidates);
     for (int i = from + threadIdx.x; i < share_end; i += kTileThreads) {

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <memory>
 #include <stdexcept>
+#include <utility>
 
 #include "warp.h"
 
@@ -54,6 +55,7 @@ std::string Run(const Code& code, unsigned blocks, unsigned threads, size_t dyna
       for (bool some = true; some;) {
         some = false;
         for (unsigned k = 0; k < count; ++k) some |= warps[k].Run();
+        block.result = std::exchange(block.vote, false);
         for (unsigned k = 0; k < count; ++k) warps[k].PassBarrier();
       }
     }

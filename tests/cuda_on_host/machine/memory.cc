@@ -188,6 +188,11 @@ void Vote(Warp& w, const Instruction& i, uint32_t lanes) {
   Write(w, i.to, lanes, row);
 }
 
+// B2R: what the barrier's votes came to.
+void Result(Warp& w, const Instruction& i, uint32_t lanes) {
+  WriteBits(w, i.to_predicate[0], lanes, w.block->result ? kAll : 0);
+}
+
 void Sum(Warp& w, const Instruction& i, uint32_t lanes) {
   uint32_t sum = 0;
   EachOf(lanes, [&](int l) { sum += w.registers[i.from[0].index][l]; });
@@ -261,6 +266,7 @@ Execute Elsewhere(Instruction& i, const std::string& name) {
     i.kind = i.Has(".ALL") ? 'A' : '0';
     return i.kind == 'A' || i.Has(".ANY") ? Vote : nullptr;
   }
+  if (i.opcode == "B2R.RESULT") return Result;
   if (i.opcode == "REDUX.SUM") return Sum;
   if (name == "R2UR") return ToUniform;
   if (name == "R2P") return ToPredicates;
@@ -287,7 +293,8 @@ void Bind(Instruction& i) {
                {"BSYNC", Flow::kMeet},
                {"BREAK", Flow::kLeaveMeeting},
                {"WARPSYNC.ALL", Flow::kWarpBarrier},
-               {"BAR.SYNC.DEFER_BLOCKING", Flow::kBlockBarrier}};
+               {"BAR.SYNC.DEFER_BLOCKING", Flow::kBlockBarrier},
+               {"BAR.RED.OR.DEFER_BLOCKING", Flow::kBlockBarrier}};
   for (const auto& each : flows) {
     if (i.opcode == each.opcode) {
       i.flow = each.flow;

@@ -150,6 +150,7 @@ void Warp::RunGroup(Group group) {
         if (some != live_ && some != 0) leave(some, Wait::kWarpBarrier);
         break;
       case Flow::kBlockBarrier:
+        if (i.inputs > 1) block->vote |= Guarded(i.from[1], some) != 0;
         if (some != 0) leave(some, Wait::kBlockBarrier);
         break;
     }

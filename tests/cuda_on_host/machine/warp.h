@@ -31,6 +31,8 @@ struct BlockState {
   std::vector<uint8_t> constants;  // bank 0: sizes of block and grid, parameters
   std::vector<uint8_t> shared;     // from address 0 on
   uint32_t index;                  // blockIdx.x
+  // Of a barrier with a vote: whether any lane that has come voted for it; how the last one ended.
+  bool vote = false, result = false;
 };
 
 [[noreturn]] void Fail(const Instruction& instruction, const std::string& what);
