@@ -1,6 +1,6 @@
-"""The machine code of the CUDA kernels, run on the host; by `make sanitize`, where there is nvcc. See README.md.
+"""The machine code of the CUDA kernels, run on the host by `make sanitize`, where there is nvcc.
 
-Goes with the plugin and CUDA_ON_HOST_BUILD=machine.
+Goes with the plugin and CUDA_ON_HOST_BUILD=machine; see README.md.
 """
 
 import json
@@ -32,10 +32,13 @@ WRONG = {
     "wait for others that do not come": "S2R R0, SR_LANEID; ISETP.GT.AND P0, PT, R0, 0x3, PT; "
     "BSSY B0, `(B); @P0 BRA `(A); BAR.SYNC.DEFER_BLOCKING 0x0; A: BSYNC B0; B: NOP",
 }
-# Lane l goes round max(1, l) times; then each leaves when it is done, or all wait for the last.
 # A row that takes seconds.
 QUICK = "r64 shell 8->8 b32"
-LOOP = "S2R R0, SR_LANEID; MOV R1, RZ; {}A: VIADD R1, R1, 0x1; ISETP.GT.AND P0, PT, R0, R1, PT; @P0 BRA `(A){}"
+# Lane l goes round max(1, l) times; then each leaves when it is done, or all wait for the last.
+LOOP = (
+    "S2R R0, SR_LANEID; MOV R1, RZ; {}"
+    "A: VIADD R1, R1, 0x1; ISETP.GT.AND P0, PT, R0, R1, PT; @P0 BRA `(A){}"
+)
 
 
 @pytest.fixture
