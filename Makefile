@@ -141,8 +141,8 @@ sanitize-races: $(VENV)/.test
 # The machine code of the CUDA kernels; skipped where there is no nvcc.
 sanitize-sass: $(VENV)/.test
 	$(BIN)/python -m pytest -q tests/check_sass.py
-	$(BIN)/python tests/cuda_on_host/build.py machine
-	CUDA_ON_HOST_BUILD=machine PYTHONPATH=tests JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -p cuda_on_host.plugin \
+	$(BIN)/python tests/cuda_on_host/build.py plain
+	CUDA_ON_HOST_MACHINE=1 PYTHONPATH=tests JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -p cuda_on_host.plugin \
 	  tests/cuda_on_host/check_machine.py
 
 # ---- Bazel, offline. Debian: apt-get install bazel-bootstrap

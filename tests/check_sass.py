@@ -35,7 +35,7 @@ DOUBTS = {
     "PrepareKernel": 7,
     "ScoreKernel": 1,
     "TallyChunks": 4,
-    "TileKernel": 41,
+    "TileKernel": 52,
     "WholeSegments": 3,
 }
 

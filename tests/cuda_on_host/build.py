@@ -1,6 +1,6 @@
 """Builds the CUDA kernels for the host into build/cuda_on_host/, in one of several ways.
 
-    python tests/cuda_on_host/build.py [plain] [sanitized] [covered] [watched] [machine]
+    python tests/cuda_on_host/build.py [plain] [sanitized] [covered] [watched]
 
 CMakeLists.txt says how; only what has changed is compiled again.
 """
@@ -53,8 +53,8 @@ class Build:
 
 
 PLAIN, SANITIZED, COVERED = Build("plain"), Build("sanitized"), Build("covered")
-WATCHED, MACHINE = Build("watched"), Build("machine")
-BUILDS = {build.name: build for build in (PLAIN, SANITIZED, COVERED, WATCHED, MACHINE)}
+WATCHED = Build("watched")
+BUILDS = {build.name: build for build in (PLAIN, SANITIZED, COVERED, WATCHED)}
 
 
 def _run(*command: str | Path) -> None:

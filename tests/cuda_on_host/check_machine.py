@@ -1,6 +1,6 @@
 """The machine code of the CUDA kernels, run on the host by `make sanitize`, where there is nvcc.
 
-Goes with the plugin and CUDA_ON_HOST_BUILD=machine; see README.md.
+Goes with the plugin and CUDA_ON_HOST_MACHINE=1; see README.md.
 """
 
 import json
@@ -33,7 +33,7 @@ WRONG = {
     "BSSY B0, `(B); @P0 BRA `(A); BAR.SYNC.DEFER_BLOCKING 0x0; A: BSYNC B0; B: NOP",
 }
 # A row that takes seconds.
-QUICK = "r64 shell 8->8 b32"
+QUICK = "r256 1->8 rho_f=0.1, no selection"
 # Lane l goes round max(1, l) times; then each leaves when it is done, or all wait for the last.
 LOOP = (
     "S2R R0, SR_LANEID; MOV R1, RZ; {}"
@@ -87,7 +87,8 @@ def test_counts(call):
 
 def test_kernels(tmp_path):
     """Catches machine code that is wrong where the source is right, and a kernel that no case runs."""
-    run.run(build.MACHINE, run.cases(), tmp_path / "executed")
+    files = [*run.cases(), build.HERE / "check_sizes.py"]
+    run.run(build.PLAIN, files, tmp_path / "executed", processes=2)
 
 
 def test_results_are_up_to_date(tmp_path):

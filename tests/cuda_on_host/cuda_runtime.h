@@ -324,6 +324,9 @@ struct Parameter {
 
 }  // namespace machine
 
+// The blocks of a kernel that strides, at most; of machine code as many as on a GPU.
+int64_t StridingBlocks();
+
 inline const cudaStream_t kStream = reinterpret_cast<cudaStream_t>(uintptr_t{0x57});
 
 // Runs `body` for every thread of every block. `kernel` is recorded as executed; `launch` has its

@@ -23,7 +23,7 @@
 #include <utility>
 
 #include "block.h"
-#ifdef RUN_MACHINE_CODE
+#ifdef HAS_MACHINE
 #include "machine/machine.h"
 #endif
 
@@ -195,11 +195,32 @@ struct Grid {
   }
 };
 
+#ifdef HAS_MACHINE
+bool RunsMachineCode() { return !machine::codes.empty(); }
+
+std::string RunMachineCode(const cudaLaunchConfig_t& config, const void* kernel,
+                           const std::vector<machine::Parameter>& parameters) {
+  const dim3 grid = config.gridDim, threads = config.blockDim;
+  const auto code = machine::codes.find(kernel);
+  if (code == machine::codes.end()) return "no machine code";
+  if (grid.y * grid.z * threads.y * threads.z != 1) return "a launch of more than one dimension";
+  return machine::Run(code->second, grid.x, threads.x, config.dynamicSmemBytes, launch.rubbish,
+                      parameters);
+}
+#else
+bool RunsMachineCode() { return false; }
+
+std::string RunMachineCode(const cudaLaunchConfig_t&, const void*,
+                           const std::vector<machine::Parameter>&) {
+  return "no machine";
+}
+#endif
+
 }  // namespace
 
 cudaError_t Run(const cudaLaunchConfig_t& config, const void* kernel,
                 const std::function<void()>& body, const char* function,
-                [[maybe_unused]] const std::vector<machine::Parameter>& parameters) {
+                const std::vector<machine::Parameter>& parameters) {
   std::lock_guard<std::recursive_mutex> lock(mutex);
   launch.kernel = KernelOf(function);
   launch.error.clear();
@@ -219,17 +240,12 @@ cudaError_t Run(const cudaLaunchConfig_t& config, const void* kernel,
   }
   if (!launch.error.empty()) return cudaErrorInvalidConfiguration;
   executed.kernels.insert(kernel);
-#ifdef RUN_MACHINE_CODE
-  const auto code = machine::codes.find(kernel);
-  launch.error = code == machine::codes.end() ? "no machine code"
-                 : grid.y * grid.z * threads.y * threads.z != 1
-                     ? "a launch of more than one dimension"
-                     : machine::Run(code->second, grid.x, threads.x, config.dynamicSmemBytes,
-                                    launch.rubbish, parameters);
-  if (launch.error.empty()) return cudaSuccess;
-  launch.error = launch.kernel + ", " + launch.error;
-  return cudaErrorLaunchFailure;
-#endif
+  if (RunsMachineCode()) {
+    launch.error = RunMachineCode(config, kernel, parameters);
+    if (launch.error.empty()) return cudaSuccess;
+    launch.error = launch.kernel + ", " + launch.error;
+    return cudaErrorLaunchFailure;
+  }
   gridDim = grid;
   blockDim = threads;
   resident_blocks = ResidentBlocks();
@@ -244,6 +260,8 @@ cudaError_t Run(const cudaLaunchConfig_t& config, const void* kernel,
   work.Run();
   return launch.error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
+
+int64_t StridingBlocks() { return RunsMachineCode() ? 0x7fffffff : 5; }
 
 std::function<void()> after_opt_in;
 
@@ -265,9 +283,7 @@ std::string RunInAllOrders(const std::function<bool()>& launches,
               {Order::kReverse, "reverse", 0xff},
               {Order::kRandom, "random", 0x3c}};
   bool once = std::ranges::any_of(outputs, [](const Bytes& output) { return output.only_forward; });
-#ifdef RUN_MACHINE_CODE
-  once = true;
-#endif
+  once |= RunsMachineCode();
   for (const auto& run : std::span(runs).first(once ? 1 : 3)) {
     SetOrder(run.order, run.rubbish);
     for (const Bytes& output : outputs) std::memset(output.data, run.rubbish, output.size);

@@ -14,7 +14,7 @@
 #include <memory>
 
 #include "grid.h"
-#ifdef RUN_MACHINE_CODE
+#ifdef HAS_MACHINE
 #include <dlfcn.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -147,7 +147,7 @@ nanobind::dict Registrations() {
   return targets;
 }
 
-#ifdef RUN_MACHINE_CODE
+#ifdef HAS_MACHINE
 // A kernel is named by where its host function is in this library.
 const void* Kernel(size_t offset) {
   Dl_info info;
@@ -175,7 +175,7 @@ std::vector<uint64_t> TakeCounts(size_t offset) {
 NB_MODULE(_cuda_on_host, m) {
   m.doc() = "The CUDA handlers as CPU handlers, and their plans.";
   ilajax::Bind(m, &Registrations);
-#ifdef RUN_MACHINE_CODE
+#ifdef HAS_MACHINE
   m.def("add_code", &AddCode, nanobind::arg("kernel"), nanobind::arg("text"),
         nanobind::arg("static_shared"),
         "What the kernel at an offset of this library runs: a section that nvdisasm printed.");

@@ -46,8 +46,8 @@ class Counter:
     """Runs calls on the machine code, and counts. One for a process."""
 
     def __init__(self) -> None:
-        build.MACHINE.make("_cuda_on_host")
-        self.module = plugin.use(build.MACHINE, SHARED_MEMORY)
+        build.PLAIN.make("_cuda_on_host")
+        self.module = plugin.use(build.PLAIN, SHARED_MEMORY)
         self.kernels = machine_code.load(self.module)
 
     def count(self, function: Callable[..., Any], *operands: Any) -> Counts:

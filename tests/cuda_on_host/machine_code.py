@@ -1,12 +1,18 @@
-"""Gives the build "machine" what it runs: the machine code of each kernel, from nvcc and nvdisasm."""
+"""Gives the plain build what its machine runs: the code of each kernel, from nvcc and nvdisasm.
+
+The plugin does so where CUDA_ON_HOST_MACHINE is set; then no kernel runs as fibers.
+"""
 
 import functools
+import os
 import re
 import subprocess
 from typing import Any
 
 from benchmarks import sass
 from cuda_on_host import build
+
+WANTED = bool(os.environ.get("CUDA_ON_HOST_MACHINE"))
 
 
 def load(module: Any) -> dict[int, sass.Kernel]:
@@ -24,12 +30,12 @@ def add(module: Any, number: int, kernel: sass.Kernel) -> None:
 def kernels() -> dict[int, sass.Kernel]:
     """The kernels, by where the host function of each is in the module."""
     of_name = {_common(kernel.code.name): kernel for kernel in sass.kernels()}
-    command = ["nm", "--defined-only", str(build.MACHINE.module)]
+    command = ["nm", "--defined-only", str(build.PLAIN.module)]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     symbols = re.findall(r"^([0-9a-f]+) [tTwW] (\S+)$", listing, re.MULTILINE)
     found = {int(at, 16): of_name[_common(n)] for at, n in symbols if _common(n) in of_name}
     missing = set(of_name) - {_common(kernel.code.name) for kernel in found.values()}
-    assert not missing, f"not in {build.MACHINE.module}: {missing}"
+    assert not missing, f"not in {build.PLAIN.module}: {missing}"
     return found
 
 

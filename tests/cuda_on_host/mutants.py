@@ -39,14 +39,12 @@ MUTANTS = (
         "no barrier behind the marks",
         "conv/cuda_tile_mark.cuh",
         """\
-      DilateWord(axes, taps, word, q, tile.begin, sites, bitmap);
-    }
+    if (shift > 0 && bits >> (32 - shift)) atomicOr(&bitmap[(at >> 5) + 1], bits >> (32 - shift));
   }
   __syncthreads();
 """,
         """\
-      DilateWord(axes, taps, word, q, tile.begin, sites, bitmap);
-    }
+    if (shift > 0 && bits >> (32 - shift)) atomicOr(&bitmap[(at >> 5) + 1], bits >> (32 - shift));
   }
 """,
     ),
@@ -93,12 +91,12 @@ MUTANTS = (
         "|= for atomicOr in shared memory",
         "conv/cuda_tile_mark.cuh",
         """\
-  if (lower != 0) atomicOr(&bitmap[w], lower);
-  if (upper != 0) atomicOr(&bitmap[w + 1], upper);
+    if (bits << shift) atomicOr(&bitmap[at >> 5], bits << shift);
+    if (shift > 0 && bits >> (32 - shift)) atomicOr(&bitmap[(at >> 5) + 1], bits >> (32 - shift));
 """,
         """\
-  if (lower != 0) bitmap[w] |= lower;
-  if (upper != 0) bitmap[w + 1] |= upper;
+    if (bits << shift) bitmap[at >> 5] |= bits << shift;
+    if (shift > 0 && bits >> (32 - shift)) bitmap[(at >> 5) + 1] |= bits >> (32 - shift);
 """,
     ),
     Mutant(
@@ -154,10 +152,10 @@ MUTANTS = (
         "32 bits for an index of the output",
         "conv/cuda_tile_select.cuh",
         """\
-        const int64_t i = (out_segment + j) * f.capacity + slot;
+    for (int j = 0; j < kBlock; ++j, first_slot += f.capacity) {
 """,
         """\
-        const int64_t i = static_cast<int>((out_segment + j) * f.capacity + slot);
+    for (int j = 0; j < kBlock; ++j, first_slot = static_cast<int>(first_slot + f.capacity)) {
 """,
     ),
     Mutant(

@@ -48,7 +48,7 @@ def use(chosen, shared_memory):
 def pytest_configure(config):
     chosen = build.BUILDS[os.environ.get("CUDA_ON_HOST_BUILD", "plain")]
     module = use(chosen, 99 << 10)  # the least of all that the kernels are built for
-    if chosen is build.MACHINE:
+    if machine_code.WANTED:
         machine_code.load(module)
     tuned = plans.tuned("cuda", **SMALL)
     tuned.__enter__()

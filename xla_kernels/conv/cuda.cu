@@ -7,12 +7,12 @@
 //   1 PrepareKernel   the input as a site map (site_map.cuh), the filters as dense vectors, zeroed
 //                     counters
 //   2 TileKernel      kRespond: a block takes a tile of consecutive output sites of one item and up
-//                     to 8 output channels. It dilates the map's bitmap, a word at a time, into a
-//                     bitmap of the sites in reach. Then a thread has a site and sums its responses
-//                     in registers, tap by tap and channel by channel, all threads of a warp at the
-//                     same weights. Ranks go to a histogram of their 11 highest bits in shared
-//                     memory, then to that of the segment; the last block of a segment finds the
-//                     digit at which the capacity cuts.
+//                     to 8 output channels. It dilates the map's bitmap, 32 sites of a row at a
+//                     time, into a bitmap of the sites in reach. Then a thread has a site and sums
+//                     its responses in registers, tap by tap and channel by channel, all threads of
+//                     a warp at the same weights. Ranks go to a histogram of their 11 highest
+//                     bits in shared memory, then to that of the segment; the last block of a
+//                     segment finds the digit at which the capacity cuts.
 //   3 TileKernel      kRefine, once or twice: the next digits, among candidates that share the
 //                     first.
 //   4 TileKernel      kEmit: counts what a tile keeps, adds up the tiles before it, writes in key

@@ -125,7 +125,7 @@ __device__ __forceinline__ bool ReadsAny(const Forward& f, const Axes<R>& axes,
 }
 
 // Marks the sites of a tile that any stored entry reaches through a live tap. A thread takes up to
-// 32 sites of a row, and reads for each tap the bits of as many input sites.
+// 32 sites of a row.
 template <int R>
 __device__ __forceinline__ void MarkTile(const Forward& f, const Axes<R>& axes,
                                          const TapList<R>& taps, const Tile& tile,

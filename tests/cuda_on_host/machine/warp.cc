@@ -112,6 +112,7 @@ void Warp::RunGroup(Group group) {
         if (taken != 0 && i.flow == Flow::kReturn) {
           target += static_cast<int>(registers[i.from[0].index][std::countr_zero(taken)]) / 16;
         }
+        if (taken != 0 && target < 0) Fail(i, "a jump to nobody knows where");
         if (taken == lanes) {
           at = target;
           continue;
