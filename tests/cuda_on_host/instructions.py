@@ -6,7 +6,8 @@
 
 --report writes benchmarks/results/instructions.{json,md} too. Runs the machine code of sm_90 itself (see
 README.md) on the rows' own inputs, with the plans of an H100, and counts what each warp executes: whole
-calls, without the launches' gaps. Of grids beyond 128^3 one sample is counted, and stands for its batch.
+calls, without the launches' gaps. Of 512^3 one sample is counted, and stands for its batch; 1024^3 takes
+too long.
 
 --lines says which lines of the source take most, with all that is inlined there.
 """
@@ -39,7 +40,8 @@ STEM = "instructions"
 Counts = dict[int, list[int]]
 
 SHARED_MEMORY = 227 << 10  # of an H100's block
-MOST_SITES = 1 << 26  # of a batch
+MOST_SITES = 1 << 26  # of a batch, or one sample is counted
+LARGEST = 1 << 27  # grid
 
 
 class Counter:
@@ -112,8 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def rows(names: Sequence[str] | None = None) -> list[Row]:
-    """The rows of the GPU benchmark, or those of some names."""
-    return [row for row in gpu_rows(small=False) if names is None or row.name in names]
+    """The rows of the GPU benchmark that are counted, or those of some names."""
+    return [
+        row
+        for row in gpu_rows(small=False)
+        if row.problems["ilajax"].resolution ** 3 <= LARGEST
+        and (names is None or row.name in names)
+    ]
 
 
 def counted_part(row: Row) -> tuple[Problem, int]:
