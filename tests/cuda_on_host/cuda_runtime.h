@@ -203,9 +203,9 @@ T __reduce_min_sync(uint32_t mask, T value, ILAJAX_HERE) {
 inline int __syncthreads_count(int predicate, ILAJAX_HERE) {
   __shared__ int count;
   __syncthreads(file, line);
-  count = 0;
+  __atomic_store_n(&count, 0, __ATOMIC_RELAXED);
   __syncthreads(file, line);
-  count += predicate != 0;
+  __atomic_fetch_add(&count, predicate != 0, __ATOMIC_RELAXED);
   __syncthreads(file, line);
   const int result = count;
   __syncthreads(file, line);
