@@ -102,6 +102,13 @@ class Kernel:
     resources: Row  # of kernel_resources
 
     @property
+    def digest(self) -> str:
+        """A hash of its instructions."""
+        codes = "\n".join(f"{c.predicate} {c.opcode} {c.operands}" for c in self.instructions)
+        # Targets have names that depend on where the source lies.
+        return hashlib.sha256(re.sub(r"`\(.*?\)", "", codes).encode()).hexdigest()[:16]
+
+    @property
     def functions(self) -> list[Function]:
         return [self.code, *self.code.routines.values()]
 

@@ -29,7 +29,13 @@ def add(module: Any, number: int, kernel: sass.Kernel) -> None:
 @functools.cache
 def kernels() -> dict[int, sass.Kernel]:
     """The kernels, by where the host function of each is in the module."""
-    of_name = {_common(kernel.code.name): kernel for kernel in sass.kernels()}
+    of_name: dict[str, sass.Kernel] = {}
+    for kernel in sass.kernels():
+        # A header's kernel is in several files, whose functions the module does not tell apart.
+        same = of_name.setdefault(_common(kernel.code.name), kernel)
+        assert same.digest == kernel.digest, (
+            f"{same.file} and {kernel.file} differ in {kernel.name}"
+        )
     command = ["nm", "--defined-only", str(build.PLAIN.module)]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     symbols = re.findall(r"^([0-9a-f]+) [tTwW] (\S+)$", listing, re.MULTILINE)

@@ -49,7 +49,8 @@ struct Instruction {
   Execute execute = nullptr;
   Flow flow = Flow::kNext;
   // What the opcode's modifiers say.
-  bool is_signed, extended, either, high, left, wide, wraps, rounds_up, of_shared;
+  bool is_signed = true, extended = false, either = false, high = false, left = false;
+  bool wide = false, wraps = false, rounds_up = false, of_shared = false;
   int kind = 0;     // what else `execute` takes from it
   int meeting = 0;  // B0, B1, ...
   int target = -1;  // of a jump: an instruction's index

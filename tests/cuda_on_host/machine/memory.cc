@@ -1,9 +1,9 @@
-// Memory, what lanes tell each other, and what an instruction does to the order of things.
+// Memory, where a thread is, and what lanes tell each other.
 
 #include <cstring>
 #include <string>
 
-#include "arithmetic.h"
+#include "instructions.h"
 #include "operands.h"
 
 namespace cuda_on_host::machine {
@@ -227,13 +227,9 @@ void FromPredicates(Warp& w, const Instruction& i, uint32_t lanes) {
   Write(w, i.to, lanes, result);
 }
 
-void Nothing(Warp&, const Instruction&, uint32_t) {}
+}  // namespace
 
-void Unknown(Warp&, const Instruction& i, uint32_t) { Fail(i, "an instruction that is not known"); }
-
-// --- By the opcode ----------------------------------------------------------------------------------
-
-Execute Elsewhere(Instruction& i, const std::string& name) {
+Execute MemoryInstruction(Instruction& i, const std::string& name) {
   i.of_shared = name == "LDS" || name == "STS" || name == "ATOMS";
   if (name == "LDG" || name == "LDS" || name == "LD") {
     i.kind = static_cast<int>(Size(i));
@@ -247,7 +243,7 @@ Execute Elsewhere(Instruction& i, const std::string& name) {
     i.kind = i.Has(".ADD") || i.Has(".INC") ? '+' : i.Has(".OR") ? '|' : i.Has(".EXCH") ? '=' : 0;
     return i.kind != 0 && !i.Has(".64") ? Atomic : nullptr;
   }
-  if (name == "LDC" || name == "ULDC") {
+  if (name == "LDC") {
     i.kind = static_cast<int>(Size(i));
     return LoadConstant;
   }
@@ -271,39 +267,7 @@ Execute Elsewhere(Instruction& i, const std::string& name) {
   if (name == "R2UR") return ToUniform;
   if (name == "R2P") return ToPredicates;
   if (name == "P2R") return FromPredicates;
-  for (const char* none : {"NOP", "YIELD", "MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL"}) {
-    if (name == none) return Nothing;
-  }
   return nullptr;
-}
-
-}  // namespace
-
-void Bind(Instruction& i) {
-  static const struct {
-    const char* opcode;
-    Flow flow;
-  } flows[] = {{"BRA", Flow::kJump},
-               {"BRA.U", Flow::kJump},
-               {"BRA.DIV", Flow::kJumpIfApart},
-               {"CALL.REL.NOINC", Flow::kJump},
-               {"RET.REL.NODEC", Flow::kReturn},
-               {"EXIT", Flow::kExit},
-               {"BSSY", Flow::kSetMeeting},
-               {"BSYNC", Flow::kMeet},
-               {"BREAK", Flow::kLeaveMeeting},
-               {"WARPSYNC.ALL", Flow::kWarpBarrier},
-               {"BAR.SYNC.DEFER_BLOCKING", Flow::kBlockBarrier},
-               {"BAR.RED.OR.DEFER_BLOCKING", Flow::kBlockBarrier}};
-  for (const auto& each : flows) {
-    if (i.opcode == each.opcode) {
-      i.flow = each.flow;
-      return;
-    }
-  }
-  i.execute = Elsewhere(i, i.opcode.substr(0, i.opcode.find('.')));
-  if (i.execute == nullptr) i.execute = Arithmetic(i);
-  if (i.execute == nullptr) i.execute = Unknown;
 }
 
 }  // namespace cuda_on_host::machine

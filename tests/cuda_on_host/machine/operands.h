@@ -57,7 +57,7 @@ inline const Row& Float(Warp& w, const Operand& o, Row& room) {
   return room;
 }
 
-// 64 bits in two registers; a number of 32 bits is extended as `is_signed` says.
+// 64 bits in two registers; a number has 32.
 inline void Wide(Warp& w, const Operand& o, WideRow& row) {
   Row low_room, high_room;
   const Row &low = Plain(w, o, low_room), &high = Plain(w, o, high_room, 1);
@@ -86,6 +86,14 @@ inline void Write(Warp& w, const Operand& o, uint32_t lanes, const Row& value, i
   } else {
     Fill(to, [&](int l) { return lanes >> l & 1 ? value[l] : to[l]; });
   }
+}
+
+inline void WriteWide(Warp& w, const Instruction& i, uint32_t lanes, const WideRow& row) {
+  Row half;
+  Fill(half, [&](int l) { return static_cast<uint32_t>(row[l]); });
+  Write(w, i.to, lanes, half);
+  Fill(half, [&](int l) { return static_cast<uint32_t>(row[l] >> 32); });
+  Write(w, i.to, lanes, half, 1);
 }
 
 inline void WriteBits(Warp& w, const Operand& o, uint32_t lanes, uint32_t bits) {

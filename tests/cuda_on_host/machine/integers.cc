@@ -1,17 +1,9 @@
-#include "arithmetic.h"
-
-#include <cfenv>
-#include <cmath>
-#include <limits>
-#include <string>
-
+#include "comparisons.h"
+#include "instructions.h"
 #include "operands.h"
 
 namespace cuda_on_host::machine {
 namespace {
-
-float F(uint32_t bits) { return std::bit_cast<float>(bits); }
-uint32_t B(float value) { return std::bit_cast<uint32_t>(value); }
 
 // to = f(a, b, c) of integers.
 template <typename Of>
@@ -21,24 +13,6 @@ void Integers(Warp& w, const Instruction& i, uint32_t lanes, Of f) {
             &c = Integer(w, i.from[2], rooms[2]);
   Fill(result, [&](int l) { return f(a[l], b[l], c[l]); });
   Write(w, i.to, lanes, result);
-}
-
-// The same of floats.
-template <typename Of>
-void Floats(Warp& w, const Instruction& i, uint32_t lanes, Of f) {
-  Row rooms[3], result;
-  const Row &a = Float(w, i.from[0], rooms[0]), &b = Float(w, i.from[1], rooms[1]),
-            &c = Float(w, i.from[2], rooms[2]);
-  Fill(result, [&](int l) { return B(f(F(a[l]), F(b[l]), F(c[l]))); });
-  Write(w, i.to, lanes, result);
-}
-
-void WriteWide(Warp& w, const Instruction& i, uint32_t lanes, const WideRow& row) {
-  Row half;
-  Fill(half, [&](int l) { return static_cast<uint32_t>(row[l]); });
-  Write(w, i.to, lanes, half);
-  Fill(half, [&](int l) { return static_cast<uint32_t>(row[l] >> 32); });
-  Write(w, i.to, lanes, half, 1);
 }
 
 // Bits of what a sum of 32 bits carries, in one predicate or two.
@@ -113,7 +87,7 @@ void AddTwo(Warp& w, const Instruction& i, uint32_t lanes) {
 
 // LEA: (a << shift) + b; LEA.HI: ((c, a) << shift) >> 32, + b.
 void ShiftAdd(Warp& w, const Instruction& i, uint32_t lanes) {
-  const bool high = i.high, extends = i.wide;
+  const bool high = i.high, extends = i.kind;
   const int shift_at = high && !extends ? 3 : 2;
   const uint32_t shift = i.from[shift_at].bits;
   const uint32_t carry = i.extended ? Bits(w, i.from[shift_at + 1]) : 0;
@@ -216,7 +190,7 @@ void Population(Warp& w, const Instruction& i, uint32_t lanes) {
 
 // Where the highest bit is; how far it would have to be shifted with .SH.
 void LeadingOne(Warp& w, const Instruction& i, uint32_t lanes) {
-  const bool shift = i.left;
+  const bool shift = i.kind;
   Integers(w, i, lanes, [&](uint32_t a, uint32_t, uint32_t) {
     const uint32_t zeros = static_cast<uint32_t>(std::countl_zero(a));
     return a == 0 ? kAll : shift ? zeros : 31 - zeros;
@@ -254,7 +228,7 @@ uint32_t MinMax(bool is_signed, bool min, uint32_t a, uint32_t b) {
 
 // VIMNMX; VIADDMNMX, of a sum.
 void MinMaxOfIntegers(Warp& w, const Instruction& i, uint32_t lanes) {
-  const bool sum = i.extended;
+  const bool sum = i.kind;
   const uint32_t min = Bits(w, i.from[sum ? 3 : 2]);
   Row rooms[3], result;
   const Row &a = Integer(w, i.from[0], rooms[0]), &b = Integer(w, i.from[1], rooms[1]);
@@ -266,40 +240,6 @@ void MinMaxOfIntegers(Warp& w, const Instruction& i, uint32_t lanes) {
 
 void Absolute(Warp& w, const Instruction& i, uint32_t lanes) {
   Integers(w, i, lanes, [](uint32_t a, uint32_t, uint32_t) { return a >> 31 ? 0u - a : a; });
-}
-
-// --- Comparisons: a bit for less, one for equal, one for greater, one for not comparable ---------------
-
-constexpr int kLess = 1, kEqual = 2, kGreater = 4, kApart = 8;
-
-int Comparison(const Instruction& i) {
-  static const struct {
-    const char* name;
-    int kind;
-  } all[] = {{".LT", kLess},
-             {".EQ", kEqual},
-             {".LE", kLess | kEqual},
-             {".GT", kGreater},
-             {".NE", kLess | kGreater},
-             {".GE", kGreater | kEqual},
-             {".NUM", kLess | kEqual | kGreater},
-             {".NAN", kApart},
-             {".LTU", kLess | kApart},
-             {".EQU", kEqual | kApart},
-             {".LEU", kLess | kEqual | kApart},
-             {".GTU", kGreater | kApart},
-             {".NEU", kLess | kGreater | kApart},
-             {".GEU", kGreater | kEqual | kApart}};
-  for (const auto& each : all) {
-    if (i.Has(each.name)) return each.kind;
-  }
-  return 0;
-}
-
-void Compared(Warp& w, const Instruction& i, uint32_t lanes, uint32_t result) {
-  const uint32_t with = Bits(w, i.from[2]);
-  WriteBits(w, i.to_predicate[0], lanes, i.either ? result | with : result & with);
-  WriteBits(w, i.to_predicate[1], lanes, i.either ? ~result | with : ~result & with);
 }
 
 // With .EX the high half of 64 bits, behind a comparison of the low one.
@@ -321,202 +261,38 @@ void Compare(Warp& w, const Instruction& i, uint32_t lanes) {
   Compared(w, i, lanes, result);
 }
 
-void CompareFloats(Warp& w, const Instruction& i, uint32_t lanes) {
-  Row rooms[2];
-  const Row &a = Float(w, i.from[0], rooms[0]), &b = Float(w, i.from[1], rooms[1]);
-  Compared(w, i, lanes, Ballot([&](int l) {
-             const float x = F(a[l]), y = F(b[l]);
-             return i.kind & (x < y ? kLess : x == y ? kEqual : x > y ? kGreater : kApart);
-           }));
-}
-
-// --- Floats ---------------------------------------------------------------------------------------
-
-void AddFloats(Warp& w, const Instruction& i, uint32_t lanes) {
-  Floats(w, i, lanes, [](float a, float b, float) { return a + b; });
-}
-
-void MultiplyFloats(Warp& w, const Instruction& i, uint32_t lanes) {
-  Floats(w, i, lanes, [](float a, float b, float) { return a * b; });
-}
-
-void MultiplyAdd(Warp& w, const Instruction& i, uint32_t lanes) {
-  Floats(w, i, lanes, [](float a, float b, float c) { return std::fma(a, b, c); });
-}
-
-// .RM, .RP, .RZ: what a division takes for numbers near the ends.
-void MultiplyAddRounded(Warp& w, const Instruction& i, uint32_t lanes) {
-  const int old = std::fegetround();
-  std::fesetround(i.Has(".RM") ? FE_DOWNWARD : i.Has(".RP") ? FE_UPWARD : FE_TOWARDZERO);
-  Floats(w, i, lanes, [](float a, float b, float c) {
-    volatile float x = a, y = b, z = c;
-    return std::fma(x, y, z);
-  });
-  std::fesetround(old);
-}
-
-void MinMaxOfFloats(Warp& w, const Instruction& i, uint32_t lanes) {
-  const uint32_t min = Bits(w, i.from[2]);
-  Row rooms[2], result;
-  const Row &a = Float(w, i.from[0], rooms[0]), &b = Float(w, i.from[1], rooms[1]);
-  Fill(result, [&](int l) {
-    const float x = F(a[l]), y = F(b[l]);
-    if (std::isnan(x) || std::isnan(y)) return 0x7fffffffu;
-    const bool less = x < y || (x == y && std::signbit(x));
-    return less == static_cast<bool>(min >> l & 1) ? a[l] : b[l];
-  });
-  Write(w, i.to, lanes, result);
-}
-
-void Reciprocal(Warp& w, const Instruction& i, uint32_t lanes) {
-  Floats(w, i, lanes, [](float a, float, float) { return 1 / a; });
-}
-
-void ReciprocalRoot(Warp& w, const Instruction& i, uint32_t lanes) {
-  Floats(w, i, lanes, [](float a, float, float) { return 1 / std::sqrt(a); });
-}
-
-// Whether a quotient needs more care than the usual steps take; they are right far from both ends.
-void CheckQuotient(Warp& w, const Instruction& i, uint32_t lanes) {
-  Row rooms[2];
-  const Row &a = Float(w, i.from[0], rooms[0]), &b = Float(w, i.from[1], rooms[1]);
-  WriteBits(w, i.to_predicate[0], lanes, Ballot([&](int l) {
-              const int x = a[l] >> 23 & 255, y = b[l] >> 23 & 255;
-              return x < 32 || x > 222 || y < 32 || y > 222 || x - y > 90 || y - x > 90;
-            }));
-}
-
-// --- From one type to another ---------------------------------------------------------------------
-
-template <typename T>
-float RoundUp(T value) {
-  const float nearest = static_cast<float>(value);
-  return static_cast<__int128>(nearest) < static_cast<__int128>(value)
-             ? std::nextafter(nearest, std::numeric_limits<float>::infinity())
-             : nearest;
-}
-
-// I2F, I2FP: .RP rounds up.
-void FromInteger(Warp& w, const Instruction& i, uint32_t lanes) {
-  const bool up = i.rounds_up, is_unsigned = !i.is_signed;
-  WideRow wides;
-  Row room, result;
-  if (i.wide) {
-    Wide(w, i.from[0], wides);
-  } else {
-    const Row& a = Integer(w, i.from[0], room);
-    Fill(wides, [&](int l) {
-      return is_unsigned ? uint64_t{a[l]} : static_cast<uint64_t>(static_cast<int32_t>(a[l]));
-    });
-  }
-  Fill(result, [&](int l) {
-    if (is_unsigned) return B(up ? RoundUp(wides[l]) : static_cast<float>(wides[l]));
-    const int64_t value = static_cast<int64_t>(wides[l]);
-    return B(up ? RoundUp(value) : static_cast<float>(value));
-  });
-  Write(w, i.to, lanes, result);
-}
-
-// F2I to unsigned integers: the nearest that there is.
-void ToInteger(Warp& w, const Instruction& i, uint32_t lanes) {
-  Row room, result;
-  const Row& a = Float(w, i.from[0], room);
-  if (i.wide) {
-    WideRow wides;
-    Fill(wides, [&](int l) -> uint64_t {
-      const float x = F(a[l]);
-      return !(x > 0) ? 0 : x >= 0x1p64f ? ~uint64_t{0} : static_cast<uint64_t>(x);
-    });
-    WriteWide(w, i, lanes, wides);
-    return;
-  }
-  Fill(result, [&](int l) {
-    const float x = F(a[l]);
-    return !(x > 0) ? 0u : x >= 0x1p32f ? kAll : static_cast<uint32_t>(x);
-  });
-  Write(w, i.to, lanes, result);
-}
-
-uint32_t Half(float value) {
-  if (std::isnan(value)) return 0x7fff;
-  return std::bit_cast<uint16_t>(static_cast<_Float16>(value));
-}
-
-// HFMA2.MMA with zero factors: how the compiler writes two numbers of 16 bits.
-void TwoHalves(Warp& w, const Instruction& i, uint32_t lanes) {
-  if (i.from[0].index != kNoRegister || i.from[1].index != kNoRegister) Fail(i, "of registers");
-  const uint32_t both = Half(i.from[2].number) << 16 | Half(i.from[3].number);
-  Integers(w, i, lanes, [&](uint32_t, uint32_t, uint32_t) { return both; });
-}
-
-// HADD2.F32 to, -RZ, a.H0_H0.
-void FromHalf(Warp& w, const Instruction& i, uint32_t lanes) {
-  Row room, result;
-  const Row& a = Plain(w, i.from[1], room);
-  Fill(result, [&](int l) {
-    return B(static_cast<float>(std::bit_cast<_Float16>(static_cast<uint16_t>(a[l]))));
-  });
-  Write(w, i.to, lanes, result);
-}
-
-void ToHalves(Warp& w, const Instruction& i, uint32_t lanes) {
-  Row rooms[2], result;
-  const Row &a = Float(w, i.from[0], rooms[0]), &b = Float(w, i.from[1], rooms[1]);
-  Fill(result, [&](int l) { return Half(F(a[l])) << 16 | Half(F(b[l])); });
-  Write(w, i.to, lanes, result);
-}
-
 }  // namespace
 
-Execute Arithmetic(Instruction& i) {
-  // Uniform instructions are the same, of values that all lanes have in common.
-  const std::string all = i.opcode[0] == 'U' ? i.opcode.substr(1) : i.opcode;
-  const std::string name = all.substr(0, all.find('.'));
-  i.is_signed = !i.Has(".U32") && !i.Has(".U64");
-  i.extended = i.Has(".X") || i.Has(".EX") || name == "VIADDMNMX";
-  i.either = i.Has(".OR");
-  i.high = i.Has(".HI");
-  i.left = i.Has(".L") || i.Has(".SH");
-  i.wide = i.Has(".U64") || i.Has(".S64") || i.Has(".SX32");
-  i.wraps = i.Has(".W");
-  i.rounds_up = i.Has(".RP");
+Execute IntegerInstruction(Instruction& i, const std::string& name) {
   if (name == "IADD3") return Add;
-  if (name == "IMAD") {
-    if (i.Has(".WIDE") || i.Has(".HI")) return MultiplyWide;
-    return Multiply;
-  }
+  if (name == "IMAD") return i.wide || i.high ? MultiplyWide : Multiply;
   if (name == "VIADD") return AddTwo;
-  if (name == "LEA") return ShiftAdd;
+  if (name == "LEA") {
+    i.kind = i.Has(".SX32");
+    return ShiftAdd;
+  }
   if (name == "SHF") return Shift;
   if (name == "LOP3") return Logic;
   if (name == "PLOP3") return LogicOfPredicates;
   if (name == "PRMT") return Permute;
   if (name == "POPC") return Population;
-  if (name == "FLO") return LeadingOne;
+  if (name == "FLO") {
+    i.kind = i.Has(".SH");
+    return LeadingOne;
+  }
   if (name == "BREV") return Reverse;
   if (name == "MOV") return Move;
-  if (all == "CS2R.SRZ") return MoveZeros;
+  if (name == "CS2R" && i.Has(".SRZ")) return MoveZeros;
   if (name == "SEL" || name == "FSEL") return Select;
-  if (name == "VIMNMX" || name == "VIADDMNMX") return MinMaxOfIntegers;
+  if (name == "VIMNMX" || name == "VIADDMNMX") {
+    i.kind = name == "VIADDMNMX";
+    return MinMaxOfIntegers;
+  }
   if (name == "IABS") return Absolute;
-  if (name == "ISETP" || name == "FSETP") {
+  if (name == "ISETP") {
     i.kind = Comparison(i);
-    return name == "ISETP" ? Compare : CompareFloats;
+    return Compare;
   }
-  if (name == "FADD") return AddFloats;
-  if (name == "FMUL") return MultiplyFloats;
-  if (name == "FFMA") {
-    return i.Has(".RM") || i.Has(".RP") || i.Has(".RZ") ? MultiplyAddRounded : MultiplyAdd;
-  }
-  if (name == "FMNMX" && i.Has(".NAN")) return MinMaxOfFloats;
-  if (all == "MUFU.RCP") return Reciprocal;
-  if (all == "MUFU.RSQ") return ReciprocalRoot;
-  if (name == "FCHK") return CheckQuotient;
-  if (name == "I2F" || name == "I2FP") return FromInteger;
-  if (name == "F2I") return ToInteger;
-  if (name == "HFMA2") return TwoHalves;
-  if (all == "HADD2.F32") return FromHalf;
-  if (all == "F2FP.F16.F32.PACK_AB") return ToHalves;
   return nullptr;
 }
 
