@@ -75,9 +75,13 @@ def test_the_results_are_those_of_mnist():
 
 @pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
 def test_the_speeds_are_those_of_the_benchmark(page):
-    """Catches a table of an earlier `python -m benchmarks --report`."""
-    measured = (ROOT / "benchmarks" / "results" / "bench.md").read_text().splitlines()
+    """Catches a table of an earlier `python -m benchmarks --report`, and of an earlier count of instructions."""
+    results = ROOT / "benchmarks" / "results"
+    measured = (results / "bench.md").read_text().splitlines()
+    counted = (results / "instructions.md").read_text()
     lines = (ROOT / page).read_text().splitlines()
     shown = [line for line in lines if re.match(r"\| (r\d+|step|hidden|Adagrad) .* \|", line)]
-    assert len(shown) > 5
-    assert [line for line in shown if line not in measured] == []
+    others = [line for line in shown if line not in measured]
+    assert len(shown) - len(others) > 5
+    # Of a table of counts the row and its first figure: the others are estimates.
+    assert [line for line in others if "|".join(line.split("|")[:3]) + "|" not in counted] == []
