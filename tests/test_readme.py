@@ -75,7 +75,7 @@ def test_the_results_are_those_of_mnist():
 
 @pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
 def test_the_speeds_are_those_of_the_benchmark(page):
-    """Catches a table of an earlier `python -m benchmarks --report`, and of an earlier count of instructions."""
+    """Catches a table of an earlier `python -m benchmarks --report`, or of an earlier count."""
     results = ROOT / "benchmarks" / "results"
     measured = (results / "bench.md").read_text().splitlines()
     counted = (results / "instructions.md").read_text()

@@ -11,6 +11,7 @@ from experiments import classification, training
 
 SMALL = ["--resolution", "16", "--train-size", "16", "--test-size", "8", "--batch-size", "8"]
 SMALL += ["--epochs", "2", "--budget", "0.01"]
+pytestmark = pytest.mark.usefixtures("small_nets")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_every_net_has_a_line(finished):
     resnet, octnet3 = record["nets"]
     assert [resnet["test_accuracies"], octnet3["test_accuracies"]] == [last[:1], last[1:]]
     weights = 27 * (4 * 8 + 2 * 8 * 8 + 8 * 16 + 2 * 16 * 16) + 3 * (8 + 16)
-    assert octnet3["parameters"] == weights + (8**3 * 16 + 1) * 1024 + 1025 * 8
+    assert octnet3["parameters"] == weights + (8**3 * 16 + 1) * 32 + 33 * 8
     text = (out / "report" / "classification.md").read_text()
     for net, accuracy in zip(("resnet", "octnet3"), last, strict=True):
         assert f"| {net} | {accuracy:.2%} | {accuracy:.2%} | " in text

@@ -12,6 +12,7 @@ from experiments import demo, demo_net
 from experiments.data.solids import CLASSES
 
 SMALL = ["--resolution", "16", "--train-size", "16", "--test-size", "8", "--budget", "0.05"]
+pytestmark = pytest.mark.usefixtures("small_nets")
 
 
 @pytest.fixture(scope="module")

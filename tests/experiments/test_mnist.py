@@ -18,6 +18,7 @@ from experiments.data.loader import batches
 from experiments.data.mnist import load_mnist
 
 PRUNING = ["--pruning-threshold", "0.02", "--regularisation", "0.01"]
+pytestmark = pytest.mark.usefixtures("small_nets")
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from experiments import recipe
 
 VALUES = (0.0, 0.03, 0.15)
 SMALL = ["--resolution", "16", "--train-size", "16", "--test-size", "8", "--epochs", "3"]
+pytestmark = pytest.mark.usefixtures("small_nets")
 
 
 @pytest.fixture(scope="module")

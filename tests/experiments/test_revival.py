@@ -16,6 +16,7 @@ from experiments import revival
 from experiments.revival import SPARED, BoostedConv, Regrowth
 
 SMALL = ["--train-size", "8", "--test-size", "8", "--batch-size", "8", "--epochs", "4"]
+pytestmark = pytest.mark.usefixtures("small_nets")
 
 
 @pytest.fixture(scope="module")

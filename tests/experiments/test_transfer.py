@@ -16,6 +16,7 @@ from experiments.data.voxels import VoxelSource
 from experiments.transfer import SomeClasses
 
 SMALL = ["--train-size", "16", "--test-size", "8", "--batch-size", "8", "--epochs", "2"]
+pytestmark = pytest.mark.usefixtures("small_nets")
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from experiments import attention, grid, regularisation, resolution, training
 from experiments.variants import Variant, over_bound
 
 SMALL = ["--train-size", "16", "--test-size", "8", "--batch-size", "8", "--budget", "0.01"]
+pytestmark = pytest.mark.usefixtures("small_nets")
 
 
 def figures(epochs):
