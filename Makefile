@@ -15,13 +15,13 @@ COMMA := ,
 GPU := $(shell nvidia-smi -L 2> /dev/null | grep -o -m 1 GPU)
 CXX_FILES = $(shell find xla_kernels tests -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inc')
 
-.PHONY: help demo test mnist check lint format docs cuda-on-host gpu-check wheel bazel clean
+.PHONY: help demo test test-programs mnist check lint format docs cuda-on-host gpu-check wheel bazel clean
 .PHONY: sanitize sanitize-memory sanitize-threads sanitize-cuda sanitize-races sanitize-sass
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      train a sparse network on solids, watch it get smaller and quicker, compare it with its dense twin"
-	@echo "make test      the test suite"
+	@echo "make test      the library's tests    (make test-programs: those of experiments, benchmarks, notebooks and build)"
 	@echo "make mnist     train a network under three density bounds, and its dense twin, on the digits that ship with the project"
 	@echo "make lint      ruff, mypy, clang-format    (make format repairs what can be repaired)"
 	@echo "make docs      the documentation site, in build/site; a broken link is an error"
@@ -41,9 +41,14 @@ demo: $(VENV)/.experiments
 	$(CHECK)
 	$(BIN)/python -m experiments.demo $(ARGS)
 
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+PROGRAMS := tests/experiments tests/benchmarks tests/test_notebooks.py tests/test_build.py
 test: $(VENV)/.test
 	$(CHECK)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) $(addprefix --ignore=,$(PROGRAMS)) $(ARGS)
+
+test-programs: $(VENV)/.test
+	$(PYTEST) $(or $(ARGS),$(PROGRAMS))
 
 check: $(if $(wildcard $(VENV)/.test),$(VENV)/.test,$(VENV)/.experiments)
 	$(BIN)/python -m ilajax check
@@ -65,9 +70,9 @@ format: $(VENV)/.lint
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# Many minutes; make test runs every kernel once.
+# Many minutes; make sanitize-cuda runs every kernel once.
 cuda-on-host: $(VENV)/.test
-	PYTHONPATH=tests $(BIN)/python -m pytest -q tests/test_cuda_on_host.py tests/cuda_on_host/check_ops.py
+	PYTHONPATH=tests $(BIN)/python -m pytest -q tests/cuda_on_host/check_harness.py tests/cuda_on_host/check_ops.py
 
 # With $(PYTHON) and what is installed for it, offline; ARGS=--dry-run: on the CPU, to try the check itself.
 gpu-check:
@@ -132,7 +137,8 @@ sanitize-threads: $(VENV)/.test
 
 # See tests/cuda_on_host/README.md.
 sanitize-cuda: $(VENV)/.test
-	CUDA_ON_HOST_BUILD=sanitized $(BIN)/python -m pytest -q tests/test_cuda_on_host.py
+	CUDA_ON_HOST_BUILD=plain PYTHONPATH=tests $(BIN)/python -m pytest -q tests/cuda_on_host/check_harness.py
+	CUDA_ON_HOST_BUILD=sanitized PYTHONPATH=tests $(BIN)/python -m pytest -q tests/cuda_on_host/check_harness.py
 
 sanitize-races: $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python -m pytest -q tests/cuda_on_host/check_ops.py::test_the_ops \

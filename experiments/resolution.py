@@ -50,9 +50,12 @@ def _variants(options: argparse.Namespace) -> list[Variant]:
     """For each resolution the trivial bound, the paper's, and the dense twin, where they are asked for."""
     found = []
     for resolution in dict.fromkeys(options.resolutions):
-        bounds = [paper_bounds(resolution)] if resolution > 16 else list(BOUNDS_16)
+        paper = paper_bounds(resolution)
+        bounds = [pair for pair in BOUNDS_16 if pair[0] in options.bounds]
+        if resolution > 16:
+            bounds = [paper]
         if resolution in options.trivial:
-            bounds.insert(0, tuple(1.0 for _ in bounds[0]))
+            bounds.insert(0, (1.0,) * len(paper))
         if resolution in options.dense:
             bounds.append(())
         found += [Variant(_label(resolution, each), resolution, each) for each in bounds]
@@ -156,6 +159,10 @@ def _parser() -> argparse.ArgumentParser:
     some = {"type": int, "choices": GRIDS, "nargs": "*", "metavar": "R"}
     frame.add_resolutions(parser, [16, 32], choices=GRIDS)
     parser.add_argument("--trivial", default=[16], help="where to train bounds of 1 too", **some)
+    firsts = [pair[0] for pair in BOUNDS_16]
+    help = "which pairs to train at 16^3, by the first block's bound (default: all)"
+    how = {"type": float, "choices": firsts, "nargs": "*", "metavar": "RHO"}
+    parser.add_argument("--bounds", default=firsts, help=help, **how)
     parser.add_argument("--dense", default=[], help="where to train the dense twin too", **some)
     files = "resolution.{csv,json,md,png}"
     add_options(parser, epochs=30, out="runs/resolution", files=files)

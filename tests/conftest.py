@@ -1,6 +1,7 @@
 """Fixtures of the whole suite: the backends, and NaN as an error."""
 
 import collections
+import functools
 import gc
 import importlib
 import inspect
@@ -21,13 +22,17 @@ import hypothesis
 import jax
 import jaxtyping
 import pytest
+from jax._src.interpreters import mlir
 
 from ilajax import ops
 from ilajax.ffi import routes
 
+# Each program's lowering would load all of MLIR's dialects anew, for a tenth of the tests' time.
+mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+
 # Test files that take half a minute and more.
 LONGEST = (
-    *("test_cuda_on_host", "test_ffi", "test_mnist", "test_segmentation", "test_residual"),
+    *("test_ffi", "test_mnist", "test_segmentation", "test_residual"),
     *("test_data_parallel", "test_pool", "test_conv_by_site", "test_build", "test_benchmarks"),
     *("test_demo", "test_loader", "test_fill_in", "test_kills", "test_classification"),
 )

@@ -28,8 +28,7 @@ NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 # Each array in memory of its own: else the sanitizer sees one block, and no step from one array to the next.
 OWN_MEMORY = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
 BROKEN_KEYS = ["tests/ops/test_memory_safety.py", "-k", "garbage_keys and (any-int32 or all-max)"]
-# Test files without a GPU's kernels in them, and this check's own.
-LEFT_OUT = ["tests/test_cuda_on_host.py", "tests/benchmarks/test_gpu_check.py"]
+LEFT_OUT = ["tests/benchmarks/test_gpu_check.py"]  # of this check itself
 DRY_TESTS = ["tests/ops/test_pool.py", "-k", "ties and native"]
 TEST_LIMIT = 90  # seconds of one test
 TASK_LIMIT = 60  # seconds of a task of the benchmark

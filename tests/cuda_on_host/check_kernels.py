@@ -1,6 +1,6 @@
 """Small cases of all ops, by which every CUDA kernel runs: a minute on the host. See README.md.
 
-Run by tests/test_cuda_on_host.py, with the plugin that makes "native" mean the CUDA kernels. The cases are
+Run by check_harness.py, with the plugin that makes "native" mean the CUDA kernels. The cases are
 those of tests/ops, of sizes and types that between them reach every instantiation and every way to cut.
 """
 

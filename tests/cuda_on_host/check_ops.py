@@ -1,7 +1,4 @@
-"""The tests of the ops on the CUDA kernels, by `make sanitize` and `make cuda-on-host`.
-
-Not part of `make test`, since they take minutes: that runs check_kernels.py.
-"""
+"""The tests of the ops on the CUDA kernels, by `make sanitize` and `make cuda-on-host`."""
 
 from cuda_on_host import build, run
 

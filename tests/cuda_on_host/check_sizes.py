@@ -1,7 +1,7 @@
 """Cases of real size under the plans of real calls, so that every loop of every kernel goes round twice.
 
 check_kernels.py has the dtypes and the options, on grids of some 60 sites. Here is what only size shows: runs
-of tiles, chunks of maps, strips of entries, long segments. Run by tests/test_cuda_on_host.py.
+of tiles, chunks of maps, strips of entries, long segments. Run by check_ops.py.
 """
 
 import os

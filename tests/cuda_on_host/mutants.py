@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 COPY = ROOT / "build" / "mutants" / "tree"
 # What sees a mutant, the quickest first: pytest's arguments.
 CHECKS = {
-    "check_kernels": ["tests/test_cuda_on_host.py", "-k", "not can_be_planted"],
+    "check_kernels": ["tests/cuda_on_host/check_harness.py", "-k", "every_kernel"],
     "check_sizes": ["-p", "cuda_on_host.plugin", "tests/cuda_on_host/check_sizes.py"],
     "check_races": ["tests/cuda_on_host/check_races.py"],
     "check_ops": ["tests/cuda_on_host/check_ops.py::test_the_ops"],
-    "sanitizers": ["tests/test_cuda_on_host.py", "-k", "not can_be_planted"],
+    "sanitizers": ["tests/cuda_on_host/check_harness.py", "-k", "every_kernel"],
 }
 
 

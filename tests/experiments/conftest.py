@@ -1,8 +1,8 @@
 """Compiled programs are kept, and nets are small."""
 
 import pytest
-from compilations import keep_compiled_programs
 
+from compilations import keep_compiled_programs
 from ilajax.models import octnet3
 
 __all__ = ["keep_compiled_programs"]

@@ -123,6 +123,8 @@ def test_bounds_and_resolutions():
         ("64^3, 0.06, 0.14, 0.33", 64, (0.06, 0.14, 0.33)),
         ("64^3, dense", 64, ()),
     ]
+    options = resolution._parser().parse_args(["--resolutions", "16", "--bounds", "0.33"])
+    assert [each.bounds for each in resolution._variants(options)] == [(1, 1), (0.33, 0.33)]
 
 
 def test_selections_with_and_without_the_bias():

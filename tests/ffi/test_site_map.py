@@ -57,10 +57,11 @@ def test_loops(name):
     words = groups(window)
     found = jax.jit(lambda *o: ffi.SiteMap(window, 0, 1).find("cpu", o, len(words)))(keys, out_keys)
     assert found.shape == (3, len(words), out_keys.shape[2])
+    found, keys = np.asarray(found), np.asarray(keys)
     reads = np.stack([window.input_keys(out_keys[:, 0], tap) for tap in range(window.taps)], 1)
     for item, slot in itertools.product(range(3), range(out_keys.shape[2])):
         slots = {int(key): n for n, key in enumerate(keys[item, 0]) if key < window.input_sites}
-        for word, taps in zip(np.asarray(found[item, :, slot]), words, strict=True):
+        for word, taps in zip(found[item, :, slot], words, strict=True):
             want = [slots.get(int(reads[item, tap, slot])) for tap in taps]
             got = [None] * len(taps)
             for place, tap in enumerate(t for t in range(len(taps)) if word >> t & 1):
