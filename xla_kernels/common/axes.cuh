@@ -53,8 +53,8 @@ struct Axes {
 };
 
 // The taps that have any live weight, in ascending order, in shared memory: offsets along the axes,
-// the flat offset in the input, the tap; and for each of all taps the channels of a group live at
-// it.
+// the flat offset in the grid where they are looked up, the tap; and for each of all taps the
+// channels of a group live at it.
 template <int R>
 struct TapList {
   struct alignas(16) Entry {
@@ -73,10 +73,10 @@ struct TapList {
 
   __device__ uint32_t Live(int group, int tap) const { return live[group * taps + tap]; }
 
-  // `flags` u8[channels][taps], with `step` from one channel to the next. `shared` is aligned to 16
-  // bytes. All threads of the block call it.
-  __device__ void Fill(const Axes<R>& axes, const uint8_t* flags, int channels, int64_t step,
-                       int all_taps, void* shared) {
+  // `flags` u8[channels][taps], with `step` from one channel to the next; `grid_step` of the grid
+  // where they are looked up. `shared` is aligned to 16 bytes. All threads of the block call it.
+  __device__ void Fill(const Axes<R>& axes, const uint32_t (&grid_step)[R], const uint8_t* flags,
+                       int channels, int64_t step, int all_taps, void* shared) {
     taps = all_taps;
     entries = static_cast<Entry*>(shared);
     live = reinterpret_cast<uint32_t*>(entries + taps);
@@ -103,7 +103,7 @@ struct TapList {
           entry.flat = 0;
           for (int a = 0; a < R; ++a) {
             entry.offset[a] *= axes.dilation[a];
-            entry.flat += static_cast<uint32_t>(entry.offset[a]) * axes.input_step[a];
+            entry.flat += static_cast<uint32_t>(entry.offset[a]) * grid_step[a];
           }
           entry.tap = tap;
         }

@@ -35,7 +35,10 @@ struct Backward {
   float* bias_sums;  // [item][channel][strip]
 
   ILAJAX_HOST_DEVICE int copies() const { return sums_in_shared ? 1 : kGradientWarps; }
-  ILAJAX_HOST_DEVICE int width() const { return filters.blocks() * kBlock; }
+  // Of a tap's sums: the channels of whole blocks, of a size that the compiler knows.
+  ILAJAX_HOST_DEVICE int width() const {
+    return (filters.out_channels + kBlock - 1) / kBlock * kBlock;
+  }
   ILAJAX_HOST_DEVICE int64_t all_parts() const { return int64_t{batch / span} * parts; }
   ILAJAX_HOST_DEVICE int bias_strips() const { return (capacity + kBiasStrip - 1) / kBiasStrip; }
   ILAJAX_HOST_DEVICE int64_t gradient_blocks() const {
@@ -104,12 +107,15 @@ struct GradientTask {
   }
 };
 
-// A thread's entries of a strip: positions, values and their gradients.
+// A thread's entries of a strip: the positions and the sites, counted from the map's first, that a tap
+// at offset 0 takes them to, before strides; values and their gradients.
 template <int R>
 struct StripEntries {
   int32_t p[kEntries][R];
+  uint32_t flat[kEntries];
   float x[kEntries], x_bar[kEntries];
   bool stored[kEntries];
+  bool interior;  // all taps take the warp's entries to a site of their own
 
   __device__ static int Slot(int strip, int e) {
     return strip * kStrip + e * kGradientThreads + threadIdx.x;
@@ -119,7 +125,7 @@ struct StripEntries {
   template <typename T>
   __device__ __forceinline__ bool Load(const Backward& b, const Axes<R>& axes, int strip,
                                        const int32_t* keys, const T* values, T* values_bar) {
-    bool any = false;
+    bool any = false, inside = true;
 #pragma unroll
     for (int e = 0; e < kEntries; ++e) {
       const int i = Slot(strip, e);
@@ -128,9 +134,20 @@ struct StripEntries {
       x[e] = stored[e] ? static_cast<float>(values[i]) : 0.0f;
       x_bar[e] = 0.0f;
       Axes<R>::Unravel(stored[e] ? key : 0, axes.input, p[e]);
+      flat[e] = -static_cast<uint32_t>(b.map.begin);
+      bool all_taps = true;
+#pragma unroll
+      for (int a = 0; a < R; ++a) {
+        p[e][a] += axes.low[a];
+        flat[e] += static_cast<uint32_t>(p[e][a]) * axes.output_step[a];
+        all_taps &= axes.stride[a] == 1 && p[e][a] < axes.output[a] &&
+                    p[e][a] >= (axes.window[a] - 1) * axes.dilation[a];
+      }
+      inside &= all_taps || !stored[e];
       if (i < b.slots && b.slab == 0 && (key < 0 || key >= b.input_sites)) values_bar[i] = T(0.0f);
       any |= stored[e];
     }
+    interior = __all_sync(kWarp, inside);
     return __any_sync(kWarp, any);
   }
 
@@ -146,11 +163,13 @@ struct StripEntries {
   // all sites if there is none.
   __device__ __forceinline__ uint32_t OutputSite(const Axes<R>& axes, const SiteMap& map, int e,
                                                  const typename TapList<R>::Entry& tap) const {
+    constexpr uint32_t kNowhere = 0xffffffffu;
+    if (interior) return stored[e] ? flat[e] - tap.flat : kNowhere;
     bool inside = stored[e];
     uint32_t key = 0;
 #pragma unroll
     for (int a = 0; a < R; ++a) {
-      int32_t o = p[e][a] + axes.low[a] - tap.offset[a];
+      int32_t o = p[e][a] - tap.offset[a];
       if (axes.stride[a] != 1) {
         inside &= o % axes.stride[a] == 0;
         o /= axes.stride[a];
@@ -158,31 +177,25 @@ struct StripEntries {
       inside &= o >= 0 && o < axes.output[a];
       key += static_cast<uint32_t>(o) * axes.output_step[a];
     }
-    return inside ? key - static_cast<uint32_t>(map.begin) : 0xffffffffu;
+    return inside ? key - static_cast<uint32_t>(map.begin) : kNowhere;
   }
 };
 
 // Adds the products of an entry with the cotangents of a block of channels, of which `mask` tells
-// those that are stored.
-__device__ __forceinline__ void AddCotangents(const float* cotangents, uint32_t mask, bool plain,
+// those that are stored, in `values` from `first` on. A zero factor adds nothing, not even if
+// the other is inf or NaN, as none is with kPlain.
+template <bool kPlain>
+__device__ __forceinline__ void AddCotangents(const float* values, uint32_t first, uint32_t mask,
                                               float x, const float (&w)[kBlock], float& x_bar,
                                               float (&w_bar)[kBlock]) {
-  if (plain) {
 #pragma unroll
-    for (int c = 0; c < kBlock; ++c) {
-      if (!(mask >> c & 1)) continue;
-      const float g = *cotangents++;
-      x_bar += g * w[c];
-      w_bar[c] += g * x;
+  for (int c = 0; c < kBlock; ++c) {
+    if (mask >> c & 1) {
+      const float g = values[first];
+      if (kPlain || w[c] != 0.0f) x_bar += g * w[c];
+      if (kPlain || x != 0.0f) w_bar[c] += g * x;
     }
-  } else {  // a zero factor adds nothing
-#pragma unroll
-    for (int c = 0; c < kBlock; ++c) {
-      if (!(mask >> c & 1)) continue;
-      const float g = *cotangents++;
-      if (w[c] != 0.0f) x_bar += g * w[c];
-      if (x != 0.0f) w_bar[c] += g * x;
-    }
+    first += mask >> c & 1;
   }
 }
 
@@ -201,43 +214,47 @@ __device__ __forceinline__ void AddBlock(const SiteMapView& map, const uint2 (&r
     const uint2 record = records[e];
     const uint32_t mask = record.x >> (kBlock * j) & 0xff;
     if (mask == 0) continue;
-    const float* cotangents =
-        map.values + (record.y & ~kNotFinite) + __popc(record.x & ((1u << (kBlock * j)) - 1));
-    const bool plain = entries.x[e] != 0.0f && !(record.y & kNotFinite);
-    AddCotangents(cotangents, mask, plain, entries.x[e], w, entries.x_bar[e], w_bar);
+    const uint32_t first = (record.y & ~kNotFinite) + __popc(record.x & ((1u << (kBlock * j)) - 1));
+    const float x = entries.x[e];
+    float& x_bar = entries.x_bar[e];
+    if (x != 0.0f && !(record.y & kNotFinite)) {
+      AddCotangents<true>(map.values, first, mask, x, w, x_bar, w_bar);
+    } else {
+      AddCotangents<false>(map.values, first, mask, x, w, x_bar, w_bar);
+    }
   }
   const float sum = WarpSum8(w_bar);
   const int lane = threadIdx.x & 31;
   if (lane % 4 == 0) sums[lane / 4] += sum;
 }
 
-// Adds what a strip's entries reach through a tap. Every thread of the warp calls it.
+// Adds what a strip's entries reach of a group of output channels. Every thread of the warp calls it.
 template <int R>
-__device__ __forceinline__ void AddTap(const Backward& b, const Axes<R>& axes,
-                                       const TapList<R>& taps, int k, int item, int ic,
-                                       StripEntries<R>& entries, float* sums) {
-  const auto entry = taps.entries[k];
-  const int tap = entry.tap;
-  uint32_t site[kEntries];
-#pragma unroll
-  for (int e = 0; e < kEntries; ++e) site[e] = entries.OutputSite(axes, b.map, e, entry);
-  for (int g = 0; g < b.map.groups(); ++g) {
-    const SiteMapView map(b.map, item, g);
+__device__ __forceinline__ void AddGroup(const Backward& b, const Axes<R>& axes,
+                                         const TapList<R>& taps, int g, int item, int ic,
+                                         StripEntries<R>& entries, float* sums) {
+  constexpr int kBlocks = kMapGroup / kBlock;
+  const SiteMapView map(b.map, item, g);
+  const int first = g * kBlocks, blocks = (b.map.group_channels(g) + kBlock - 1) / kBlock;
+  const float* const weights = Kept(b.filters.weights + b.filters.Vectors(first, ic) * kBlock);
+  const int64_t block_step = b.filters.Vectors(1, 0) * kBlock;
+  for (int k = 0; k < taps.count; ++k) {
+    const auto tap = taps.entries[k];
     uint2 records[kEntries];
     uint32_t reached = 0;  // channels
 #pragma unroll
     for (int e = 0; e < kEntries; ++e) {
-      records[e] = map.Find(site[e]);
+      records[e] = map.Find(entries.OutputSite(axes, b.map, e, tap));
       reached |= records[e].x;
     }
     if (!__any_sync(kWarp, reached != 0)) continue;
-    const int group_blocks = (b.map.group_channels(g) + 7) / kBlock;
-    for (int j = 0; j < group_blocks; ++j) {
-      const int block = g * (kMapGroup / kBlock) + j;
-      if (!(taps.Live(block / 32, tap) >> (block % 32) & 1)) continue;
+    const uint32_t live = taps.Live(first / 32, tap.tap) >> (first % 32);
+    const float* block_weights = weights + tap.tap * kBlock;
+    for (int j = 0; j < blocks; ++j, block_weights += block_step) {
+      if (!(live >> j & 1)) continue;
       if (!__any_sync(kWarp, (reached >> (kBlock * j) & 0xff) != 0)) continue;
-      AddBlock(map, records, j, b.filters.weights + (b.filters.Vectors(block, ic) + tap) * kBlock,
-               entries, sums + tap * b.width() + block * kBlock);
+      AddBlock(map, records, j, block_weights, entries,
+               sums + tap.tap * b.width() + (first + j) * kBlock);
     }
   }
 }
@@ -283,8 +300,8 @@ __global__ void __launch_bounds__(kGradientThreads, 5)
   uint4* shared = DynamicShared();
   const GradientTask task(b, blockIdx.x);
   TapList<R> taps;
-  taps.Fill(axes, b.filters.live + b.filters.Vectors(0, task.ic), b.filters.blocks(),
-            b.filters.Vectors(1, 0), b.filters.taps, shared);
+  taps.Fill(axes, axes.output_step, b.filters.live + b.filters.Vectors(0, task.ic),
+            b.filters.blocks(), b.filters.Vectors(1, 0), b.filters.taps, shared);
   const int64_t tap_bytes = TapList<R>::SharedBytes(b.filters.taps, (b.filters.blocks() + 31) / 32);
   const WeightSums sums(b, task, shared + tap_bytes / sizeof(uint4));
   sums.Clear();
@@ -296,8 +313,8 @@ __global__ void __launch_bounds__(kGradientThreads, 5)
     for (int strip = task.first_strip; strip < task.last_strip; ++strip) {
       StripEntries<R> entries;
       if (!entries.Load(b, axes, strip, keys, values + segment, values_bar + segment)) continue;
-      for (int k = 0; k < taps.count; ++k) {
-        AddTap(b, axes, taps, k, item, task.ic, entries, own);
+      for (int g = 0; g < b.map.groups(); ++g) {
+        AddGroup(b, axes, taps, g, item, task.ic, entries, own);
       }
       entries.Store(strip, values_bar + segment);
     }

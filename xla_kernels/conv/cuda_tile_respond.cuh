@@ -151,8 +151,8 @@ struct ReachedSites {
   // The live taps, and the weights, in shared memory if they fit.
   __device__ __forceinline__ void ReadFilters(uint4* tables) {
     const DenseFilters& filters = f.filters;
-    taps.Fill(axes, filters.live + filters.Vectors(tile.block, 0), filters.in_channels,
-              filters.taps, filters.taps, tables);
+    taps.Fill(axes, axes.input_step, filters.live + filters.Vectors(tile.block, 0),
+              filters.in_channels, filters.taps, filters.taps, tables);
     if (!f.weights_in_shared) return;
     const int quads = filters.in_channels * filters.taps * kBlock / 4;
     float4* copy = reinterpret_cast<float4*>(
