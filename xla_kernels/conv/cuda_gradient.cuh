@@ -183,7 +183,7 @@ struct StripEntries {
 
 // Adds the products of an entry with the cotangents of a block of channels, of which `mask` tells
 // those that are stored, in `values` from `first` on. A zero factor adds nothing, not even if
-// the other is inf or NaN, as none is with kPlain.
+// the other is inf or NaN. kPlain: x is not 0, and all cotangents are finite.
 template <bool kPlain>
 __device__ __forceinline__ void AddCotangents(const float* values, uint32_t first, uint32_t mask,
                                               float x, const float (&w)[kBlock], float& x_bar,
