@@ -48,7 +48,7 @@ test: $(VENV)/.test
 	$(PYTEST) $(addprefix --ignore=,$(PROGRAMS)) $(ARGS)
 
 test-programs: $(VENV)/.test
-	$(PYTEST) $(or $(ARGS),$(PROGRAMS))
+	$(PYTEST) $(PROGRAMS) $(ARGS)
 
 check: $(if $(wildcard $(VENV)/.test),$(VENV)/.test,$(VENV)/.experiments)
 	$(BIN)/python -m ilajax check

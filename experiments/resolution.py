@@ -51,9 +51,8 @@ def _variants(options: argparse.Namespace) -> list[Variant]:
     found = []
     for resolution in dict.fromkeys(options.resolutions):
         paper = paper_bounds(resolution)
-        bounds = [pair for pair in BOUNDS_16 if pair[0] in options.bounds]
-        if resolution > 16:
-            bounds = [paper]
+        asked = [pair for pair in BOUNDS_16 if pair[0] in options.bounds]
+        bounds = asked if resolution == 16 else [paper]
         if resolution in options.trivial:
             bounds.insert(0, (1.0,) * len(paper))
         if resolution in options.dense:

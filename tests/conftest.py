@@ -27,7 +27,8 @@ from jax._src.interpreters import mlir
 from ilajax import ops
 from ilajax.ffi import routes
 
-# Each program's lowering would load all of MLIR's dialects anew, for a tenth of the tests' time.
+# Each program's lowering would load all of MLIR's dialects anew, for a tenth of the tests' time; JAX has no
+# public way to keep them.
 mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 # Test files that take half a minute and more.
