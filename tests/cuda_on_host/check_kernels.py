@@ -79,6 +79,15 @@ def test_conv_of_one_channel(backend, select):
     conv(backend, 2, "float32", channels=(1, 3), capacity=5, select=select, strides=(1, 2))
 
 
+def test_conv_of_a_flat_grid(backend):
+    """Catches rows of taps told apart by their flat offset only: two grid rows up is one plane up here."""
+    grid, window = (4, 2, 5), (3, 3, 3)
+    x = samples.tensor(7, 2, 1, grid, capacity=4, density=0.05)
+    run = test_conv.program(backend, 40, "value", ("SAME", 1, 1))
+    kernel, bias = samples.kernel(7, window, 1, 3), samples.integers(7, (3,))
+    test_conv.check(run, x, kernel, bias, oracles.Geometry(grid, window, 1), 40, "value")
+
+
 def test_conv_that_keeps_all(backend):
     """Catches the way without counting again, and a shared support of many channels."""
     conv(backend, 1, "float32", channels=(34, 2), capacity=20, select="value", shared=True)

@@ -143,6 +143,14 @@ inline int __any_sync(uint32_t mask, int predicate, ILAJAX_HERE) {
 inline int __all_sync(uint32_t mask, int predicate, ILAJAX_HERE) {
   return __ballot_sync(mask, predicate, file, line) == mask;
 }
+inline uint32_t __reduce_add_sync(uint32_t mask, uint32_t value, ILAJAX_HERE) {
+  const uint64_t* values = cuda_on_host::Exchange(mask, value, file, line);
+  uint32_t sum = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    if (mask >> lane & 1) sum += static_cast<uint32_t>(values[lane]);
+  }
+  return sum;
+}
 template <typename T>
 T __shfl_sync(uint32_t mask, T value, int source, int width = 32, ILAJAX_HERE) {
   const int first = cuda_on_host::Lane() & ~(width - 1);
@@ -264,6 +272,9 @@ ILAJAX_MIN_MAX(unsigned long long)
 ILAJAX_MIN_MAX(float)
 #undef ILAJAX_MIN_MAX
 
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>((uint64_t{high} << 32 | low) >> (shift & 31));
+}
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __popcll(unsigned long long x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }

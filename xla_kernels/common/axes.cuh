@@ -2,11 +2,43 @@
 
 #pragma once
 
+#include <algorithm>
+
 #include "xla_kernels/common/block.cuh"
 #include "xla_kernels/common/ffi.h"
 #include "xla_kernels/common/window.h"
 
 namespace ilajax {
+
+// A number below 2^31 (0 counts as 1), to divide others by: exactly, and in two instructions, where
+// a division takes twenty. See Granlund and Montgomery, "Division by invariant integers using
+// multiplication".
+struct Divisor {
+  uint32_t value = 1, factor = 1u << 31, shift = 31;
+
+  Divisor() = default;
+  constexpr explicit Divisor(int64_t d) : value(static_cast<uint32_t>(std::max<int64_t>(d, 1))) {
+    while (uint64_t{1} << (shift - 31) < value) ++shift;
+    factor = static_cast<uint32_t>(((uint64_t{1} << shift) + value - 1) / value);
+  }
+  ILAJAX_HOST_DEVICE constexpr uint32_t Quotient(uint32_t n) const {
+    return static_cast<uint32_t>(uint64_t{n} * factor >> shift);
+  }
+};
+
+constexpr bool DividesExactly(uint32_t d) {
+  constexpr uint32_t kLast = 0x7fffffff;
+  const Divisor divisor(d);
+  bool exact = true;
+  for (const uint32_t multiple : {d, kLast / 2 / d * d, kLast / d * d}) {
+    for (const uint32_t n : {multiple - 1, multiple, kLast}) {
+      exact = exact && divisor.Quotient(n) == n / d;
+    }
+  }
+  return exact;
+}
+static_assert(DividesExactly(1) && DividesExactly(2) && DividesExactly(3) && DividesExactly(641) &&
+              DividesExactly(0x10001) && DividesExactly(0x40000001) && DividesExactly(0x7fffffff));
 
 // A window of R axes; grids of lower rank get leading axes of one site. Positions are 32-bit and
 // wrap: a site is read only where its position along every axis is inside the grid.
@@ -14,6 +46,7 @@ template <int R>
 struct Axes {
   int32_t input[R], output[R], stride[R], low[R], dilation[R], window[R];
   uint32_t input_step[R], output_step[R];
+  Divisor input_size[R], output_size[R], window_size[R];
 
   explicit Axes(const Window& w) {
     const int pad = R - w.rank;
@@ -28,17 +61,22 @@ struct Axes {
       window[a] = real ? static_cast<int32_t>(w.window_shape[a - pad]) : 1;
       input_step[a] = in;
       output_step[a] = out;
+      input_size[a] = Divisor(input[a]);
+      output_size[a] = Divisor(output[a]);
+      window_size[a] = Divisor(window[a]);
       in *= static_cast<uint32_t>(input[a]);
       out *= static_cast<uint32_t>(output[a]);
     }
   }
 
-  __device__ static void Unravel(uint32_t key, const int32_t (&shape)[R], int32_t (&position)[R]) {
+  // The position of a site, along the first `kAxes` axes.
+  template <int kAxes = R>
+  __device__ static void Unravel(uint32_t key, const Divisor (&size)[R], int32_t (&position)[R]) {
 #pragma unroll
-    for (int a = R - 1; a >= 1; --a) {
-      const uint32_t size = static_cast<uint32_t>(shape[a]);
-      position[a] = static_cast<int32_t>(key % size);
-      key /= size;
+    for (int a = kAxes - 1; a >= 1; --a) {
+      const uint32_t rest = size[a].Quotient(key);
+      position[a] = static_cast<int32_t>(key - rest * size[a].value);
+      key = rest;
     }
     position[0] = static_cast<int32_t>(key);
   }
@@ -54,13 +92,18 @@ struct Axes {
 
 // The taps that have any live weight, in ascending order, in shared memory: offsets along the axes,
 // the flat offset in the grid where they are looked up, the tap; and for each of all taps the
-// channels of a group live at it.
+// channels of a group live at it. Taps of a row that lie within the same 32 offsets, counted from 0,
+// are a run: the first of them has a bit for each, at its offset, and the others have none.
 template <int R>
 struct TapList {
   struct alignas(16) Entry {
     int32_t offset[R];
     uint32_t flat;
     int32_t tap;
+    uint32_t run;
+
+    // The offset along the last axis from which a run's bits count.
+    __device__ int32_t run_begin() const { return offset[R - 1] & ~31; }
   };
   int count = 0;
   int taps = 0;
@@ -99,7 +142,7 @@ struct TapList {
         const unsigned all = __ballot_sync(kWarp, any != 0);
         if (any != 0) {
           Entry& entry = entries[n + __popc(all & ((1u << threadIdx.x) - 1))];
-          Axes<R>::Unravel(tap, axes.window, entry.offset);
+          Axes<R>::Unravel(tap, axes.window_size, entry.offset);
           entry.flat = 0;
           for (int a = 0; a < R; ++a) {
             entry.offset[a] *= axes.dilation[a];
@@ -113,6 +156,19 @@ struct TapList {
     }
     __syncthreads();
     count = found;
+    for (int k = threadIdx.x; k < count; k += blockDim.x) {
+      const auto in_run = [&](int other) {
+        const Divisor& row = axes.window_size[R - 1];
+        return row.Quotient(entries[other].tap) == row.Quotient(entries[k].tap) &&
+               entries[other].run_begin() == entries[k].run_begin();
+      };
+      uint32_t run = 0;
+      if (k == 0 || !in_run(k - 1)) {
+        for (int n = k; n < count && in_run(n); ++n) run |= 1u << (entries[n].offset[R - 1] & 31);
+      }
+      entries[k].run = run;
+    }
+    __syncthreads();
   }
 };
 

@@ -97,16 +97,18 @@ __device__ inline int WarpExclusiveScan(int value) {
   return sum - value;
 }
 
-// The sum of `value` over the lower threads of the block, and over all of them. `scratch` is
-// shared, an int for each warp; it may be used again at once.
-__device__ inline int BlockExclusiveScan(int value, int* scratch, int& total) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+// The sum of `value` over the lower threads of a block of kWarps warps, and over all of them.
+// `scratch` is shared; it may be used again at once.
+template <int kWarps>
+__device__ inline int BlockExclusiveScan(int value, int (&scratch)[kWarps], int& total) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int before = WarpExclusiveScan(value);
   if (lane == 31) scratch[warp] = before + value;
   __syncthreads();
   int base = 0;
   total = 0;
-  for (int w = 0; w < warps; ++w) {
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
     if (w == warp) base = total;
     total += scratch[w];
   }

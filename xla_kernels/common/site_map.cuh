@@ -89,6 +89,7 @@ struct SiteMapView {
   const float* values;
   uint32_t sites, capacity;
 
+  SiteMapView() = default;
   __device__ SiteMapView(const SiteMap& map, int item, int group)
       : words(Kept(map.words + map.Words(item, group))),
         records(Kept(map.records + map.Records(item, group))),
@@ -184,7 +185,8 @@ struct ChunkEntries {
 // Writes the records of a chunk, from number `base`: a thread takes a run of them, and counts where
 // their values begin. Returns whether they fit: always, unless keys are broken.
 __device__ __forceinline__ bool WriteRecords(const uint32_t* masks, int count, int base,
-                                             int64_t capacity, int* scratch, uint2* records) {
+                                             int64_t capacity, int (&scratch)[kMapThreads / 32],
+                                             uint2* records) {
   const int run = (count + kMapThreads - 1) / kMapThreads;
   const int run_begin = min(static_cast<int>(threadIdx.x) * run, count);
   const int run_end = min(run_begin + run, count);

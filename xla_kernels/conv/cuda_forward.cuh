@@ -40,14 +40,11 @@ __global__ void __launch_bounds__(kTileThreads, TileBlocks(R, P))
     CountKept(f, tile, reached, cuts, kept);
     PublishKept(f, tile, cuts, kept);
     AddTilesBefore(f, tile, cuts, kept);
-    const int64_t out_segment =
-        int64_t{f.first_item + tile.item} * f.out_channels + tile.block * kBlock;
-    if (cuts.any) {
-      EmitKept<true>(f, reached, cuts, kept, out_segment);
+    if (f.dtype == ffi::DataType::F32) {
+      Emit(f, tile, reached, cuts, kept, Output<float>(f, tile));
     } else {
-      EmitKept<false>(f, reached, cuts, kept, out_segment);
+      Emit(f, tile, reached, cuts, kept, Output<uint16_t>(f, tile));
     }
-    Pad(f, tile, cuts, out_segment);
   } else {
     uint32_t* totals = f.histograms + int64_t{tile.first_channel} * kBins;
     if constexpr (P == Pass::kRespond) {
@@ -85,7 +82,8 @@ struct ForwardLayout {
   ForwardLayout(Carver& carver, const ConvShape& s, const ForwardPlan& plan) {
     f.filters = FiltersOf(s);
     f.out_channels = static_cast<int>(s.out_channels);
-    f.channel_blocks = f.filters.blocks();
+    f.channel_blocks = Divisor(f.filters.blocks());
+    f.pieces = Divisor(CeilDiv(s.w.output_shape[s.w.rank - 1], 32));
     f.capacity = static_cast<int>(s.capacity);
     f.output_sites = s.w.output_sites;
     f.tile = static_cast<int>(plan.tile);
@@ -138,7 +136,7 @@ ffi::Error LaunchTiles(cudaStream_t stream, Forward f, const Window& w) {
     f.table_bytes += weight_bytes;
     bytes += weight_bytes;
   }
-  const int64_t blocks = int64_t{f.items} * f.filters.blocks() * f.slab_tiles;
+  const int64_t blocks = int64_t{f.items} * f.filters.blocks() * f.slab_tiles.value;
   return LaunchEach<TileKernel<R, P>>(blocks, kTileThreads, bytes, stream, f, Axes<R>(w));
 }
 
@@ -218,7 +216,7 @@ struct ConvForward {
     f.out_values = call.out_values->untyped_data();
     f.responses = call.responses->typed_data();
     f.dtype = call.values.element_type();
-    f.low_shift = f.dtype == ffi::DataType::F32 ? 0 : LevelShift(1);
+    f.rank_mask = ~uint32_t{0} << (f.dtype == ffi::DataType::F32 ? 0 : LevelShift(1));
     f.levels = f.dtype == ffi::DataType::F32 ? kLevels : 2;
     // Candidates of a channel: at most the sites, and the products.
     const bool may_cut = s.capacity < s.w.output_sites &&
@@ -237,7 +235,7 @@ struct ConvForward {
       }
       ILAJAX_RETURN_IF_ERROR(chunk.Pass(f, [&] {
         const ffi::Error error = LaunchTiles<Pass::kEmit>(stream, f, s.w);
-        f.ticket_base += f.items * f.filters.blocks() * f.slab_tiles;
+        f.ticket_base += f.items * f.filters.blocks() * f.slab_tiles.value;
         return error;
       }));
     }
@@ -262,10 +260,10 @@ struct ConvForward {
         const int64_t end = std::min(plane + plan.slab_planes, s.w.output_shape[0]);
         f.slab_begin = plane * s.w.output_plane();
         f.slab_end = end * s.w.output_plane();
-        f.slab_tiles = static_cast<int>(CeilDiv(f.slab_end - f.slab_begin, plan.tile));
+        f.slab_tiles = Divisor(CeilDiv(f.slab_end - f.slab_begin, plan.tile));
         if (built != plane) ILAJAX_RETURN_IF_ERROR(Build(f, plane, end));
         ILAJAX_RETURN_IF_ERROR(launch());
-        f.first_tile += f.slab_tiles;
+        f.first_tile += f.slab_tiles.value;
       }
       return ffi::Error::Success();
     }

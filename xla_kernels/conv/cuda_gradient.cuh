@@ -133,7 +133,7 @@ struct StripEntries {
       stored[e] = key >= b.slab_begin && key < b.slab_end;
       x[e] = stored[e] ? static_cast<float>(values[i]) : 0.0f;
       x_bar[e] = 0.0f;
-      Axes<R>::Unravel(stored[e] ? key : 0, axes.input, p[e]);
+      Axes<R>::Unravel(stored[e] ? key : 0, axes.input_size, p[e]);
       flat[e] = -static_cast<uint32_t>(b.map.begin);
       bool all_taps = true;
 #pragma unroll

@@ -46,16 +46,20 @@ struct Forward {
   int32_t* responses;
   ffi::DataType dtype;
   Select select;
-  int out_channels, channel_blocks, capacity;
+  int out_channels, capacity;
+  Divisor channel_blocks;
+  Divisor pieces;  // of 32 sites, of a row of the output
   int64_t output_sites;
 
-  int first_item, items;              // the chunk of the batch
-  int64_t slab_begin, slab_end;       // its output sites
-  int tile;                           // sites of a tile
-  int tiles, first_tile, slab_tiles;  // of an item; of the slab
-  int ticket_base;                    // blocks of launches before this one that drew tickets
-  int share, larger_shares;           // slots that a tile pads; how many tiles have one more
-  int level, low_shift;               // the digit of this pass; bits of a rank that carry nothing
+  int first_item, items;         // the chunk of the batch
+  int64_t slab_begin, slab_end;  // its output sites
+  int tile;                      // sites of a tile
+  int tiles, first_tile;         // of an item; of the slab
+  Divisor slab_tiles;
+  int ticket_base;           // blocks of launches before this one that drew tickets
+  int share, larger_shares;  // slots that a tile pads; how many tiles have one more
+  int level;                 // the digit of this pass
+  uint32_t rank_mask;        // bits of a rank that carry anything
   int levels;
   bool weights_in_shared;
   int64_t table_bytes;  // of shared memory: taps, and the weights
@@ -98,11 +102,11 @@ struct Tile {
   int64_t begin, end;  // its output sites
 
   __device__ __forceinline__ Tile(const Forward& f, uint32_t task) {
-    const uint32_t slab_tile = task % f.slab_tiles, blocks = f.channel_blocks;
+    segment = static_cast<int>(f.slab_tiles.Quotient(task));
+    const uint32_t slab_tile = task - segment * f.slab_tiles.value;
     index = f.first_tile + static_cast<int>(slab_tile);
-    segment = static_cast<int>(task / f.slab_tiles);
-    item = static_cast<int>(segment / blocks);
-    block = static_cast<int>(segment % blocks);
+    item = static_cast<int>(f.channel_blocks.Quotient(segment));
+    block = segment - item * static_cast<int>(f.channel_blocks.value);
     channels = min(kBlock, f.out_channels - block * kBlock);
     first_channel = item * f.out_channels + block * kBlock;
     begin = f.slab_begin + int64_t{slab_tile} * f.tile;
@@ -138,20 +142,22 @@ struct TileMemory {
   }
 };
 
-// The rank in 32 bits that all carry information: the highest bit of positive ranks is always set.
+// The rank of a candidate in 32 bits: as RankBits', but that those of positive values and magnitudes
+// leave out the highest bit, which is always set. NaN has one form here, and is above infinity.
 __device__ __forceinline__ uint32_t Rank(uint32_t bits, const Forward& f) {
-  return RankBits(BitsFloat(bits), f.select) << (f.select == Select::kValue ? 0 : 1) >>
-         f.low_shift << f.low_shift;
+  if (f.select != Select::kValue) return bits << 1 & f.rank_mask;
+  const bool negative = bits > 0x80000000u;  // -0 equals 0
+  return (negative ? ~bits : bits | 0x80000000u) & f.rank_mask;
 }
 
 // Adds up the counts of each channel over the warp; lane j takes those of channel j.
 template <typename Take>
-__device__ __forceinline__ void SumOverWarp(uint32_t (&counts)[kBlock], Take&& take) {
+__device__ __forceinline__ void SumOverWarp(const uint32_t (&counts)[kBlock], Take&& take) {
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int j = 0; j < kBlock; ++j) {
-    for (int step = 16; step > 0; step /= 2) counts[j] += __shfl_xor_sync(kWarp, counts[j], step);
-    if (lane == j) take(j, counts[j]);
+    const uint32_t sum = __reduce_add_sync(kWarp, counts[j]);
+    if (lane == j) take(j, sum);
   }
 }
 

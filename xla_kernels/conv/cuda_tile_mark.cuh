@@ -15,10 +15,15 @@ struct ReadSite {
   uint32_t flat;
 
   __device__ __forceinline__ ReadSite(const Axes<R>& axes, const SiteMap& map, uint32_t key) {
-    Axes<R>::Unravel(key, axes.output, p);
-#pragma unroll
-    for (int a = 0; a < R; ++a) p[a] = p[a] * axes.stride[a] - axes.low[a];
-    flat = axes.InputKey(p) - static_cast<uint32_t>(map.begin);
+    Axes<R>::Unravel(key, axes.output_size, p);
+    Read(axes, map);
+  }
+  // Of a row of the output the site at `x`.
+  __device__ __forceinline__ ReadSite(const Axes<R>& axes, const SiteMap& map, uint32_t row,
+                                      uint32_t x) {
+    Axes<R>::template Unravel<R - 1>(row, axes.output_size, p);
+    p[R - 1] = static_cast<int32_t>(x);
+    Read(axes, map);
   }
 
   // Whether a tap reads inside the grid, along the first `kAxes` axes.
@@ -42,6 +47,24 @@ struct ReadSite {
     }
     return inside;
   }
+
+ private:
+  __device__ __forceinline__ void Read(const Axes<R>& axes, const SiteMap& map) {
+#pragma unroll
+    for (int a = 0; a < R; ++a) p[a] = p[a] * axes.stride[a] - axes.low[a];
+    flat = axes.InputKey(p) - static_cast<uint32_t>(map.begin);
+  }
+};
+
+// The positions from x on of a row of the input, 64 at most: those that are inside, and how many
+// there are up to the row's end.
+struct LineEnds {
+  uint64_t inside = 0;
+  int end;
+
+  __device__ __forceinline__ LineEnds(int x, int width) : end(min(64, width - x)) {
+    if (x > -64 && end > 0) inside = ~uint64_t{0} << max(-x, 0) & ~uint64_t{0} >> (64 - end);
+  }
 };
 
 // Which sites of an item any channel stores.
@@ -53,21 +76,23 @@ struct StoredSites {
   __device__ __forceinline__ StoredSites(const SiteMap& map, int item)
       : words(Kept(map.words + map.Words(item, 0))), step(map.words_each), groups(map.groups()) {}
 
-  // A bit for each of 64 positions of a row from x on, where `site` is. Beyond the row is nothing.
-  __device__ __forceinline__ uint64_t Line(uint32_t site, int x, int width) const {
-    const int skipped = max(-x, 0), inside = min(64, width - x) - skipped;
-    if (inside <= 0) return 0;
-    const uint2* word = words + ((site + skipped) >> 5);
-    const uint32_t shift = (site + skipped) & 31;
-    uint64_t line = 0;
-#pragma unroll 1
-    for (int g = 0; g < groups; ++g, word += step) {
-      uint64_t both = word[0].x;
-      if (shift + inside > 32) both |= uint64_t{word[1].x} << 32;
-      line |= both >> shift;
-      if (shift + inside > 64) line |= uint64_t{word[2].x} << (64 - shift);
-    }
-    return (line & ~uint64_t{0} >> (64 - inside)) << skipped;
+  // A bit for each position of a line that begins at `site`, which may lie ahead of the row. There
+  // is at least one group.
+  __device__ __forceinline__ uint64_t Line(uint32_t site, const LineEnds& ends) const {
+    const int first = static_cast<int>(site) >> 5, last_bit = (site & 31) + ends.end - 1;
+    const bool reads = first >= 0 && ends.end > 0;
+    const uint2* word = words + first;
+    uint32_t low = 0, high = 0;
+    int rest = groups;
+    do {
+      const uint32_t a = reads ? word[0].x : 0;
+      const uint32_t b = last_bit >= 32 ? word[1].x : 0;
+      const uint32_t c = last_bit >= 64 ? word[2].x : 0;
+      low |= __funnelshift_r(a, b, site);
+      high |= __funnelshift_r(b, c, site);
+      word += step;
+    } while (--rest > 0);
+    return (uint64_t{high} << 32 | low) & ends.inside;
   }
 };
 
@@ -76,24 +101,33 @@ template <int R>
 __device__ __forceinline__ uint32_t ReachedBits(const StoredSites& stored, const Axes<R>& axes,
                                                 const TapList<R>& taps, const ReadSite<R>& first,
                                                 int count) {
-  const int width = axes.input[R - 1], stride = axes.stride[R - 1];
-  uint32_t bits = 0, row = 0;
-  uint64_t line = 0;
-  int begin = 0;  // of the line, as an offset
-  for (int k = 0; k < taps.count; ++k) {
-    const auto tap = taps.entries[k];
-    const int offset = tap.offset[R - 1], x = first.p[R - 1] + offset;
-    const uint32_t site = first.flat + tap.flat;
-    if (stride == 1) {
-      // One line for the taps of a row.
-      if (k == 0 || row != tap.flat - offset || offset - begin > 32) {
-        row = tap.flat - offset, begin = offset;
-        line = first.template Inside<R - 1>(axes, tap) ? stored.Line(site, x, width) : 0;
+  const int width = axes.input[R - 1], stride = axes.stride[R - 1], x = first.p[R - 1];
+  uint32_t bits = 0;
+  if (stride == 1) {
+    LineEnds ends(x, width);
+    int begin = 0;  // of the ends, as an offset
+    for (int k = 0; k < taps.count;) {
+      const auto tap = taps.entries[k];
+      k += __popc(tap.run);
+      if (tap.run_begin() != begin) {
+        begin = tap.run_begin();
+        ends = LineEnds(x + begin, width);
       }
-      bits |= static_cast<uint32_t>(line >> (offset - begin));
-    } else if (first.template Inside<R - 1>(axes, tap)) {
+      if (!first.template Inside<R - 1>(axes, tap)) continue;
+      const uint32_t site = first.flat + tap.flat - (tap.offset[R - 1] - begin);
+      const uint64_t line = stored.Line(site, ends);
+      for (uint32_t rest = tap.run; rest != 0; rest &= rest - 1) {
+        bits |= static_cast<uint32_t>(line >> (__ffs(rest) - 1));
+      }
+    }
+  } else {
+    for (int k = 0; k < taps.count; ++k) {
+      const auto tap = taps.entries[k];
+      if (!first.template Inside<R - 1>(axes, tap)) continue;
       for (int i = 0; i < count;) {
-        line = stored.Line(site + i * stride, x + i * stride, width);
+        const int ahead = i * stride;
+        const LineEnds ends(x + tap.offset[R - 1] + ahead, width);
+        const uint64_t line = stored.Line(first.flat + tap.flat + ahead, ends);
         for (int at = 0; at < 64 && i < count; at += stride, ++i) bits |= (line >> at & 1) << i;
       }
     }
@@ -134,14 +168,17 @@ __device__ __forceinline__ void MarkTile(const Forward& f, const Axes<R>& axes,
   if (!__syncthreads_or(ReadsAny(f, axes, taps, tile))) return;
   const StoredSites stored(f.map, tile.item);
   const uint32_t begin = static_cast<uint32_t>(tile.begin), end = static_cast<uint32_t>(tile.end);
-  const uint32_t width = axes.output[R - 1], pieces = (width + 31) / 32;  // of a row
-  const uint32_t first_row = begin / width, rows = (end - 1) / width + 1 - first_row;
-  for (uint32_t t = threadIdx.x; t < rows * pieces; t += kTileThreads) {
-    const uint32_t row = t / pieces, row_begin = (first_row + row) * width;
-    const uint32_t piece = row_begin + (t - row * pieces) * 32;
-    const uint32_t from = max(piece, begin), to = min(min(piece + 32, row_begin + width), end);
+  const Divisor width = axes.output_size[R - 1], pieces = f.pieces;
+  const uint32_t first_row = width.Quotient(begin);
+  const uint32_t rows = width.Quotient(end - 1) + 1 - first_row;
+  for (uint32_t t = threadIdx.x; t < rows * pieces.value; t += kTileThreads) {
+    const uint32_t below = pieces.Quotient(t), row = first_row + below;
+    const uint32_t row_begin = row * width.value;
+    const uint32_t piece = row_begin + (t - below * pieces.value) * 32;
+    const uint32_t from = max(piece, begin);
+    const uint32_t to = min(min(piece + 32, row_begin + width.value), end);
     if (from >= to) continue;
-    const ReadSite<R> first(axes, f.map, from);
+    const ReadSite<R> first(axes, f.map, row, from - row_begin);
     const uint32_t bits = ReachedBits(stored, axes, taps, first, static_cast<int>(to - from));
     const uint32_t at = from - begin, shift = at & 31;
     if (bits << shift) atomicOr(&bitmap[at >> 5], bits << shift);

@@ -36,7 +36,7 @@ __device__ __forceinline__ void AddFewChannels(const SiteMapView& map, const Axe
     for (int k = 0; k < min(32, taps.count - base); ++k) {
       const auto tap = taps.entries[base + k];
       const uint32_t site = read.flat + tap.flat;
-      if ((interior || read.Inside(axes, tap)) && site < map.sites) {
+      if (interior || read.Inside(axes, tap)) {
         hits |= (map.words[site >> 5].x >> (site & 31) & 1) << k;
       }
     }
@@ -87,18 +87,20 @@ __device__ __forceinline__ void AddChannels(const SiteMapView& map, const Axes<R
 template <int R>
 __device__ __forceinline__ void Respond(const Forward& f, const Axes<R>& axes,
                                         const TapList<R>& taps, const float* weights, int item,
-                                        uint32_t key, float (&sums)[kBlock]) {
+                                        const SiteMapView& first_group, uint32_t key,
+                                        float (&sums)[kBlock]) {
   const ReadSite<R> read(axes, f.map, key);
   const bool interior = __all_sync(kWarp, read.Interior(axes));
 #pragma unroll
   for (int j = 0; j < kBlock; ++j) sums[j] = 0.0f;
   if (f.map.channels <= 2) {
-    AddFewChannels(SiteMapView(f.map, item, 0), axes, taps, weights, read, interior, sums);
+    AddFewChannels(first_group, axes, taps, weights, read, interior, sums);
     return;
   }
   for (int g = 0; g < f.map.groups(); ++g) {
     const float* group_weights = weights + int64_t{g} * kMapGroup * taps.taps * kBlock;
-    AddChannels(SiteMapView(f.map, item, g), axes, taps, g, group_weights, read, interior, sums);
+    const SiteMapView map = g == 0 ? first_group : SiteMapView(f.map, item, g);
+    AddChannels(map, axes, taps, g, group_weights, read, interior, sums);
   }
 }
 
@@ -108,12 +110,13 @@ __device__ __forceinline__ float Round(float value, ffi::DataType dtype) {
   return value;
 }
 
-// The bits of a response with its bias, or kNone.
-__device__ __forceinline__ uint32_t CandidateBits(const Forward& f, float sum, int channel) {
-  if (sum == 0.0f) return kNone;
-  const float value = Round(sum + f.bias[channel], f.dtype);
-  if (!IsCandidate(value, f.select)) return kNone;
-  return value != value ? 0x7fc00000u : FloatBits(value);
+// The bits of a response with its bias, or kNone. kPlain: float32, selected if positive.
+template <bool kPlain>
+__device__ __forceinline__ uint32_t CandidateBits(const Forward& f, float sum, float bias) {
+  const float value = kPlain ? sum + bias : Round(sum + bias, f.dtype);
+  const bool chosen = kPlain ? !(value <= 0.0f) : IsCandidate(value, f.select);
+  const uint32_t bits = value != value ? 0x7fc00000u : FloatBits(value);
+  return sum != 0.0f && chosen ? bits : kNone;
 }
 
 // The reached sites of a tile. Their responses lie in the pool, or are computed, each time with the
@@ -125,6 +128,7 @@ struct ReachedSites {
   const Tile& tile;
   TapList<R> taps;
   const float* weights;
+  SiteMapView first_group;
   uint16_t* sites;  // counted from the tile's first
   int count = 0;
   uint32_t pool_begin = kUncached;  // their place in the pool
@@ -148,8 +152,10 @@ struct ReachedSites {
     return f.tile_reached + int64_t{tile.segment} * f.tiles + tile.index;
   }
 
-  // The live taps, and the weights, in shared memory if they fit.
+  // What responses are computed from: the live taps, and the weights, in shared memory if they fit;
+  // and where the map of the first channels is, which all sites look up.
   __device__ __forceinline__ void ReadFilters(uint4* tables) {
+    first_group = SiteMapView(f.map, tile.item, 0);
     const DenseFilters& filters = f.filters;
     taps.Fill(axes, axes.input_step, filters.live + filters.Vectors(tile.block, 0),
               filters.in_channels, filters.taps, filters.taps, tables);
@@ -241,13 +247,15 @@ struct ReachedSites {
   __device__ __forceinline__ void FindBits(bool active, uint32_t key,
                                            uint32_t (&bits)[kBlock]) const {
     float sums[kBlock];
-    Respond(f, axes, taps, weights, tile.item, key, sums);
+    Respond(f, axes, taps, weights, tile.item, first_group, key, sums);
+    const bool plain = f.dtype == ffi::DataType::F32 && f.select == Select::kPositive;
+    const float* bias = f.bias + tile.block * kBlock;
 #pragma unroll
     for (int j = 0; j < kBlock; ++j) {
       bits[j] = kNone;
-      if (active && j < tile.channels) {
-        bits[j] = CandidateBits(f, sums[j], tile.block * kBlock + j);
-      }
+      if (!active || j >= tile.channels) continue;
+      bits[j] = plain ? CandidateBits<true>(f, sums[j], bias[j])
+                      : CandidateBits<false>(f, sums[j], bias[j]);
     }
   }
 };

@@ -174,15 +174,31 @@ struct KeptCounts {
   uint32_t tiles[2][kBlock];              // of the tiles before this one
 };
 
-__device__ __forceinline__ void Store(void* out, int64_t i, float value, ffi::DataType dtype) {
-  if (dtype == ffi::DataType::BF16) {
-    static_cast<BFloat16*>(out)[i] = BFloat16(value);
-  } else if (dtype == ffi::DataType::F16) {
-    static_cast<Float16*>(out)[i] = Float16(value);
-  } else {
-    static_cast<float*>(out)[i] = value;
+// Where the first channel of a block writes; the others write behind it. T: float, or the bits of
+// either type of 16.
+template <typename T>
+struct Output {
+  int32_t* keys;
+  T* values;
+  bool bfloat16;
+
+  __device__ __forceinline__ Output(const Forward& f, const Tile& tile)
+      : bfloat16(f.dtype == ffi::DataType::BF16) {
+    const int64_t segment =
+        int64_t{f.first_item + tile.item} * f.out_channels + tile.block * kBlock;
+    keys = f.out_keys + segment * f.capacity;
+    values = static_cast<T*>(f.out_values) + segment * f.capacity;
   }
-}
+
+  __device__ __forceinline__ void Store(uint32_t slot, uint32_t key, float value) const {
+    keys[slot] = static_cast<int32_t>(key);
+    if constexpr (sizeof(T) == sizeof(float)) {
+      values[slot] = value;
+    } else {
+      values[slot] = bfloat16 ? BFloat16(value).bits : Float16(value).bits;
+    }
+  }
+};
 
 // Tickets order the blocks of the last pass, which wait for those before them.
 __device__ __forceinline__ uint32_t DrawTicket(const Forward& f) {
@@ -268,10 +284,10 @@ __device__ __forceinline__ void AddTilesBefore(const Forward& f, const Tile& til
 }
 
 // Writes the kept candidates: where nothing is cut, all.
-template <bool kCut, typename Reached>
+template <bool kCut, typename T, typename Reached>
 __device__ __forceinline__ void EmitKept(const Forward& f, const Reached& reached,
                                          const TileCuts& cuts, KeptCounts& kept,
-                                         int64_t out_segment) {
+                                         const Output<T>& out) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const uint32_t lower_lanes = (1u << lane) - 1;
   uint32_t above[kBlock];
@@ -281,7 +297,7 @@ __device__ __forceinline__ void EmitKept(const Forward& f, const Reached& reache
   if (kCut && lane < kBlock) kept.warps[1][warp][lane] += kept.tiles[1][lane];
   __syncwarp();
   reached.ForEach([&](uint32_t key, const uint32_t (&bits)[kBlock]) {
-    int64_t first_slot = out_segment * f.capacity;
+    uint32_t first_slot = 0;  // of the channel
 #pragma unroll
     for (int j = 0; j < kBlock; ++j, first_slot += f.capacity) {
       const bool is_above = kCut ? cuts.IsAbove(bits[j], j, f) : bits[j] != kNone;
@@ -303,25 +319,35 @@ __device__ __forceinline__ void EmitKept(const Forward& f, const Reached& reache
         }
       }
       if (emits && slot < static_cast<uint32_t>(f.capacity)) {
-        f.out_keys[first_slot + slot] = static_cast<int32_t>(key);
-        Store(f.out_values, first_slot + slot, BitsFloat(bits[j]), f.dtype);
+        out.Store(first_slot + slot, key, BitsFloat(bits[j]));
       }
     }
   });
 }
 
 // Padding: each tile fills its share of the slots behind the kept ones.
+template <typename T>
 __device__ __forceinline__ void Pad(const Forward& f, const Tile& tile, const TileCuts& cuts,
-                                    int64_t out_segment) {
+                                    const Output<T>& out) {
   const int share_begin = f.share * tile.index + min(tile.index, f.larger_shares);
   const int share_end = share_begin + f.share + (tile.index < f.larger_shares ? 1 : 0);
   for (int c = 0; c < tile.channels; ++c) {
     const int from = max(share_begin, cuts.of[c].candidates);
     for (int i = from + threadIdx.x; i < share_end; i += kTileThreads) {
-      f.out_keys[(out_segment + c) * f.capacity + i] = static_cast<int32_t>(f.output_sites);
-      Store(f.out_values, (out_segment + c) * f.capacity + i, 0.0f, f.dtype);
+      out.Store(c * f.capacity + i, static_cast<uint32_t>(f.output_sites), 0.0f);
     }
   }
+}
+
+template <typename T, typename Reached>
+__device__ __forceinline__ void Emit(const Forward& f, const Tile& tile, const Reached& reached,
+                                     const TileCuts& cuts, KeptCounts& kept, const Output<T>& out) {
+  if (cuts.any) {
+    EmitKept<true>(f, reached, cuts, kept, out);
+  } else {
+    EmitKept<false>(f, reached, cuts, kept, out);
+  }
+  Pad(f, tile, cuts, out);
 }
 
 }  // namespace
