@@ -102,9 +102,10 @@ def test_conv_in_parts(backend, workspace, size):
 
 @DTYPES
 @pytest.mark.parametrize("channels", [(2, 3), (9, 10)], ids=["narrow", "wide"])
-def test_conv_at_the_sites(backend, channels, dtype):
+@pytest.mark.parametrize("axes", [3, 4])
+def test_conv_at_the_sites(backend, axes, channels, dtype):
     """Catches a wrong tile of channels of either width, forward or transposed."""
-    submanifold(backend, 3, dtype, channels=channels)
+    submanifold(backend, axes, dtype, channels=channels)
 
 
 def test_conv_at_the_sites_in_parts(backend, workspace):
@@ -113,27 +114,34 @@ def test_conv_at_the_sites_in_parts(backend, workspace):
     submanifold(backend, 2, "float32", channels=(3, 34))
 
 
+def strided(axes, transposed):
+    """A window that strides, and its strides."""
+    strides = (1, 1, 2, 1)[-axes:]
+    geometry = oracles.Geometry((2, 3, 6, 5)[-axes:], (2, 1, 3, 2)[-axes:], strides)
+    return oracles.Transposed(geometry) if transposed else geometry, strides
+
+
 @pytest.mark.parametrize("transposed", [False, True], ids=["conv", "transposed"])
-def test_conv_at_given_sites(backend, transposed):
+@pytest.mark.parametrize("axes", [2, 4])
+def test_conv_at_given_sites(backend, axes, transposed):
     """Catches a site that is looked for among the wrong keys, forward or backward, or at the wrong step."""
-    geometry = oracles.Geometry((6, 5), (3, 2), (2, 1))
-    geometry = oracles.Transposed(geometry) if transposed else geometry
+    geometry, strides = strided(axes, transposed)
     for dtype in samples.DTYPES:
-        case = test_conv_at.operands(5, geometry.grid, geometry.shape, (3, 2), dtype)
-        test_conv_at.check(backend, *case, geometry, strides=(2, 1))
+        case = test_conv_at.operands(5, geometry.grid, geometry.shape, geometry.window, dtype)
+        test_conv_at.check(backend, *case, geometry, strides=strides)
 
 
 @DTYPES
 @pytest.mark.parametrize("transposed", [False, True], ids=["conv", "transposed"])
-def test_the_strongest_sites(backend, transposed, dtype):
+@pytest.mark.parametrize("axes", [2, 4])
+def test_the_strongest_sites(backend, axes, transposed, dtype):
     """Catches a site that is not marked, scored by some of its channels, or takes another one's key."""
-    geometry = oracles.Geometry((6, 5), (3, 2), (2, 1))
-    geometry = oracles.Transposed(geometry) if transposed else geometry
-    options = {"strides": (2, 1), "padding": "SAME"}
+    geometry, strides = strided(axes, transposed)
+    options = {"strides": strides, "padding": "SAME"}
     if transposed:
         options["output_shape"] = geometry.shape
     channels = 5 if transposed else 9  # in a narrow tile, and in a wide one
-    case = test_conv_by_site.operands(5, geometry.grid, (3, 2), dtype, cout=channels)
+    case = test_conv_by_site.operands(5, geometry.grid, geometry.window, dtype, cout=channels)
     for capacity in (4, 40):
         test_conv_by_site.check(backend, *case, geometry, capacity, **options)
 

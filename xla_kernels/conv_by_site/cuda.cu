@@ -115,7 +115,6 @@ __global__ void __launch_bounds__(kThreads) ScanKernel(Marked m) {
 // One block of channels of the responses.
 template <typename T>
 struct Scoring {
-  Window w;
   Filter filter;
   int64_t slots, out_channels;
   const int32_t* keys;
@@ -126,11 +125,12 @@ struct Scoring {
 };
 
 // score += p^2 over a tile of the channels. However small p is, its site is a candidate.
-template <typename T, int kColumns>
-__device__ float ScoreOfTile(const Scoring<T>& a, const Sites& in, const T* values, int32_t site,
-                             int64_t tile, float score) {
+template <typename T, int kColumns, int R>
+__device__ float ScoreOfTile(const Scoring<T>& a, const Reach<R>& reach, int64_t sites,
+                             const Sites& in, const T* values, int32_t site, int64_t tile,
+                             float score) {
   float sums[kColumns] = {};
-  SumTile(a.w, a.filter, in, values, Place(site), tile, sums);
+  SumTile(reach, sites, a.filter, in, values, Place(site), tile, sums);
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) {
     const int64_t column = tile * kColumns + j;
@@ -144,8 +144,8 @@ __device__ float ScoreOfTile(const Scoring<T>& a, const Sites& in, const T* valu
 }
 
 // A block takes a span of one sample.
-template <typename T, int kColumns>
-__global__ void __launch_bounds__(kSites, 4) ScoreKernel(Marked m, Scoring<T> a) {
+template <typename T, int kColumns, int R>
+__global__ void __launch_bounds__(kSites, 4) ScoreKernel(Marked m, Scoring<T> a, Reach<R> reach) {
   __shared__ uint16_t listed[kSpan];
   __shared__ int scratch[kSites / 32];
   const bool last = a.filter.first + a.filter.block >= a.out_channels;
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kSites, 4) ScoreKernel(Marked m, Scoring<T> a)
       float& score = m.scores[item * m.reached + first + i];
       float sum = score;
       for (int64_t tile = 0; tile < a.filter.tiles(); ++tile) {
-        sum = ScoreOfTile<T, kColumns>(a, in, values, site, tile, sum);
+        sum = ScoreOfTile<T, kColumns>(a, reach, m.sites, in, values, site, tile, sum);
       }
       score = sum;
       if (last && sum != 0.0f) atomicAdd(&a.responses[item], 1);
@@ -176,13 +176,14 @@ __global__ void __launch_bounds__(kSites, 4) ScoreKernel(Marked m, Scoring<T> a)
   }
 }
 
-template <typename T>
-ffi::Error LaunchScores(cudaStream_t stream, const Marked& m, const Scoring<T>& a) {
+template <typename T, int R>
+ffi::Error LaunchScores(cudaStream_t stream, const Marked& m, const Scoring<T>& a,
+                        const Reach<R>& reach) {
   const dim3 grid = GridFor(m.items * m.spans);
   if (a.filter.tile() == kNarrowTile) {
-    return Launch<ScoreKernel<T, kNarrowTile>>(grid, kSites, 0, stream, m, a);
+    return Launch<ScoreKernel<T, kNarrowTile, R>>(grid, kSites, 0, stream, m, a, reach);
   }
-  return Launch<ScoreKernel<T, kTile>>(grid, kSites, 0, stream, m, a);
+  return Launch<ScoreKernel<T, kTile, R>>(grid, kSites, 0, stream, m, a, reach);
 }
 
 // Turns the numbers of kept sites, [item][capacity], into their keys.
@@ -280,9 +281,11 @@ struct ConvBySiteForward {
         return ffi::Error::Success();
       };
       ILAJAX_RETURN_IF_ERROR(for_blocks([&](const Filter& filter) {
-        return LaunchScores<T>(stream, m,
-                               {s.w, filter, s.slots, s.out_channels, keys, values,
-                                call.bias.typed_data(), positive, responses});
+        const Scoring<T> scoring = {filter,   s.slots,  s.out_channels,
+                                    keys,     values,   call.bias.typed_data(),
+                                    positive, responses};
+        return WithReach(
+            s.w, [&](const auto& reach) { return LaunchScores<T>(stream, m, scoring, reach); });
       }));
       const Entries<float> scores = {nullptr,   m.scores,  m.items,          1,
                                      m.reached, m.reached, Select::kPositive};
@@ -292,8 +295,9 @@ struct ConvBySiteForward {
                                                kThreads, 0, stream, m, s.capacity, out_keys));
       ILAJAX_RETURN_IF_ERROR(for_blocks([&](const Filter& filter) {
         return ApplyFilter<T>(
-            stream, {s.w, filter, false, m.items, s.slots, s.capacity, s.out_channels, keys,
-                     out_keys, values, features, call.bias.typed_data(), nullptr, positive});
+            stream, s.w,
+            {filter, false, m.items, s.slots, s.capacity, s.out_channels, keys, out_keys, values,
+             features, call.bias.typed_data(), nullptr, positive});
       }));
     }
     return ffi::Error::Success();

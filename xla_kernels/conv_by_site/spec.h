@@ -19,9 +19,7 @@ struct ConvBySiteShape : ConvShape {
   }
 
   ffi::Error Check(const char* op) {
-    if (key_channels != 1 || out_key_channels != 1) {
-      return InvalidArgument(op, ": keys must be those of all channels");
-    }
+    ILAJAX_RETURN_IF_ERROR(CheckShared(op, out_key_channels));
     return CheckSpread(op);
   }
 };

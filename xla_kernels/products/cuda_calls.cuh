@@ -1,9 +1,9 @@
 // Convolution at given sites on the GPU, and its gradient: the handlers of conv_at and submanifold.
 //
 // Forward: one thread a site, with a tile of output channels in its registers. For each tap it
-// finds the input's site by bisection (where that has the same sites, a neighbour's slot is no further
-// away than its key, so that a step along the last axis costs one probe), then adds the neighbour's inputs times vectors of
-// weights, which all threads of a warp read at the same address. No shared memory, no barriers.
+// finds the input's site by bisection, from where the last tap's was, or would be, so that a step along
+// the last axis costs one probe, then adds the neighbour's inputs times vectors of weights, which all
+// threads of a warp read at the same address. No shared memory, no barriers.
 // Backward: values_bar is the same with the reversed window and a transposed filter. weights_bar: a block
 // takes a (run of sites, tap, 16 x 16 channels) and keeps a pair of channels in each thread; the
 // runs are a fixed number, whose sums are added in order. So nothing depends on scheduling.
@@ -26,7 +26,7 @@ namespace {
 Filter CarveFilter(Carver& carver, const ConvShape& s, int64_t block, bool transposed) {
   Filter f = {nullptr, nullptr, s.w.taps, s.in_channels, s.out_channels, 0, block, transposed};
   f.vectors = carver.Take<float>(f.taps, f.summed_channels(), block);
-  f.live = carver.Take<uint8_t>(f.taps, f.summed_channels(), CeilDiv(block, kNarrowTile));
+  f.live = carver.Take<uint32_t>(f.taps, CeilDiv(block, kNarrowTile), f.groups());
   return f;
 }
 
@@ -68,13 +68,25 @@ const int32_t* OutKeys(Call& call) {
   }
 }
 
-template <typename T>
-ffi::Error ApplyFilter(cudaStream_t stream, const Apply<T>& a) {
+// Calls f with the reach of a window of three axes at most, or of any.
+template <typename F>
+ffi::Error WithReach(const Window& w, F&& f) {
+  return w.rank <= 3 ? f(Reach<3>(w)) : f(Reach<kMaxRank>(w));
+}
+
+template <typename T, int R>
+ffi::Error ApplyFilter(cudaStream_t stream, const Apply<T>& a, const Reach<R>& reach) {
   const dim3 grid = GridFor(a.items * CeilDiv(a.slots, kSites) * a.filter.tiles());
   if (a.filter.tile() == kNarrowTile) {
-    return Launch<ApplyKernel<T, kNarrowTile>>(grid, kSites, 0, stream, a);
+    return Launch<ApplyKernel<T, kNarrowTile, R>>(grid, kSites, 0, stream, a, reach);
   }
-  return Launch<ApplyKernel<T, kTile>>(grid, kSites, 0, stream, a);
+  return Launch<ApplyKernel<T, kTile, R>>(grid, kSites, 0, stream, a, reach);
+}
+
+template <typename T>
+ffi::Error ApplyFilter(cudaStream_t stream, const Window& w, Apply<T> a) {
+  a.sites = w.output_sites;
+  return WithReach(w, [&](const auto& reach) { return ApplyFilter<T>(stream, a, reach); });
 }
 
 template <typename CallOfOp>
@@ -106,8 +118,8 @@ struct AtSitesForward {
           Fill(stream, s, f, call.kernel_keys.typed_data(), call.weights.typed_data(),
                f.first == 0 ? s.batch * s.out_channels : 0, call.responses->typed_data()));
       ILAJAX_RETURN_IF_ERROR(ApplyFilter<T>(
-          stream,
-          {s.w, f, kOwn<Call>, s.batch, s.slots, s.capacity, s.out_channels, call.keys.typed_data(),
+          stream, s.w,
+          {f, kOwn<Call>, s.batch, s.slots, s.capacity, s.out_channels, call.keys.typed_data(),
            OutKeys(call), Data<T>(call.values), Data<T>(*call.features), call.bias.typed_data(),
            call.responses->typed_data(), false}));
     }
@@ -163,18 +175,21 @@ struct AtSitesBackward {
     for (; f.first < s.in_channels; f.first += plan.in_block) {
       ILAJAX_RETURN_IF_ERROR(
           Fill(stream, s, f, kernel_keys, call.weights.typed_data(), 0, nullptr));
-      ILAJAX_RETURN_IF_ERROR(ApplyFilter<T>(
-          stream, {Reversed(s.w), f, kOwn<Call>, s.batch, s.capacity, s.slots, s.in_channels,
-                   out_keys, keys, cotangent, Data<T>(*call.values_bar), nullptr, nullptr, false}));
+      ILAJAX_RETURN_IF_ERROR(
+          ApplyFilter<T>(stream, Reversed(s.w),
+                         {f, kOwn<Call>, s.batch, s.capacity, s.slots, s.in_channels, out_keys,
+                          keys, cotangent, Data<T>(*call.values_bar), nullptr, nullptr, false}));
     }
     for (int64_t first = 0; first < s.out_channels; first += plan.out_block) {
       const WeightSums<T> a = {
-          s.w,        kOwn<Call>,    s.groups,       items,      plan.parts,     s.slots,
-          s.capacity, s.in_channels, s.out_channels, first,      plan.out_block, keys,
-          out_keys,   values,        cotangent,      layout.sums};
+          kOwn<Call>, s.w.taps,   s.w.output_sites, s.groups,       items,      plan.parts,
+          s.slots,    s.capacity, s.in_channels,    s.out_channels, first,      plan.out_block,
+          keys,       out_keys,   values,           cotangent,      layout.sums};
       const int64_t tiles = CeilDiv(s.in_channels, kPairs) * CeilDiv(plan.out_block, kPairs);
-      ILAJAX_RETURN_IF_ERROR(Launch<WeightSumsKernel<T>>(
-          GridFor(s.groups * plan.parts * s.w.taps * tiles), kPairs * kPairs, 0, stream, a));
+      ILAJAX_RETURN_IF_ERROR(WithReach(s.w, [&]<int R>(const Reach<R>& reach) {
+        return Launch<WeightSumsKernel<T, R>>(GridFor(s.groups * plan.parts * s.w.taps * tiles),
+                                              kPairs * kPairs, 0, stream, a, reach);
+      }));
       const Filter columns = {nullptr,        nullptr, s.w.taps,       s.in_channels,
                               s.out_channels, first,   plan.out_block, false};
       ILAJAX_RETURN_IF_ERROR(Launch<GatherKernel>(

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "xla_kernels/common/block.cuh"
+#include "xla_kernels/common/axes.cuh"
 #include "xla_kernels/common/conv_shape.h"
 #include "xla_kernels/common/cuda.h"
 
@@ -19,16 +19,17 @@ constexpr int kStep = 32;       // and takes so many sites at a time
 // A dense filter as vectors of `block` weights, for output channels from `first`: one for each tap
 // and input channel, over which responses are summed. Transposed: the channels change places.
 //   vectors  f32[tap][summed channel][block]
-//   live     u8[tap][summed channel][tile of the vector]
+//   live     u32[tap][tile of the vector][group of 32 summed channels]: a bit for each
 struct Filter {
   float* vectors;
-  uint8_t* live;
+  uint32_t* live;
   int64_t taps, in_channels, out_channels, first, block;
   bool transposed;
 
   __host__ __device__ int64_t summed_channels() const {
     return transposed ? out_channels : in_channels;
   }
+  __host__ __device__ int64_t groups() const { return (summed_channels() + 31) / 32; }
   __host__ __device__ int64_t columns() const {
     const int64_t all = transposed ? in_channels : out_channels;
     return all - first < block ? all - first : block;
@@ -40,6 +41,9 @@ struct Filter {
 
   __device__ int64_t Vector(int64_t tap, int64_t channel) const {
     return tap * summed_channels() + channel;
+  }
+  __device__ uint32_t* Live(int64_t tap, int64_t tile) const {
+    return live + (tap * tiles() + tile) * groups();
   }
 };
 
@@ -58,7 +62,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   const int64_t begin = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   for (int64_t i = begin; i < vectors * f.block; i += stride) f.vectors[i] = 0.0f;
-  for (int64_t i = begin; i < vectors * f.tiles(); i += stride) f.live[i] = 0;
+  for (int64_t i = begin; i < f.taps * f.tiles() * f.groups(); i += stride) f.live[i] = 0;
   for (int64_t i = begin; i < count; i += stride) responses[i] = 0;
 }
 
@@ -69,19 +73,148 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x; n < weights; n += stride) {
     int64_t tap, ic, oc;
     if (!Decode(f, kernel_keys[n], tap, ic, oc)) continue;
-    const int64_t vector = f.Vector(tap, f.transposed ? oc : ic);
+    const int64_t summed = f.transposed ? oc : ic;
     const int64_t column = (f.transposed ? ic : oc) - f.first;
     if (column < 0 || column >= f.columns()) continue;
-    f.vectors[vector * f.block + column] = values[n];
-    StoreRelaxed(&f.live[vector * f.tiles() + column / f.tile()], uint8_t{1});
+    f.vectors[f.Vector(tap, summed) * f.block + column] = values[n];
+    atomicOr(f.Live(tap, column / f.tile()) + summed / 32, 1u << (summed % 32));
   }
 }
+
+// The window of a call, whose input may be spread apart.
+template <int R>
+struct Reach : Axes<R> {
+  Divisor apart[R];
+  bool spread = false;
+
+  explicit Reach(const Window& w) : Axes<R>(w) {
+    for (int a = 0; a < w.rank; ++a) {
+      apart[R - w.rank + a] = Divisor(w.input_dilation[a]);
+      spread |= w.input_dilation[a] != 1;
+    }
+  }
+
+  // Where a tap at offset 0 reads for an output site.
+  __device__ __forceinline__ void Origin(uint32_t site, int32_t (&p)[R]) const {
+    this->Unravel(site, this->output_size, p);
+#pragma unroll
+    for (int a = 0; a < R; ++a) p[a] = p[a] * this->stride[a] - this->low[a];
+  }
+
+  // The key of the input's site that lies `offset` from there; -1 if there is none.
+  __device__ __forceinline__ int32_t Key(const int32_t (&origin)[R],
+                                         const int32_t (&offset)[R]) const {
+    bool inside = true;
+    int32_t p[R];
+#pragma unroll
+    for (int a = 0; a < R; ++a) {
+      p[a] = origin[a] + offset[a];
+      if (spread) {
+        const uint32_t at = apart[a].Quotient(static_cast<uint32_t>(p[a]) & 0x7fffffff);
+        inside &= p[a] >= 0 && at * apart[a].value == static_cast<uint32_t>(p[a]);
+        p[a] = static_cast<int32_t>(at);
+      }
+      inside &= static_cast<uint32_t>(p[a]) < static_cast<uint32_t>(this->input[a]);
+    }
+    return inside ? static_cast<int32_t>(this->InputKey(p)) : -1;
+  }
+};
+
+// How far a tap is from the first one along each axis.
+template <int R>
+struct TapOffset {
+  int32_t along[R];
+
+  __device__ __forceinline__ TapOffset(const Reach<R>& reach, uint32_t tap) {
+    Reach<R>::Unravel(tap, reach.window_size, along);
+#pragma unroll
+    for (int a = 0; a < R; ++a) along[a] *= reach.dilation[a];
+  }
+
+  // To the next tap.
+  __device__ __forceinline__ void Step(const Reach<R>& reach) {
+    bool carry = true;
+#pragma unroll
+    for (int a = R - 1; a >= 0; --a) {
+      const bool last = along[a] == (reach.window[a] - 1) * reach.dilation[a];
+      if (carry) along[a] = last ? 0 : along[a] + reach.dilation[a];
+      carry = carry && last;
+    }
+  }
+};
 
 // The sites that a window reads, of one sample.
 struct Sites {
   const int32_t* keys;
   int64_t slots;
 };
+
+// Finds slots by their keys, which ascend: from where the last key is, or would be, the next one is
+// no more slots away than keys. So that of the next tap of a row costs one probe.
+struct SlotSearch {
+  const int32_t* keys;
+  int32_t slots;
+  int32_t key = 0, slot = 0;  // the first slot whose key is not below `key`,
+  bool found = false;         // and whether it is `key`
+  bool begun = false;
+
+  // `own`: a slot with this key, where one is known, else -1.
+  __device__ __forceinline__ SlotSearch(const Sites& in, int32_t site, int64_t own)
+      : keys(in.keys), slots(static_cast<int32_t>(in.slots)) {
+    if (own < 0) return;
+    key = site, slot = static_cast<int32_t>(own);
+    found = begun = true;
+  }
+
+  // The slot of a key; -1 if there is none, or for a key below 0.
+  __device__ __forceinline__ int32_t Find(int32_t next) {
+    if (next < 0) return -1;
+    if (begun && next - key == 1) {
+      slot += found ? 1 : 0;
+    } else {
+      int32_t first = 0, count = slots;
+      if (begun) {
+        const int32_t distance = next - key;
+        first = max(slot + min(distance, 0), 0);
+        count = distance < 0 ? slot - first : min(distance, slots - slot);
+      }
+      while (count > 0) {
+        const int32_t half = count / 2;
+        const bool below = keys[first + half] < next;
+        first = below ? first + half + 1 : first;
+        count = below ? count - half - 1 : half;
+      }
+      slot = first;
+    }
+    key = next;
+    begun = true;
+    found = slot < slots && keys[slot] == next;
+    return found ? slot : -1;
+  }
+};
+
+// sums += x * weights. A zero factor adds nothing, not even against inf or NaN.
+template <int kColumns>
+__device__ __forceinline__ void AddProducts(float x, const float* weights,
+                                            float (&sums)[kColumns]) {
+  if (x == 0.0f) return;
+  const float4* four = reinterpret_cast<const float4*>(weights);
+  float w[kColumns];
+#pragma unroll
+  for (int j = 0; j < kColumns / 4; ++j) {
+    const float4 each = four[j];
+    w[4 * j] = each.x, w[4 * j + 1] = each.y, w[4 * j + 2] = each.z, w[4 * j + 3] = each.w;
+  }
+  if (x - x == 0.0f) {  // finite
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) sums[j] += x * w[j];
+  } else {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      if (w[j] != 0.0f) sums[j] += x * w[j];
+    }
+  }
+}
 
 // An output site, and its slot where the output's sites are the input's, else -1.
 struct Place {
@@ -94,69 +227,35 @@ struct Place {
   __device__ explicit Place(int32_t key) : site(key), own_slot(-1) {}
 };
 
-// The slot of the site that a tap of an output site reads; -1 if there is none.
-__device__ int64_t Neighbour(const Window& w, const Sites& in, const Place& out, int64_t tap) {
-  const int32_t site = out.site;
-  if (site < 0 || site >= w.output_sites) return -1;
-  uint32_t place = static_cast<uint32_t>(site), rest = static_cast<uint32_t>(tap);
-  uint32_t key = 0, scale = 1;  // sites of the input: fewer than 2^31
-  for (int a = w.rank - 1; a >= 0; --a) {
-    const uint32_t size = static_cast<uint32_t>(w.output_shape[a]);
-    const uint32_t width = static_cast<uint32_t>(w.window_shape[a]);
-    const int64_t p =
-        int64_t{place % size} * w.strides[a] + int64_t{rest % width} * w.dilation[a] - w.low[a];
-    // Spread apart, the input has fewer than 2^31 sites, too.
-    if (p < 0 || p > (w.input_shape[a] - 1) * w.input_dilation[a]) return -1;
-    const uint32_t apart = static_cast<uint32_t>(w.input_dilation[a]);
-    const uint32_t at = static_cast<uint32_t>(p) / apart;
-    if (at * apart != static_cast<uint32_t>(p)) return -1;
-    place /= size;
-    rest /= width;
-    key += at * scale;
-    scale *= static_cast<uint32_t>(w.input_shape[a]);
-  }
-  int64_t first = 0, last = in.slots - 1;
-  if (out.own_slot >= 0) {  // keys ascend, so the slots between two keys are no more than the keys
-    const int64_t distance = int64_t{key} - site;
-    first = max(out.own_slot + min(distance, int64_t{0}), int64_t{0});
-    last = min(out.own_slot + max(distance, int64_t{0}), in.slots - 1);
-  }
-  if (last < first) return -1;
-  const int64_t slot = first + LowerBound(in.keys + first, last - first, key);
-  return in.keys[slot] == static_cast<int32_t>(key) ? slot : -1;
-}
-
-// sums += x * weights. A zero factor adds nothing, not even against inf or NaN.
-template <int kColumns>
-__device__ void AddProducts(float x, const float* weights, float (&sums)[kColumns]) {
-  if (x == 0.0f) return;
-  if (x - x == 0.0f) {  // finite
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) sums[j] += x * weights[j];
-  } else {
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      if (weights[j] != 0.0f) sums[j] += x * weights[j];
-    }
-  }
-}
-
 // The sums of a tile of the filter's columns at an output site, over `in` T[summed channels, slots].
-template <typename T, int kColumns>
-__device__ void SumTile(const Window& w, const Filter& f, const Sites& in_sites, const T* in,
-                        const Place& out, int64_t tile, float (&sums)[kColumns]) {
-  const int64_t summed = f.summed_channels(), tiles = f.tiles();
-  for (int64_t tap = 0; tap < f.taps; ++tap) {
-    const uint8_t* live = f.live + f.Vector(tap, 0) * tiles + tile;
-    const float* weights = f.vectors + f.Vector(tap, 0) * f.block + tile * kColumns;
-    int64_t slot = -2;  // not looked for yet
-    for (int64_t c = 0; c < summed; ++c, live += tiles, weights += f.block) {
-      if (*live == 0) continue;
-      if (slot == -2) {
-        slot = Neighbour(w, in_sites, out, f.transposed ? f.taps - 1 - tap : tap);
-      }
+// Taps are those of the window, in their order; those of a transposed filter go backwards.
+template <typename T, int kColumns, int R>
+__device__ __forceinline__ void SumTile(const Reach<R>& reach, int64_t sites, const Filter& f,
+                                        const Sites& in_sites, const T* in, const Place& out,
+                                        int64_t tile, float (&sums)[kColumns]) {
+  if (out.site < 0 || out.site >= sites) return;
+  int32_t origin[R];
+  reach.Origin(out.site, origin);
+  SlotSearch search(in_sites, out.site, out.own_slot);
+  TapOffset<R> offset(reach, 0);
+  const int groups = static_cast<int>(f.groups());
+  for (int64_t t = 0; t < f.taps; ++t, offset.Step(reach)) {
+    const int64_t tap = f.transposed ? f.taps - 1 - t : t;
+    const uint32_t* live = f.Live(tap, tile);
+    int32_t slot = -2;  // not looked for yet
+    for (int g = 0; g < groups; ++g) {
+      uint32_t rest = live[g];
+      if (rest == 0) continue;
+      if (slot == -2) slot = search.Find(reach.Key(origin, offset.along));
       if (slot < 0) break;
-      AddProducts(static_cast<float>(in[c * in_sites.slots + slot]), weights, sums);
+      const float* weights = f.vectors + f.Vector(tap, g * 32) * f.block + tile * kColumns;
+      const T* value = in + int64_t{g} * 32 * in_sites.slots + slot;
+      for (; rest != 0; rest >>= 8) {
+#pragma unroll
+        for (int c = 0; c < 8; ++c, weights += f.block, value += in_sites.slots) {
+          if (rest >> c & 1) AddProducts(static_cast<float>(*value), weights, sums);
+        }
+      }
     }
   }
 }
@@ -166,7 +265,6 @@ __device__ void SumTile(const Window& w, const Filter& f, const Sites& in_sites,
 // reversed one, and the filter transposed.
 template <typename T>
 struct Apply {
-  Window w;
   Filter filter;
   bool own;
   int64_t items, in_slots, slots, out_channels;
@@ -176,10 +274,11 @@ struct Apply {
   const float* bias;   // forward only, else null
   int32_t* responses;  // how many are not zero; null: that is not asked for
   bool positive;       // only what is above 0 passes, or NaN
+  int64_t sites = 0;   // of the output's grid
 };
 
-template <typename T, int kColumns>
-__global__ void __launch_bounds__(kSites, 4) ApplyKernel(Apply<T> a) {
+template <typename T, int kColumns, int R>
+__global__ void __launch_bounds__(kSites, 4) ApplyKernel(Apply<T> a, Reach<R> reach) {
   const Filter& f = a.filter;
   const int64_t tiles = f.tiles();
   const int64_t chunks = (a.slots + kSites - 1) / kSites;
@@ -190,7 +289,7 @@ __global__ void __launch_bounds__(kSites, 4) ApplyKernel(Apply<T> a) {
     const Sites out_sites = {a.keys + item * a.slots, a.slots};
     const T* in = a.in + item * f.summed_channels() * a.in_slots;
     float sums[kColumns] = {};
-    SumTile(a.w, f, in_sites, in, Place(out_sites, a.own, i), tile, sums);
+    SumTile(reach, a.sites, f, in_sites, in, Place(out_sites, a.own, i), tile, sums);
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
       const int64_t column = tile * kColumns + j;
@@ -216,9 +315,8 @@ __global__ void __launch_bounds__(kSites, 4) ApplyKernel(Apply<T> a) {
 // A block of the weights' gradients: sums[group][part][tap][ic][block], over `parts` runs of sites.
 template <typename T>
 struct WeightSums {
-  Window w;
   bool own;
-  int64_t groups, items, parts, in_slots, slots;  // items of a group
+  int64_t taps, sites, groups, items, parts, in_slots, slots;  // items of a group
   int64_t in_channels, out_channels, first, block;
   const int32_t *in_keys, *keys;
   const T* values;
@@ -226,31 +324,40 @@ struct WeightSums {
   float* sums;
 };
 
-template <typename T>
-__global__ void __launch_bounds__(kPairs* kPairs) WeightSumsKernel(WeightSums<T> a) {
+template <typename T, int R>
+__global__ void __launch_bounds__(kPairs* kPairs)
+    WeightSumsKernel(WeightSums<T> a, Reach<R> reach) {
   __shared__ float x[kPairs][kStep + 1], g[kPairs][kStep + 1];  // + 1: no bank conflicts
-  __shared__ int64_t neighbours[kStep];
+  __shared__ int32_t neighbours[kStep];
   const int lane = threadIdx.x % kStep;
   const int64_t ic_tiles = (a.in_channels + kPairs - 1) / kPairs;
   const int64_t oc_tiles = (a.block + kPairs - 1) / kPairs;
   const int64_t chunks = (a.slots + kStep - 1) / kStep, units = a.items * chunks;
-  const int64_t tasks = a.groups * a.parts * a.w.taps * ic_tiles * oc_tiles;
+  const int64_t tasks = a.groups * a.parts * a.taps * ic_tiles * oc_tiles;
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     int64_t rest = task;
     const int64_t first_oc = a.first + rest % oc_tiles * kPairs;
     const int64_t first_ic = (rest /= oc_tiles) % ic_tiles * kPairs;
-    const int64_t tap = (rest /= ic_tiles) % a.w.taps;
-    const int64_t part = (rest /= a.w.taps) % a.parts, group = rest / a.parts;
+    const int64_t tap = (rest /= ic_tiles) % a.taps;
+    const int64_t part = (rest /= a.taps) % a.parts, group = rest / a.parts;
+    const TapOffset<R> offset(reach, static_cast<uint32_t>(tap));
     float sum = 0.0f;
     for (int64_t unit = part * units / a.parts; unit < (part + 1) * units / a.parts; ++unit) {
       const int64_t item = group * a.items + unit / chunks, i = unit % chunks * kStep + lane;
       if (threadIdx.x < kStep) {
         const Sites in = {a.in_keys + item * a.in_slots, a.in_slots};
         const Sites out = {a.keys + item * a.slots, a.slots};
-        neighbours[lane] = Neighbour(a.w, in, Place(out, a.own, i), tap);
+        const Place place(out, a.own, i);
+        int32_t slot = -1;
+        if (place.site >= 0 && place.site < a.sites) {
+          int32_t origin[R];
+          reach.Origin(place.site, origin);
+          slot = SlotSearch(in, place.site, place.own_slot).Find(reach.Key(origin, offset.along));
+        }
+        neighbours[lane] = slot;
       }
       __syncthreads();
-      const int64_t slot = neighbours[lane];
+      const int32_t slot = neighbours[lane];
       for (int c = threadIdx.x / kStep; c < kPairs; c += kPairs * kPairs / kStep) {
         const int64_t ic = first_ic + c, oc = first_oc + c;
         const T* value = a.values + (item * a.in_channels + ic) * a.in_slots;
@@ -267,7 +374,7 @@ __global__ void __launch_bounds__(kPairs* kPairs) WeightSumsKernel(WeightSums<T>
     const int64_t ic = first_ic + threadIdx.x / kPairs;
     const int64_t column = first_oc - a.first + threadIdx.x % kPairs;
     if (ic < a.in_channels && column < a.block) {
-      const int64_t vector = ((group * a.parts + part) * a.w.taps + tap) * a.in_channels + ic;
+      const int64_t vector = ((group * a.parts + part) * a.taps + tap) * a.in_channels + ic;
       a.sums[vector * a.block + column] = sum;
     }
     __syncthreads();
