@@ -145,7 +145,8 @@ __device__ float ScoreOfTile(const Scoring<T>& a, const Reach<R>& reach, int64_t
 
 // A block takes a span of one sample.
 template <typename T, int kColumns, int R>
-__global__ void __launch_bounds__(kSites, 4) ScoreKernel(Marked m, Scoring<T> a, Reach<R> reach) {
+__global__ void __launch_bounds__(kSites, SiteBlocks(R))
+    ScoreKernel(Marked m, Scoring<T> a, Reach<R> reach) {
   __shared__ uint16_t listed[kSpan];
   __shared__ int scratch[kSites / 32];
   const bool last = a.filter.first + a.filter.block >= a.out_channels;

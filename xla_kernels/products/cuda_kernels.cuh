@@ -277,8 +277,11 @@ struct Apply {
   int64_t sites = 0;   // of the output's grid
 };
 
+// Blocks of a multiprocessor, of the kernels that sum tiles: with more, some spill.
+constexpr int SiteBlocks(int rank) { return rank <= 3 ? 4 : 3; }
+
 template <typename T, int kColumns, int R>
-__global__ void __launch_bounds__(kSites, 4) ApplyKernel(Apply<T> a, Reach<R> reach) {
+__global__ void __launch_bounds__(kSites, SiteBlocks(R)) ApplyKernel(Apply<T> a, Reach<R> reach) {
   const Filter& f = a.filter;
   const int64_t tiles = f.tiles();
   const int64_t chunks = (a.slots + kSites - 1) / kSites;
