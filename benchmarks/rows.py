@@ -390,6 +390,9 @@ ROWS = [
     layer_row("r128 shell 8->8 b32, bfloat16", but(GPU_128, dtype="bfloat16"), ALONE),
     layer_row("r128 shared shell 8->8 b32", GPU_SHARED, BESIDE_SPCONV),
     layer_row("r128 shared shell 8->8 b32, submanifold", GPU_SUBMANIFOLD, BESIDE_SPCONV),
+    layer_row(
+        "r128 shared shell 8->8 b32, submanifold, f + b", but(GPU_SUBMANIFOLD, backward=True), ALONE
+    ),
     step_row("step OctNet3-24 b32 MNIST", MNIST, {"dense twin": 3, "head": None}),
     pruned_row("pruning r32 64->64 rho=0.33", WIDE, 2),
     pruned_row("pruning r32 64->64 rho=0.33, f + b", but(WIDE, backward=True), 2),

@@ -378,6 +378,38 @@ MUTANTS = (
   for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffu, value, step);
 """,
     ),
+    Mutant(
+        "rows of taps by their flat offset only",
+        "common/axes.cuh",
+        """\
+        return row.Quotient(entries[other].tap) == row.Quotient(entries[k].tap) &&
+""",
+        """\
+        (void)row;
+        return entries[other].flat - entries[other].offset[R - 1] ==
+                   entries[k].flat - entries[k].offset[R - 1] &&
+""",
+    ),
+    Mutant(
+        "inf against an absent weight",
+        "products/cuda_kernels.cuh",
+        """\
+      again = __syncthreads_or(!finite) && !careful;
+""",
+        """\
+      again = __syncthreads_or(!finite) && careful;
+""",
+    ),
+    Mutant(
+        "the next tap of a row a slot too far",
+        "products/cuda_kernels.cuh",
+        """\
+      slot += found ? 1 : 0;
+""",
+        """\
+      slot += 1;
+""",
+    ),
 )
 
 

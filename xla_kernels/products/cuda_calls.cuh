@@ -5,8 +5,9 @@
 // the last axis costs one probe, then adds the neighbour's inputs times vectors of weights, which all
 // threads of a warp read at the same address. No shared memory, no barriers.
 // Backward: values_bar is the same with the reversed window and a transposed filter. weights_bar: a block
-// takes a (run of sites, tap, 16 x 16 channels) and keeps a pair of channels in each thread; the
-// runs are a fixed number, whose sums are added in order. So nothing depends on scheduling.
+// takes a (run of sites, tap, up to four tiles of 8 x 8 channels) and lists the pairs of sites; a
+// lane takes a pair, and keeps the tile's sums in its registers to the end. The runs are a fixed
+// number, whose sums are added in order. So nothing depends on scheduling.
 //
 // The filter stands in the workspace as dense vectors, for a block of channels at a time where it
 // is large. Traffic: neighbours' values once for each tap with live weights and tile of 32
@@ -153,11 +154,11 @@ struct AtSitesBackward {
         s.groups * s.w.taps * s.in_channels * static_cast<int64_t>(sizeof(float)), 1);
     Plan plan = {BlockOf(s, true, half), 0, 0};
     plan.out_block = std::max<int64_t>(1, std::min(s.out_channels, half / column));
-    const int64_t units = s.batch / s.groups * CeilDiv(s.capacity, kStep);
-    const int64_t tiles = std::max<int64_t>(
-        s.groups * s.w.taps * CeilDiv(s.in_channels, kPairs) * CeilDiv(plan.out_block, kPairs), 1);
+    const int64_t units = s.batch / s.groups * CeilDiv(s.capacity, kPairThreads);
+    const int64_t blocks = std::max<int64_t>(
+        s.groups * s.w.taps * WeightTiles(s.in_channels, plan.out_block).blocks(), 1);
     plan.parts = std::max<int64_t>(
-        1, std::min({units, CeilDiv(kBlocks, tiles), half / (column * plan.out_block)}));
+        1, std::min({units, CeilDiv(kBlocks, blocks), half / (column * plan.out_block)}));
     return plan;
   }
   static bool Fits(const ConvShape&, const Plan& plan) {
@@ -181,14 +182,15 @@ struct AtSitesBackward {
                           keys, cotangent, Data<T>(*call.values_bar), nullptr, nullptr, false}));
     }
     for (int64_t first = 0; first < s.out_channels; first += plan.out_block) {
+      const WeightTiles tiles(s.in_channels, plan.out_block);
       const WeightSums<T> a = {
-          kOwn<Call>, s.w.taps,   s.w.output_sites, s.groups,       items,      plan.parts,
-          s.slots,    s.capacity, s.in_channels,    s.out_channels, first,      plan.out_block,
-          keys,       out_keys,   values,           cotangent,      layout.sums};
-      const int64_t tiles = CeilDiv(s.in_channels, kPairs) * CeilDiv(plan.out_block, kPairs);
+          tiles,          kOwn<Call>, s.w.taps,   s.w.output_sites, s.groups,       items,
+          plan.parts,     s.slots,    s.capacity, s.in_channels,    s.out_channels, first,
+          plan.out_block, keys,       out_keys,   values,           cotangent,      layout.sums};
       ILAJAX_RETURN_IF_ERROR(WithReach(s.w, [&]<int R>(const Reach<R>& reach) {
-        return Launch<WeightSumsKernel<T, R>>(GridFor(s.groups * plan.parts * s.w.taps * tiles),
-                                              kPairs * kPairs, 0, stream, a, reach);
+        return Launch<WeightSumsKernel<T, R>>(
+            GridFor(s.groups * plan.parts * s.w.taps * tiles.blocks()), kPairThreads, 0, stream, a,
+            reach);
       }));
       const Filter columns = {nullptr,        nullptr, s.w.taps,       s.in_channels,
                               s.out_channels, first,   plan.out_block, false};

@@ -9,12 +9,13 @@
 namespace ilajax {
 namespace {
 
-constexpr int kSites = 128;     // sites of a block
-constexpr int kThreads = 256;   // of the kernels that go over other things
-constexpr int kTile = 32;       // channels in the registers of a thread,
-constexpr int kNarrowTile = 8;  // and where no more are needed
-constexpr int kPairs = 16;      // weights_bar: a block has kPairs x kPairs channels,
-constexpr int kStep = 32;       // and takes so many sites at a time
+constexpr int kSites = 128;        // sites of a block
+constexpr int kThreads = 256;      // of the kernels that go over other things
+constexpr int kTile = 32;          // channels in the registers of a thread,
+constexpr int kNarrowTile = 8;     // and where no more are needed
+constexpr int kPairs = 8;          // weights_bar: a lane sums kPairs x kPairs channels,
+constexpr int kPairThreads = 128;  // in a block that goes over so many sites at a time
+constexpr int kPairWarps = kPairThreads / 32;
 
 // A dense filter as vectors of `block` weights, for output channels from `first`: one for each tap
 // and input channel, over which responses are summed. Transposed: the channels change places.
@@ -227,6 +228,16 @@ struct Place {
   __device__ explicit Place(int32_t key) : site(key), own_slot(-1) {}
 };
 
+// The slot of the site that a tap reads for an output site; -1 if there is none.
+template <int R>
+__device__ __forceinline__ int32_t Neighbour(const Reach<R>& reach, int64_t sites, const Sites& in,
+                                             const Place& out, const TapOffset<R>& tap) {
+  if (out.site < 0 || out.site >= sites) return -1;
+  int32_t origin[R];
+  reach.Origin(out.site, origin);
+  return SlotSearch(in, out.site, out.own_slot).Find(reach.Key(origin, tap.along));
+}
+
 // The sums of a tile of the filter's columns at an output site, over `in` T[summed channels, slots].
 // Taps are those of the window, in their order; those of a transposed filter go backwards.
 template <typename T, int kColumns, int R>
@@ -315,9 +326,23 @@ __global__ void __launch_bounds__(kSites, SiteBlocks(R)) ApplyKernel(Apply<T> a,
   }
 }
 
+// The tiles of kPairs x kPairs channels that weights have gradients of, and how many of them a block
+// takes at once, a power of 2: a warp each, or several that share the sites.
+struct WeightTiles {
+  int64_t across, all;
+  int at_once;
+
+  WeightTiles(int64_t in_channels, int64_t block)
+      : across(CeilDiv(in_channels, kPairs)), all(across * CeilDiv(block, kPairs)), at_once(1) {
+    while (at_once < kPairWarps && at_once < all) at_once *= 2;
+  }
+  __host__ __device__ int64_t blocks() const { return (all + at_once - 1) / at_once; }
+};
+
 // A block of the weights' gradients: sums[group][part][tap][ic][block], over `parts` runs of sites.
 template <typename T>
 struct WeightSums {
+  WeightTiles tiles;
   bool own;
   int64_t taps, sites, groups, items, parts, in_slots, slots;  // items of a group
   int64_t in_channels, out_channels, first, block;
@@ -327,60 +352,126 @@ struct WeightSums {
   float* sums;
 };
 
+// What a warp sums: kPairs input channels from `ic`, and as many output channels from `oc`, of which
+// there are fewer at the end.
+struct WeightTile {
+  int64_t ic, oc;
+  int ics, ocs;
+
+  template <typename T>
+  __device__ __forceinline__ WeightTile(const WeightSums<T>& a, int64_t number)
+      : ic(number % a.tiles.across * kPairs), oc(a.first + number / a.tiles.across * kPairs) {
+    const bool any = number < a.tiles.all;
+    ics = any ? static_cast<int>(min(a.in_channels - ic, int64_t{kPairs})) : 0;
+    const int64_t end = min(a.first + a.block, a.out_channels);
+    ocs = any ? static_cast<int>(min(end - oc, int64_t{kPairs})) : 0;
+  }
+};
+
+// w_bar += x g, of one site. kCareful: a zero factor adds nothing, not even against inf or NaN.
+template <bool kCareful, typename T>
+__device__ __forceinline__ void AddPair(const T* value, int64_t in_slots, const T* cotangent,
+                                        int64_t slots, const WeightTile& tile,
+                                        float (&w_bar)[kPairs * kPairs]) {
+  float x[kPairs], g[kPairs];
+#pragma unroll
+  for (int c = 0; c < kPairs; ++c, value += in_slots) {
+    x[c] = c < tile.ics ? static_cast<float>(*value) : 0.0f;
+  }
+#pragma unroll
+  for (int c = 0; c < kPairs; ++c, cotangent += slots) {
+    g[c] = c < tile.ocs ? static_cast<float>(*cotangent) : 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      if (!kCareful || (x[i] != 0.0f && g[j] != 0.0f)) w_bar[i * kPairs + j] += x[i] * g[j];
+    }
+  }
+}
+
+// In shared memory: the slots of output sites and of their neighbours through a tap.
+struct PairList {
+  int2 pairs[kPairThreads];
+  int scratch[kPairWarps];
+};
+
+// The lane's sums over a part of the sites. The block finds the sites' neighbours through a tap,
+// kPairThreads at a time, and lists those that there are; the warps of a tile share the list.
+template <bool kCareful, typename T, int R>
+__device__ __forceinline__ void SumPairs(const WeightSums<T>& a, const Reach<R>& reach,
+                                         const TapOffset<R>& tap, int64_t group, int64_t part,
+                                         const WeightTile& tile, PairList& list,
+                                         float (&w_bar)[kPairs * kPairs]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t chunks = (a.slots + kPairThreads - 1) / kPairThreads, units = a.items * chunks;
+  for (int64_t unit = part * units / a.parts; unit < (part + 1) * units / a.parts; ++unit) {
+    const int64_t item = group * a.items + unit / chunks;
+    const int64_t i = unit % chunks * kPairThreads + threadIdx.x;
+    const Sites in = {a.in_keys + item * a.in_slots, a.in_slots};
+    const Sites out = {a.keys + item * a.slots, a.slots};
+    const int32_t slot = Neighbour(reach, a.sites, in, Place(out, a.own, i), tap);
+    int count;
+    const int at = BlockExclusiveScan(slot >= 0 ? 1 : 0, list.scratch, count);
+    if (slot >= 0) list.pairs[at] = make_int2(static_cast<int>(i), slot);
+    __syncthreads();
+    const T* value = a.values + (item * a.in_channels + tile.ic) * a.in_slots;
+    const T* cotangent = a.cotangent + (item * a.out_channels + tile.oc) * a.slots;
+    for (int n = warp / a.tiles.at_once * 32 + lane; n < count;
+         n += kPairThreads / a.tiles.at_once) {
+      const int2 pair = list.pairs[n];
+      AddPair<kCareful>(value + pair.y, a.in_slots, cotangent + pair.x, a.slots, tile, w_bar);
+    }
+  }
+}
+
+// A block takes a (group, part, tap, some tiles). The plain sums are right where they are finite;
+// where one is not, a factor was not, and all are made again with care.
 template <typename T, int R>
-__global__ void __launch_bounds__(kPairs* kPairs)
+__global__ void __launch_bounds__(kPairThreads, 3)
     WeightSumsKernel(WeightSums<T> a, Reach<R> reach) {
-  __shared__ float x[kPairs][kStep + 1], g[kPairs][kStep + 1];  // + 1: no bank conflicts
-  __shared__ int32_t neighbours[kStep];
-  const int lane = threadIdx.x % kStep;
-  const int64_t ic_tiles = (a.in_channels + kPairs - 1) / kPairs;
-  const int64_t oc_tiles = (a.block + kPairs - 1) / kPairs;
-  const int64_t chunks = (a.slots + kStep - 1) / kStep, units = a.items * chunks;
-  const int64_t tasks = a.groups * a.parts * a.taps * ic_tiles * oc_tiles;
+  constexpr int kSums = kPairs * kPairs;
+  __shared__ PairList list;
+  __shared__ float sums[kPairWarps][kSums];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, at_once = a.tiles.at_once;
+  const int64_t tasks = a.groups * a.parts * a.taps * a.tiles.blocks();
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     int64_t rest = task;
-    const int64_t first_oc = a.first + rest % oc_tiles * kPairs;
-    const int64_t first_ic = (rest /= oc_tiles) % ic_tiles * kPairs;
-    const int64_t tap = (rest /= ic_tiles) % a.taps;
+    const int64_t first_tile = rest % a.tiles.blocks() * at_once;
+    const int64_t tap = (rest /= a.tiles.blocks()) % a.taps;
     const int64_t part = (rest /= a.taps) % a.parts, group = rest / a.parts;
     const TapOffset<R> offset(reach, static_cast<uint32_t>(tap));
-    float sum = 0.0f;
-    for (int64_t unit = part * units / a.parts; unit < (part + 1) * units / a.parts; ++unit) {
-      const int64_t item = group * a.items + unit / chunks, i = unit % chunks * kStep + lane;
-      if (threadIdx.x < kStep) {
-        const Sites in = {a.in_keys + item * a.in_slots, a.in_slots};
-        const Sites out = {a.keys + item * a.slots, a.slots};
-        const Place place(out, a.own, i);
-        int32_t slot = -1;
-        if (place.site >= 0 && place.site < a.sites) {
-          int32_t origin[R];
-          reach.Origin(place.site, origin);
-          slot = SlotSearch(in, place.site, place.own_slot).Find(reach.Key(origin, offset.along));
-        }
-        neighbours[lane] = slot;
+    const WeightTile tile(a, first_tile + warp % at_once);
+    bool careful = false, again;
+    do {
+      float w_bar[kSums] = {};
+      if (careful) {
+        SumPairs<true>(a, reach, offset, group, part, tile, list, w_bar);
+      } else {
+        SumPairs<false>(a, reach, offset, group, part, tile, list, w_bar);
+      }
+#pragma unroll
+      for (int k = 0; k < kSums; ++k) {
+        const float sum = WarpSum(w_bar[k]);
+        if (lane == k % 32) sums[warp][k] = sum;
       }
       __syncthreads();
-      const int32_t slot = neighbours[lane];
-      for (int c = threadIdx.x / kStep; c < kPairs; c += kPairs * kPairs / kStep) {
-        const int64_t ic = first_ic + c, oc = first_oc + c;
-        const T* value = a.values + (item * a.in_channels + ic) * a.in_slots;
-        const T* cotangent = a.cotangent + (item * a.out_channels + oc) * a.slots;
-        x[c][lane] = slot >= 0 && ic < a.in_channels ? static_cast<float>(value[slot]) : 0.0f;
-        g[c][lane] = slot >= 0 && oc < a.out_channels ? static_cast<float>(cotangent[i]) : 0.0f;
+      bool finite = true;
+      for (int k = threadIdx.x; k < at_once * kSums; k += kPairThreads) {
+        float sum = 0.0f;
+        for (int w = k / kSums; w < kPairWarps; w += at_once) sum += sums[w][k % kSums];
+        finite &= sum - sum == 0.0f;
+        const WeightTile of(a, first_tile + k / kSums);
+        const int i = k % kSums / kPairs, j = k % kPairs;
+        if (i >= of.ics || j >= of.ocs) continue;
+        const int64_t vector =
+            ((group * a.parts + part) * a.taps + tap) * a.in_channels + of.ic + i;
+        a.sums[vector * a.block + of.oc - a.first + j] = sum;
       }
-      __syncthreads();
-      for (int site = 0; site < kStep; ++site) {
-        const float xs = x[threadIdx.x / kPairs][site], gs = g[threadIdx.x % kPairs][site];
-        if (xs != 0.0f && gs != 0.0f) sum += xs * gs;
-      }
-    }
-    const int64_t ic = first_ic + threadIdx.x / kPairs;
-    const int64_t column = first_oc - a.first + threadIdx.x % kPairs;
-    if (ic < a.in_channels && column < a.block) {
-      const int64_t vector = ((group * a.parts + part) * a.taps + tap) * a.in_channels + ic;
-      a.sums[vector * a.block + column] = sum;
-    }
-    __syncthreads();
+      again = __syncthreads_or(!finite) && !careful;
+      careful = true;
+    } while (again);
   }
 }
 
