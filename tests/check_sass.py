@@ -30,12 +30,13 @@ DOUBTS = {
     "CountKernel": 1,
     "EmitChunks": 5,
     "FinishKernel": 1,
-    "GradientKernel": 2,
+    "GradientKernel": 3,
     "PoolKernel": 2,
     "PrepareKernel": 7,
     "ScoreKernel": 1,
     "TallyChunks": 4,
-    "TileKernel": 52,
+    "TileKernel": 95,
+    "WeightSumsKernel": 6,
     "WholeSegments": 3,
 }
 

@@ -102,10 +102,9 @@ def test_conv_in_parts(backend, workspace, size):
 
 @DTYPES
 @pytest.mark.parametrize("channels", [(2, 3), (9, 10)], ids=["narrow", "wide"])
-@pytest.mark.parametrize("axes", [3, 4])
-def test_conv_at_the_sites(backend, axes, channels, dtype):
+def test_conv_at_the_sites(backend, channels, dtype):
     """Catches a wrong tile of channels of either width, forward or transposed."""
-    submanifold(backend, axes, dtype, channels=channels)
+    submanifold(backend, 3, dtype, channels=channels)
 
 
 def test_conv_at_the_sites_in_parts(backend, workspace):

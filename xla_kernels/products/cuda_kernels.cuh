@@ -169,7 +169,11 @@ struct SlotSearch {
 
   // The slot of a key; -1 if there is none, or for a key below 0.
   __device__ __forceinline__ int32_t Find(int32_t next) {
-    if (next < 0) return -1;
+    return next < 0 ? -1 : Search(next);
+  }
+
+ private:
+  __device__ __forceinline__ int32_t Search(int32_t next) {
     if (begun && next - key == 1) {
       slot += found ? 1 : 0;
     } else {
@@ -232,10 +236,11 @@ struct Place {
 template <int R>
 __device__ __forceinline__ int32_t Neighbour(const Reach<R>& reach, int64_t sites, const Sites& in,
                                              const Place& out, const TapOffset<R>& tap) {
-  if (out.site < 0 || out.site >= sites) return -1;
+  const bool inside = out.site >= 0 && out.site < sites;
   int32_t origin[R];
-  reach.Origin(out.site, origin);
-  return SlotSearch(in, out.site, out.own_slot).Find(reach.Key(origin, tap.along));
+  reach.Origin(inside ? out.site : 0, origin);
+  const int32_t key = inside ? reach.Key(origin, tap.along) : -1;
+  return SlotSearch(in, out.site, out.own_slot).Find(key);
 }
 
 // The sums of a tile of the filter's columns at an output site, over `in` T[summed channels, slots].
@@ -244,9 +249,9 @@ template <typename T, int kColumns, int R>
 __device__ __forceinline__ void SumTile(const Reach<R>& reach, int64_t sites, const Filter& f,
                                         const Sites& in_sites, const T* in, const Place& out,
                                         int64_t tile, float (&sums)[kColumns]) {
-  if (out.site < 0 || out.site >= sites) return;
+  const bool inside = out.site >= 0 && out.site < sites;
   int32_t origin[R];
-  reach.Origin(out.site, origin);
+  reach.Origin(inside ? out.site : 0, origin);
   SlotSearch search(in_sites, out.site, out.own_slot);
   TapOffset<R> offset(reach, 0);
   const int groups = static_cast<int>(f.groups());
@@ -257,7 +262,7 @@ __device__ __forceinline__ void SumTile(const Reach<R>& reach, int64_t sites, co
     for (int g = 0; g < groups; ++g) {
       uint32_t rest = live[g];
       if (rest == 0) continue;
-      if (slot == -2) slot = search.Find(reach.Key(origin, offset.along));
+      if (slot == -2) slot = search.Find(inside ? reach.Key(origin, offset.along) : -1);
       if (slot < 0) break;
       const float* weights = f.vectors + f.Vector(tap, g * 32) * f.block + tile * kColumns;
       const T* value = in + int64_t{g} * 32 * in_sites.slots + slot;
