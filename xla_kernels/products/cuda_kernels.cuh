@@ -168,9 +168,7 @@ struct SlotSearch {
   }
 
   // The slot of a key; -1 if there is none, or for a key below 0.
-  __device__ __forceinline__ int32_t Find(int32_t next) {
-    return next < 0 ? -1 : Search(next);
-  }
+  __device__ __forceinline__ int32_t Find(int32_t next) { return next < 0 ? -1 : Search(next); }
 
  private:
   __device__ __forceinline__ int32_t Search(int32_t next) {
