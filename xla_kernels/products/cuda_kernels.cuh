@@ -168,10 +168,8 @@ struct SlotSearch {
   }
 
   // The slot of a key; -1 if there is none, or for a key below 0.
-  __device__ __forceinline__ int32_t Find(int32_t next) { return next < 0 ? -1 : Search(next); }
-
- private:
-  __device__ __forceinline__ int32_t Search(int32_t next) {
+  __device__ __forceinline__ int32_t Find(int32_t next) {
+    if (next < 0) return -1;
     if (begun && next - key == 1) {
       slot += found ? 1 : 0;
     } else {
@@ -228,13 +226,15 @@ struct Place {
   __device__ Place(const Sites& out, bool own, int64_t i)
       : site(i < out.slots ? out.keys[i] : -1), own_slot(own ? i : -1) {}
   __device__ explicit Place(int32_t key) : site(key), own_slot(-1) {}
+
+  __device__ bool InGrid(int64_t sites) const { return site >= 0 && site < sites; }
 };
 
 // The slot of the site that a tap reads for an output site; -1 if there is none.
 template <int R>
 __device__ __forceinline__ int32_t Neighbour(const Reach<R>& reach, int64_t sites, const Sites& in,
                                              const Place& out, const TapOffset<R>& tap) {
-  const bool inside = out.site >= 0 && out.site < sites;
+  const bool inside = out.InGrid(sites);
   int32_t origin[R];
   reach.Origin(inside ? out.site : 0, origin);
   const int32_t key = inside ? reach.Key(origin, tap.along) : -1;
@@ -247,7 +247,7 @@ template <typename T, int kColumns, int R>
 __device__ __forceinline__ void SumTile(const Reach<R>& reach, int64_t sites, const Filter& f,
                                         const Sites& in_sites, const T* in, const Place& out,
                                         int64_t tile, float (&sums)[kColumns]) {
-  const bool inside = out.site >= 0 && out.site < sites;
+  const bool inside = out.InGrid(sites);
   int32_t origin[R];
   reach.Origin(inside ? out.site : 0, origin);
   SlotSearch search(in_sites, out.site, out.own_slot);
@@ -260,7 +260,7 @@ __device__ __forceinline__ void SumTile(const Reach<R>& reach, int64_t sites, co
     for (int g = 0; g < groups; ++g) {
       uint32_t rest = live[g];
       if (rest == 0) continue;
-      if (slot == -2) slot = search.Find(inside ? reach.Key(origin, offset.along) : -1);
+      if (slot == -2) slot = inside ? search.Find(reach.Key(origin, offset.along)) : -1;
       if (slot < 0) break;
       const float* weights = f.vectors + f.Vector(tap, g * 32) * f.block + tile * kColumns;
       const T* value = in + int64_t{g} * 32 * in_sites.slots + slot;
@@ -306,7 +306,10 @@ __global__ void __launch_bounds__(kSites, SiteBlocks(R)) ApplyKernel(Apply<T> a,
     const Sites out_sites = {a.keys + item * a.slots, a.slots};
     const T* in = a.in + item * f.summed_channels() * a.in_slots;
     float sums[kColumns] = {};
-    SumTile(reach, a.sites, f, in_sites, in, Place(out_sites, a.own, i), tile, sums);
+    const Place place(out_sites, a.own, i);
+    if (__any_sync(kWarp, place.InGrid(a.sites))) {  // not so in padding
+      SumTile(reach, a.sites, f, in_sites, in, place, tile, sums);
+    }
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
       const int64_t column = tile * kColumns + j;
