@@ -254,7 +254,7 @@ MUTANTS = (
     ),
     Mutant(
         "a loop over tasks that takes the first one only",
-        "products/cuda_kernels.cuh",
+        "products/cuda_weights.cuh",
         """\
     if (threadIdx.x == 0) bias_bar[task] = sums[0];
     __syncthreads();
@@ -392,7 +392,7 @@ MUTANTS = (
     ),
     Mutant(
         "inf against an absent weight",
-        "products/cuda_kernels.cuh",
+        "products/cuda_weights.cuh",
         """\
       again = __syncthreads_or(!finite) && !careful;
 """,
@@ -402,7 +402,7 @@ MUTANTS = (
     ),
     Mutant(
         "the next tap of a row a slot too far",
-        "products/cuda_kernels.cuh",
+        "products/cuda_sites.cuh",
         """\
       slot += found ? 1 : 0;
 """,

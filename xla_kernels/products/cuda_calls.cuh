@@ -18,7 +18,7 @@
 
 #include <algorithm>
 
-#include "xla_kernels/products/cuda_kernels.cuh"
+#include "xla_kernels/products/cuda_weights.cuh"
 
 namespace ilajax {
 namespace {
